@@ -43,6 +43,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+import requests  # tiktoken's own way to the network
 import tiktoken
 import tiktoken.load
 import tiktoken_ext.openai_public
@@ -59,7 +60,8 @@ def refuse(problems):
         raise ValueError("\n".join(problems))
 
 
-# ---- 1. Tokenizers ------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Tokenizers
 
 TOKENIZERS = ("bytes", "cl100k_base")
 CL100K_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
@@ -89,7 +91,9 @@ def get_tokenizer(name, file=None):
         return tiktoken.Encoding("bytes", pat_str=r"(?s:.++)", mergeable_ranks={bytes([i]): i for i in range(256)},
                                  special_tokens={"<|endoftext|>": 256})
     if file is None:
-        try:    # tiktoken itself would wait without limit for a network that does not answer
+        def download(url):      # tiktoken's own would wait without limit for a network that does not answer
+            return requests.get(url, timeout=10).content
+        try:
             with mock.patch.object(tiktoken.load, "read_file", download):
                 return tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:
@@ -105,14 +109,6 @@ def get_tokenizer(name, file=None):
     # The pattern and the special tokens are tiktoken's own; only the place where the bytes come from is ours.
     with mock.patch.object(tiktoken.load, "read_file_cached", lambda url, expected_hash=None: contents):
         return tiktoken.Encoding(**tiktoken_ext.openai_public.cl100k_base())
-
-
-def download(url):
-    """The bytes at `url`. OSError after ten seconds without an answer."""
-    import requests  # comes with tiktoken, and nothing but a download needs it
-    response = requests.get(url, timeout=10)
-    response.raise_for_status()
-    return response.content
 
 
 def byte_lengths(tokenizer):
@@ -146,7 +142,8 @@ def label_tokens(tokenizer):
     return tokens
 
 
-# ---- 2. Files are read as documents -------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Files are read as documents
 
 SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".jsonl")     # what is taken from a folder
 CUT, CUT_AT_LAST = 16 * 1024, 64 * 1024                         # characters
@@ -256,9 +253,9 @@ def read_jsonl(path, source, advance, teacher):
 def parse_row(line, teacher):
     """A line of a .jsonl file -> (the object in it, what is wrong with it)."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.strip())
     except (ValueError, RecursionError) as error:
-        return None, f"broken JSON ({error})"
+        return None, f"broken JSON ({str(error).replace('line 1 ', '')})"
     if not isinstance(row, dict):
         return None, f"must be an object, but is {line.strip()[:60]}"
     wrong = []
@@ -274,7 +271,8 @@ def parse_row(line, teacher):
     return row, "; ".join(wrong)
 
 
-# ---- 3. Documents become token shards -----------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Documents become token shards
 
 # A prepared folder holds meta.json and one shard per source and split. A shard is a header of 24 bytes (magic, version,
 # bytes per token, number of tokens; little endian) and the tokens, every document ended by the end-of-text token.
@@ -336,13 +334,14 @@ def prepare(sources, out, tokenizer, *, teacher=(), weights=None, val_fraction=0
                           else read_text(path, name, bar.update)))
             language = write_shards(part, "language", list(files), documents, tokenizer, val_fraction, workers)
             items = (item for path in teacher for item in read_jsonl(path, "teacher", bar.update, True))
-            taught = write_shards(part, "teacher", ["teacher"], items, tokenizer, val_fraction, workers) if teacher else {}
+            if teacher:
+                teacher = write_shards(part, "teacher", ["teacher"], items, tokenizer, val_fraction, workers)["teacher"]
 
         by_size = sum(language[name]["train"]["tokens"] for name in unweighted)
         for name in unweighted:
             weights[name] = (1 - total) * language[name]["train"]["tokens"] / by_size
         meta = {"version": VERSION, "tokenizer": {"name": tokenizer.name, "n_vocab": tokenizer.n_vocab},
-                "val_fraction": val_fraction, "teacher": taught.get("teacher"),
+                "val_fraction": val_fraction, "teacher": teacher or None,
                 "sources": [{"name": name, "weight": weights[name] / sum(weights.values())} | language[name]
                             for name in files]}
         (part / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -374,8 +373,8 @@ def write_shards(folder, signal, names, documents, tokenizer, val_fraction, work
         for (name, split), shard in shards.items():
             shard.seek(0)
             shard.write(HEADER.pack(MAGIC, VERSION, token_type(tokenizer).itemsize, entries[name][split]["tokens"]))
-    refuse([f"source {name!r} has no document to train on; {entry['val']['documents']} are held out, as their hashes fall "
-            f"below val_fraction {val_fraction}: give more text, or a smaller fraction"
+    refuse([f"source {name!r} has no document to train on; {entry['val']['documents']} are held out, as their hashes "
+            f"fall below val_fraction {val_fraction}: give more text, or a smaller fraction"
             for name, entry in entries.items() if not entry["train"]["documents"]])
     return entries
 
@@ -387,7 +386,7 @@ def token_type(tokenizer):
 def tokenize(documents, tokenizer, workers):
     """Documents -> (digest of the key, source, bytes of text, tokens (n,)) of each, in order. Threads are enough for
     all cores, since tiktoken lets go of Python's lock while it works; but each needs a tokenizer of its own: two threads
-    that share the pattern of cl100k_base wait for each other (22 MB/s on two cores instead of 35)."""
+    that share the pattern of cl100k_base wait for each other."""
     own, end = threading.local(), [tokenizer.eot_token]
     endings = {None: end} | {label: np.append(tokens, end) for label, tokens in label_tokens(tokenizer).items()}
 
@@ -408,7 +407,7 @@ def tokenize(documents, tokenizer, workers):
 
     documents, running = iter(documents), deque()
     with ThreadPoolExecutor(workers, initializer=begin) as pool:
-        while batch := list(itertools.islice(documents, 64)):   # one job: a megabyte or less of plain text
+        while batch := list(itertools.islice(documents, 16)):   # a job of about 256 KiB of plain text
             running.append(pool.submit(work, batch))
             if len(running) > 2 * workers:                      # enough to keep all busy, and no more in memory
                 yield from running.popleft().result()
@@ -437,7 +436,8 @@ def hold_out(tokenized, val_fraction, signal):
         yield "val" if digest < threshold else "train", *document
 
 
-# ---- 4. The sampler: sample number -> row, without state ----------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The sampler: sample number -> row, without state
 
 ONE = 1 << 32                                                   # shares are integers, in units of 2**-32
 
@@ -482,7 +482,8 @@ def shuffled(index, n, *names):
     return permute(position, n, hashlib.sha256(json.dumps([*names, epoch]).encode()).digest())
 
 
-# ---- 5. Rows and batches ------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Rows and batches
 
 def open_shard(path, entry):
     """The tokens (n,) of a shard, memory-mapped. ValueError if it is not what `entry` of the meta says."""
@@ -516,26 +517,24 @@ class Corpus:
     ValueError if the folder is absent, damaged, of another version or for another tokenizer, or too short for T."""
 
     def __init__(self, path, seq_len, tokenizer_file=None):
-        path, command = Path(path), f"python data.py prepare INPUT... --out {path}"
+        path = Path(path)
+        anew = f"Make it anew: remove {path}, then type python data.py prepare INPUT... --out {path}"
         if seq_len < 1:
             raise ValueError(f"seq_len is {seq_len}, but must be at least 1")
         if not (path / "meta.json").is_file():
             what = "holds no meta.json, so is not a prepared folder" if path.is_dir() else "does not exist"
-            raise ValueError(f"{path} {what}; to make one, type: {command}")
+            raise ValueError(f"{path} {what}. To make one, type python data.py prepare INPUT... --out {path}")
         try:
             self.meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-            version = self.meta["version"]
+            version, vocabulary = self.meta["version"], self.meta["tokenizer"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path / 'meta.json'} is damaged ({error}); remove {path} and type: {command}") from error
+            raise ValueError(f"{path / 'meta.json'} is damaged ({error}). {anew}") from error
         if version != VERSION:
-            raise ValueError(f"{path} has version {version}, but this program reads version {VERSION}; "
-                             f"remove it and type: {command}")
-        self.path, self.seq_len = path, seq_len
-        self.tokenizer = get_tokenizer(self.meta["tokenizer"]["name"], tokenizer_file)
-        if self.tokenizer.n_vocab != self.meta["tokenizer"]["n_vocab"]:
-            raise ValueError(f"{path} was prepared with {self.meta['tokenizer']['n_vocab']:,} token ids, but the "
-                             f"tokenizer {self.tokenizer.name} has {self.tokenizer.n_vocab:,}; "
-                             f"remove it and type: {command}")
+            raise ValueError(f"{path} has version {version}, but this program reads version {VERSION}. {anew}")
+        self.path, self.seq_len, self.tokenizer = path, seq_len, get_tokenizer(vocabulary["name"], tokenizer_file)
+        if self.tokenizer.n_vocab != vocabulary["n_vocab"]:
+            raise ValueError(f"{path} was prepared with {vocabulary['n_vocab']:,} token ids, but the tokenizer "
+                             f"{vocabulary['name']} has {self.tokenizer.n_vocab:,}. {anew}")
         sources, teacher = self.meta["sources"], self.meta["teacher"]
         self._shares = chain_of_shares([source["weight"] for source in sources])
         self._streams = {split: [open_shard(path / source[split]["shard"], source[split]) for source in sources]
@@ -553,8 +552,8 @@ class Corpus:
                     for source, stream in zip(sources, self._streams["train"]) if len(stream) <= seq_len]
         if not any(self._counts["val"]):
             problems.append(f"the held-out text has {max(map(len, self._streams['val'])):,} tokens")
-        problems += [f"the teacher signal ({split}) has {self.teacher_left_out[split]:,} items, all of them longer"
-                     for split in SPLITS if teacher and not self._packed[split]]
+        if teacher and not self._packed["train"]:
+            problems.append(f"the teacher signal has {self.teacher_left_out['train']:,} items, all of them longer")
         if problems:
             raise ValueError("\n    ".join([f"{path}: a row of seq_len {seq_len} takes {seq_len + 1:,} tokens, but",
                                             *problems]) + "\nChoose a smaller seq_len, or prepare more text")
@@ -628,16 +627,16 @@ class Corpus:
         size and number of ranks. ValueError if the numbers do not fit together, or there is no teacher signal."""
         problems = []
         if batch_size < 1 or ranks < 1 or batch_size % ranks:
-            problems.append(f"batch_size {batch_size} is not a positive multiple of the number of ranks, {ranks}")
+            problems.append(f"batch_size is {batch_size}, but must be a positive multiple of ranks, {ranks}")
         if not 0 <= rank < ranks:
-            problems.append(f"rank is {rank}, but must be at least 0 and below the number of ranks, {ranks}")
+            problems.append(f"rank is {rank}, but must lie in 0 .. {ranks - 1}")
         if seen < 0:
             problems.append(f"seen is {seen} samples, but must not be negative")
         if not 0 <= teacher_fraction <= 1:
             problems.append(f"teacher_fraction is {teacher_fraction}, but must lie between 0 and 1")
         elif teacher_fraction and not self._packed["train"]:
-            problems.append(f"teacher_fraction is {teacher_fraction}, but the folder holds no teacher signal: prepare one "
-                            "with --teacher FILE.jsonl")
+            problems.append(f"teacher_fraction is {teacher_fraction}, but the folder holds no teacher signal: "
+                            "prepare one with --teacher FILE.jsonl")
         refuse(problems)
         size = batch_size // ranks
         numbers = range(seen + rank * size, seen + (rank + 1) * size)
@@ -650,7 +649,8 @@ def stack(rows):
     return torch.from_numpy(np.stack(tokens)), torch.from_numpy(np.stack(targets))
 
 
-# ---- 6. The command line ------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The command line
 
 def row_as_text(tokenizer, tokens, targets, before, after):
     """A row (lists of T ids) as printable text; what is supervised stands between `before` and `after`."""
@@ -693,7 +693,7 @@ def run_prepare(args):
     """`python data.py prepare`."""
     sources, weights = {}, {}
     for given in args.inputs:
-        name, _, path = given.rpartition("=") if not Path(given).exists() else ("", "", given)
+        name, path = ("", given) if Path(given).exists() or "=" not in given else given.split("=", 1)
         name = name or ("stdlib" if path == "stdlib" else Path(path).absolute().stem)
         sources.setdefault(name, []).extend(stdlib_files() if path == "stdlib" else [path])
     for given in args.weight:
@@ -729,7 +729,7 @@ def main(argv=None):
     command.add_argument("--out", required=True, metavar="DIR", help="the folder to make; must not exist, or be empty")
     command.add_argument("--tokenizer", default="bytes", metavar="NAME",
                          help="bytes (default; one token per byte, no download) or cl100k_base (GPT-4's and FLM-101B's)")
-    command.add_argument("--tokenizer-file", metavar="PATH", help="a copy of cl100k_base.tiktoken, if there is no network")
+    command.add_argument("--tokenizer-file", metavar="PATH", help="a copy of cl100k_base.tiktoken, for want of a network")
     command.add_argument("--weight", action="append", default=[], metavar="NAME=W",
                          help="a source's share of the language rows; sources without one divide the rest by their size")
     command.add_argument("--teacher", action="append", default=[], metavar="FILE.jsonl",
@@ -749,7 +749,7 @@ def main(argv=None):
     command.add_argument("--teacher-fraction", type=float, default=0.0, metavar="F",
                          help="the share of rows that are teacher rows (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="the order of the rows (default: %(default)s)")
-    command.add_argument("--tokenizer-file", metavar="PATH", help="a copy of cl100k_base.tiktoken, if there is no network")
+    command.add_argument("--tokenizer-file", metavar="PATH", help="a copy of cl100k_base.tiktoken, for want of a network")
     command.set_defaults(run=show)
     args = parser.parse_args(argv)
     args.run(args)

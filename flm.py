@@ -87,7 +87,7 @@ class FLMConfig:
                 ok = isinstance(value, int) and not isinstance(value, bool) and value > 0
                 want = "a whole number above 0"
             else:
-                ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+                ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
                 want = "a finite number above 0"
             sound[field.name] = ok
             if not ok:
@@ -100,10 +100,10 @@ class FLMConfig:
         return problems
 
     def xpos_limit(self) -> int:
-        """The length at which the fastest pair's scale zeta**(-n/512) leaves fp32 (its largest number is 3.4e38, and
-        queries turn subnormal a little earlier): about 35,700 positions past the origin."""
-        largest = -math.log(torch.finfo(torch.float32).tiny)                  # 87.3; overflow comes at 88.7
-        return self.xpos_origin + int(self.xpos_scale_base * largest / -math.log(0.4 / 1.4))
+        """The length at which the fastest pair of keys, scaled by zeta**(-n/512), leaves fp32: about 31,100 positions past the
+        origin. The scale itself is then 2**110, which leaves 2**16 for the key that it multiplies; fp32 ends at 2**128."""
+        largest = 110 * math.log(2)
+        return self.xpos_origin + int(min(self.xpos_scale_base * largest / -math.log(0.4 / 1.4), 2.0 ** 53))
 
     @property
     def xpos_origin(self) -> int:
@@ -378,7 +378,9 @@ class FLM(nn.Module):
         def mask(old, size):
             if done or old == size:
                 return None
-            return torch.where(torch.arange(size, device=self.xpos.device) < old, 1.0, c).to(self.xpos.real.dtype)
+            values = torch.full((size,), c, device=self.xpos.device, dtype=self.xpos.real.dtype)
+            values[:old] = 1
+            return values
 
         old = growth["old"] if growth else {}
         channels, heads = mask(old.get("d_model"), new.d_model), mask(old.get("n_heads"), new.n_heads)
@@ -397,7 +399,7 @@ def growth_mask(growth: dict | None, samples: int) -> float:
     if growth is None:
         return 1.0
     elapsed = samples - growth["start"]
-    return 1.0 if elapsed >= growth["ramp"] else max(0.0, elapsed / growth["ramp"])
+    return 1.0 if elapsed >= growth["ramp"] else max(0, elapsed) / max(1, growth["ramp"])
 
 
 def loss_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -429,7 +431,7 @@ class HeadLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for i in range(0, len(hidden), rows):
                 x, t = hidden[i:i + rows].to(dtype), targets[i:i + rows, None]
-                supervised, t = t != IGNORE, t.clamp(min=0)
+                supervised, t = t != IGNORE, t.masked_fill(t == IGNORE, 0)       # any other id outside fails in gather
                 z = (x @ w.T).to(total.dtype)                                            # (rows, V)
                 z -= z.amax(-1, keepdim=True)
                 chosen = z.gather(-1, t)
@@ -504,7 +506,7 @@ def choose(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, g
     to the smallest set whose probability reaches `top_p`."""
     if temperature == 0:
         return int(logits.argmax())
-    logits, ids = (logits.double() / temperature).sort(descending=True, stable=True)
+    logits, ids = ((logits.double() - logits.max()) / temperature).sort(descending=True, stable=True)
     if top_k:
         logits, ids = logits[:top_k], ids[:top_k]
     p = logits.softmax(-1)
@@ -527,7 +529,7 @@ def generate(model: FLM, prompts: list[list[int]], max_new_tokens: int, *, tempe
     capacity = config.max_seq_len if capacity is None else capacity
     longest = max((len(p) for p in prompts), default=0)
     problems = [f"prompt {i} is empty: give at least one token" for i, p in enumerate(prompts) if not p]
-    problems += [f"prompt {i} holds the token {max(p, key=abs)}: the vocabulary ends at {config.vocab_size - 1}"
+    problems += [f"prompt {i} holds the token {next(t for t in p if not 0 <= t < config.vocab_size)}: the vocabulary ends at {config.vocab_size - 1}"
                  for i, p in enumerate(prompts) if p and not (0 <= min(p) and max(p) < config.vocab_size)]
     if not prompts:
         problems.append("no prompt given")
@@ -543,6 +545,8 @@ def generate(model: FLM, prompts: list[list[int]], max_new_tokens: int, *, tempe
         problems.append(f"top_k = {top_k}: must be 0 (off) or above")
     if not 0 < top_p <= 1:
         problems.append(f"top_p = {top_p}: must lie in (0, 1]")
+    if allowed is not None and (len(allowed) > config.vocab_size or not allowed.any()):
+        problems.append(f"allowed marks {int(allowed.sum())} of {len(allowed)} ids: must mark at least one, of at most {config.vocab_size}")
     if problems:
         raise ValueError("cannot generate:\n  " + "\n  ".join(problems))
 
@@ -550,7 +554,7 @@ def generate(model: FLM, prompts: list[list[int]], max_new_tokens: int, *, tempe
     pads = [longest - len(p) for p in prompts]
     x = torch.tensor([[p[0]] * n + list(p) for p, n in zip(prompts, pads)], device=device)          # (B, longest)
     cache = KVCache(model, capacity, torch.tensor(pads, device=device) if any(pads) else None)
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in range(B)]
+    generators = [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2 ** 63) for row in range(B)]
     new, live = [[] for _ in prompts], set(range(B))
     for _ in range(max_new_tokens):
         logits = model(x, cache=cache, blockwise=blockwise, last_only=True)[:, -1].float().cpu()         # (B, V)
@@ -581,8 +585,9 @@ def write_checkpoint(folder: Path, tensors: dict, info: dict) -> Path:
 
     Written to folder.tmp, then renamed: a folder without .tmp is whole, whatever happened. Raises OSError where it
     cannot be written (a full disk), after removing the half that was."""
-    tmp = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
+    tmp, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old.tmp")
+    for half in (tmp, old):
+        shutil.rmtree(half, ignore_errors=True)
     try:
         tmp.mkdir(parents=True)
         with warnings.catch_warnings():          # "distributed is uninitialized": yes, and no_dist says so
@@ -593,12 +598,16 @@ def write_checkpoint(folder: Path, tensors: dict, info: dict) -> Path:
             json.dump({"format": FORMAT, **info, "files": files}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():                      # the same step again: the old one goes only when the new one is there
+            folder.rename(old)
         tmp.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, CheckpointException) as error:
         shutil.rmtree(tmp, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).strip().splitlines()[-1]
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        while cause.__context__ is not None and not isinstance(cause, OSError):          # DCP's writer hides a full disk
+            cause = cause.__context__
+        reason = isinstance(cause, OSError) and cause.strerror or (str(cause).strip() or repr(cause)).splitlines()[-1]
         raise OSError(f"could not write the checkpoint {folder}: {reason}") from error
     return folder
 
@@ -618,15 +627,27 @@ def find_checkpoint(path) -> Path:
     return steps[-1]
 
 
+INFO = ("config", "dtype", "tokenizer", "samples", "growth")     # what load_model needs
+
+
+def check_info(path: Path, info: dict, needed=INFO):
+    missing = [key for key in needed if key not in info]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it was edited, or not written by train.py")
+    if info["dtype"] not in ("float32", "float64", "bfloat16", "float16"):
+        raise ValueError(f"{path}: unknown dtype {info['dtype']!r}")
+
+
 def read_info(path: Path) -> dict:
     """checkpoint.json of a step folder, after checking that the folder is whole and of this format."""
     try:
         info = json.loads((path / "checkpoint.json").read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path / 'checkpoint.json'} is not readable JSON ({error}): the checkpoint was cut off or edited")
-    if info.get("format") != FORMAT:
-        raise ValueError(f"{path} has checkpoint format {info.get('format')!r}, this code reads {FORMAT}: use the version of "
-                         f"this repository that wrote it")
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise ValueError(f"{path / 'checkpoint.json'} has checkpoint format {info.get('format') if isinstance(info, dict) else None!r}, "
+                         f"this code reads {FORMAT}: use the version of this repository that wrote it")
+    check_info(path / "checkpoint.json", info, ("files", *INFO))
     broken = [f"{name}: {size:,} bytes expected, " + (f"{(path / name).stat().st_size:,} found" if (path / name).is_file() else "missing")
               for name, size in info["files"].items() if not (path / name).is_file() or (path / name).stat().st_size != size]
     if broken:
@@ -655,6 +676,7 @@ def load_model(path, device="cpu") -> tuple[FLM, dict]:
         except Exception as error:               # torch.load fails in many ways on a file that is no such file
             raise ValueError(f"{path} is not a file of weights written by train.py --export, or it was cut off "
                              f"({type(error).__name__})") from error
+        check_info(path, info)
     else:
         info, weights = read_info(path), None
     with torch.device("meta"):
@@ -664,6 +686,11 @@ def load_model(path, device="cpu") -> tuple[FLM, dict]:
     if weights is None:
         read_tensors(path, {"model": parameters})
     else:
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        wrong = [f"{name}: shape {tuple(p.shape)} expected, found {found.get(name, 'nothing')}"
+                 for name, p in parameters.items() if found.get(name) != tuple(p.shape)]
+        if wrong:
+            raise ValueError(f"{path} does not hold the weights of its configuration:\n  " + "\n  ".join(wrong))
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
@@ -701,16 +728,18 @@ def sample(model: FLM, info: dict, prompts: list[str], *, max_new_tokens=200, to
     ids = [tokenizer.encode_ordinary(text) or [tokenizer.eot_token] for text in prompts]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")       # a token may end inside a character
 
-    def show(row, token):
-        stream.write(decoder.decode(tokenizer.decode_single_token_bytes(token)))
-        stream.flush()
+    said = prompts[0]        # waits for the first token: when `generate` refuses an argument, the screen is still empty
 
-    if stream is not None:
-        stream.write(prompts[0])
+    def show(row, token):
+        nonlocal said
+        stream.write(said + decoder.decode(tokenizer.decode_single_token_bytes(token)))
+        stream.flush()
+        said = ""
+
     new = generate(model, ids, max_new_tokens, stop=(tokenizer.eot_token,), allowed=allowed[:model.config.vocab_size],
                    on_token=show if stream is not None else None, **options)
     if stream is not None:
-        stream.write(decoder.decode(b"", final=True) + "\n")
+        stream.write(said + decoder.decode(b"", final=True) + "\n")
     return [text + tokenizer.decode(tokens, errors="replace") for text, tokens in zip(prompts, new)]
 
 

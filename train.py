@@ -1,19 +1,19 @@
-"""train.py - the main job: train FLM-101B's model on real text (FLM-101B, arXiv 2309.03852, sections 2.4 and 3).
+"""train.py - the main job: train FLM-101B's model on real text (FLM-101B, arXiv 2309.03852, sections 2.3, 2.4 and 3).
 
-    python train.py                                    a small model on Python's own source, in a few minutes on a laptop
-    python train.py --data corpora/mine                on text that data.py prepared
-    python train.py --resume runs/demo                 go on exactly where a run stopped
-    python train.py --eval-only runs/demo              held-out loss of a checkpoint
-    python train.py --benchmark                        how fast this machine trains, as one JSON object
+    python train.py                                 a small model on Python's own source, in a few minutes on a laptop
+    python train.py --data corpora/mine             on text that data.py prepared
+    python train.py --resume runs/demo              go on exactly where a run stopped
+    python train.py --eval-only runs/demo           held-out loss of a checkpoint
+    python train.py --benchmark                     how fast this machine trains, as one JSON object
 
 Read it from top to bottom:
 
     1. Settings       every option, its default and why
-    2. the machine    device, dtype, and the rate that utilisation is measured against
-    3. the schedule   the learning rate as a function of samples
+    2. stages         the schedule: which model, which learning rate, as functions of the samples seen
+    3. the machine    device, dtype, and the rate that utilisation is measured against
     4. evaluation     nats per token and bits per byte on held-out documents
     5. one step       forward, backward, the global checks, AdamW
-    6. the run        folder, checkpoints, resume, the loop
+    6. the run        folder, checkpoints, resume, growth, the loop
     7. benchmark, command line
 
 Letters as in flm.py: B batch (rows of T tokens, the "samples" that everything is counted in), T sequence.
@@ -29,7 +29,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shlex
 import shutil
 import signal
@@ -43,9 +42,10 @@ import torch
 from tqdm import tqdm
 
 import data
+import grow
 import muP
-from flm import (FLM, FLMConfig, IGNORE, find_checkpoint, forward_flops, growth_mask, load_model, pick_device, preset, read_info,
-                 read_tensors, sample, write_checkpoint)
+from flm import (FLM, FLMConfig, IGNORE, find_checkpoint, forward_flops, growth_mask, load_model, loss_sum, pick_device,
+                 preset, read_info, read_tensors, sample, write_checkpoint)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,13 +59,19 @@ def option(default, help: str, **extra):
 class Settings:
     """Every option of a run, as plain JSON values. None means: the preset's recipe decides (see RECIPES)."""
     # what to train
-    preset: str = option("demo", "the model: demo, small, flm-proxy, flm-16b, flm-51b, flm-101b")
-    model: tuple[str, ...] = option((), "change fields of the model, for example --model d_model=384 n_heads=6", metavar="FIELD=VALUE")
+    preset: str = option("demo", "the model: demo, flm-proxy, flm-16b, flm-51b or flm-101b")
+    model: tuple[str, ...] = option((), "change fields of the model, as in --model d_model=384 n_heads=6",
+                                    metavar="FIELD=VALUE")
     mup: str = option("on", "the maximal update parametrization; off: the standard one", choices=("on", "off"))
+    stages: str | None = option(None, "growth in the run: a JSON file of stages, paper, or none (none given: the recipe's)",
+                                metavar="FILE")
+    init_from: str | None = option(None, "begin a new run with a checkpoint's model, moments and place in the data",
+                                   metavar="CHECKPOINT")
     seed: int = option(0, "of the initial weights and the order of the data")
     # on what
     data: str | None = option(None, "a folder from data.py prepare (none: Python's standard library)", metavar="DIR")
-    tokenizer: str = option("bytes", "tokenizer of the default corpus; a prepared folder has its own", choices=("bytes", "cl100k_base"))
+    tokenizer: str = option("bytes", "tokenizer of the default corpus; a prepared folder has its own",
+                            choices=("bytes", "cl100k_base"))
     tokenizer_file: str | None = option(None, "cl100k_base.tiktoken, where it cannot be downloaded", metavar="PATH")
     teacher_fraction: float = option(0.0, "share of rows that carry FreeLM's teacher signal, 0 to 1")
     # how
@@ -78,7 +84,8 @@ class Settings:
     weight_decay: float = option(0.1, "decay, of matrices only")
     clip: float = option(1.0, "largest norm of the whole gradient")
     # watching and keeping
-    out: str | None = option(None, "the run's folder (none: the first free one of runs/PRESET, runs/PRESET-2, ...)", metavar="DIR")
+    out: str | None = option(None, "the run's folder (none: the first free one of runs/PRESET, runs/PRESET-2, ...)",
+                             metavar="DIR")
     eval_every: int = option(100, "steps between evaluations")
     eval_rows: int = option(256, "held-out rows per evaluation, spread over the held-out documents")
     eval_batch: int | None = option(None, "rows per forward pass of an evaluation (none: that of training)")
@@ -87,68 +94,150 @@ class Settings:
     # on which machine
     device: str = option("auto", "auto, cpu or cuda")
     threads: int | None = option(None, "CPU threads (none: PyTorch's choice, one per core)")
-    dtype: str = option("auto", "arithmetic: auto, bfloat16 (over fp32 weights), float32, float64")
+    dtype: str = option("auto", "arithmetic: auto, bfloat16 (over fp32 weights), float32, float64",
+                        choices=("auto", "bfloat16", "float32", "float64"))
     compile: bool = option(False, "torch.compile each block: a slow start, then faster steps")
     deterministic: bool = option(False, "bit-for-bit repeatable on CUDA too, slower")
 
 
 # What may change when a run is resumed; everything else is fixed by the run.
-CHANGEABLE = {"steps", "lr", "min_lr", "clip", "data", "tokenizer_file", "eval_every", "eval_rows", "eval_batch", "save_every", "keep",
-              "device", "threads", "compile", "deterministic"}
+CHANGEABLE = {"steps", "lr", "min_lr", "clip", "data", "tokenizer_file", "eval_every", "eval_rows", "eval_batch",
+              "save_every", "keep", "device", "threads", "compile", "deterministic"}
 
-PAPER = {"steps": 52_000, "batch_size": 2304, "lr": 4e-4, "warmup": 4_608_000}        # Table 1, stage 16B; steps inferred
-RECIPES = {                                      # ours, found by trying, where it is not the paper's
-    "demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800},
-    "small": {"steps": 2000, "batch_size": 12, "lr": 2e-3, "warmup": 1200},
-    "flm-proxy": PAPER, "flm-16b": PAPER,
+DEMO_STAGES = [                                  # the paper's recipe in miniature; starts in shares of the run
+    {"config": {"n_layers": 2}},
+    {"config": {"n_layers": 6}, "start": 0.4, "ramp": 0.1, "layers": "stack", "warmup": 0.02},
+]
+# "flm-...": the paper's Table 1 (steps inferred: tokens / batch). The others: ours, found by trying.
+RECIPES = {
+    "demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800, "stages": DEMO_STAGES},
+    "flm-proxy": {"steps": 52_000, "batch_size": 2304, "lr": 4e-4, "warmup": 4_608_000},
+    "flm-16b": {"steps": 52_000, "batch_size": 2304, "lr": 4e-4, "warmup": 4_608_000},
     "flm-51b": {"steps": 8_400, "batch_size": 2304, "lr": 3.4e-4, "warmup": 230_400},
     "flm-101b": {"steps": 6_000, "batch_size": 2160, "lr": 2e-4, "warmup": 230_400},
 }
 
 
-def resolve(settings: Settings) -> tuple[Settings, FLMConfig]:
-    """Fill in the recipe, build the model's configuration, check everything. Raises ValueError with all violations."""
-    config = preset(settings.preset)
-    recipe = {k: v for k, v in RECIPES[settings.preset].items() if getattr(settings, k) is None}
-    s = dataclasses.replace(settings, **recipe)
-    problems, changes = [], {"mup": s.mup == "on"}
-    fields = {f.name: f.type for f in dataclasses.fields(FLMConfig)}
-    for text in s.model:
-        name, _, value = text.partition("=")
-        try:
-            if name not in fields:
-                raise ValueError(f"there is no field {name!r}; there are {', '.join(fields)}")
-            changes[name] = json.loads(value.lower())
-        except ValueError as error:
-            problems.append(f"--model {text}: " + (str(error) if name not in fields else f"{value!r} is no number, true or false"))
-    if not problems:
-        try:
-            config = config.replace(**changes)
-        except ValueError as error:
-            problems.append(str(error))
-    for name in ("steps", "batch_size", "eval_every", "eval_rows", "save_every", "keep"):
-        if getattr(s, name) < 1:
-            problems.append(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 1")
-    for name in ("micro_batch", "eval_batch", "threads"):
-        if getattr(s, name) is not None and getattr(s, name) < 1:
-            problems.append(f"--{name.replace('_', '-')} {getattr(s, name)}: must be at least 1")
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def violations(s: Settings) -> list[str]:
+    """Every option out of its range."""
+    problems = []
+
+    def limits(names, low, high, want):
+        for name in names:
+            value = getattr(s, name)
+            if value is not None and not low <= value <= high:
+                problems.append(f"{flag(name)} {value}: must be {want}")
+
+    limits(("steps", "batch_size", "micro_batch", "eval_every", "eval_rows", "eval_batch", "save_every", "keep",
+            "threads"), 1, math.inf, "at least 1")
+    limits(("lr", "clip"), sys.float_info.min, sys.float_info.max, "a number above 0")
+    limits(("weight_decay", "warmup"), 0, sys.float_info.max, "0 or above")
+    limits(("min_lr", "teacher_fraction"), 0, 1, "between 0 and 1")
     if s.micro_batch and s.micro_batch > 0 and s.batch_size % s.micro_batch:
         problems.append(f"--micro-batch {s.micro_batch}: must divide --batch-size {s.batch_size}")
-    for name, low, high in (("lr", 0, math.inf), ("clip", 0, math.inf)):
-        if not low < getattr(s, name) < high:
-            problems.append(f"--{name} {getattr(s, name)}: must be above 0")
-    for name, high in (("min_lr", 1), ("teacher_fraction", 1), ("weight_decay", math.inf), ("warmup", math.inf)):
-        if not 0 <= getattr(s, name) <= high:
-            problems.append(f"--{name.replace('_', '-')} {getattr(s, name)}: must lie between 0 and {high}")
-    if s.dtype not in ("auto", "float32", "bfloat16", "float64"):
-        problems.append(f"--dtype {s.dtype}: must be auto, bfloat16, float32 or float64")
+    return problems
+
+
+def resolve(settings: Settings) -> tuple[Settings, list[dict]]:
+    """Fill in the recipe, plan the stages, check everything; the last stage's "config" is the final model's.
+    Raises ValueError with all violations."""
+    config, seen = preset(settings.preset), 0
+    recipe = {k: v for k, v in RECIPES[settings.preset].items() if k != "stages" and getattr(settings, k) is None}
+    s = dataclasses.replace(settings, **recipe)
+    problems, changes = [], {"mup": s.mup == "on"}
+    fields = [f.name for f in dataclasses.fields(FLMConfig)]
+    for text in s.model:
+        name, _, value = text.partition("=")
+        if name not in fields:
+            problems.append(f"--model {text}: there is no field {name!r}; there are {', '.join(fields)}")
+            continue
+        try:
+            changes[name] = json.loads(value.lower())
+        except json.JSONDecodeError:
+            problems.append(f"--model {text}: {value!r} is no number, true or false")
+    try:
+        config = config.replace(**changes)
+        if s.init_from:
+            info = read_info(find_checkpoint(s.init_from))
+            config, seen = FLMConfig.from_dict(info["config"]), info["samples"]
+            if s.model:
+                problems.append(f"--model {' '.join(s.model)}: --init-from brings its own model (grow it with grow.py apply)")
+    except ValueError as error:
+        problems.append(str(error))
+
+    problems += violations(s)
     if problems:
         raise ValueError("these settings do not fit together:\n  " + "\n  ".join(problems))
-    return s, config
+    return s, plan_stages(s, config, seen)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. The machine
+# 2. Stages. Everything is counted in samples: rows of T tokens, whatever the batch size.
+
+def plan_stages(s: Settings, config: FLMConfig, seen: int = 0) -> list[dict]:
+    """The run's stages from small to large; one where nothing grows. grow.read_stages has the fields; what it leaves open is
+    filled in: "lr" (at the stage's start; None: the cosine just goes on), "warmup", "batch_size", and "end". A stage begins
+    with the first whole step at or after its "start". seen: samples that a checkpoint brings along, from which all counts.
+    Raises ValueError with all violations."""
+    total = s.steps * s.batch_size
+    if s.stages == "paper":
+        given = grow.PAPER_STAGES
+    elif s.stages not in (None, "none"):
+        try:
+            given = json.loads(Path(s.stages).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{s.stages} is not JSON: {error}") from error
+    elif s.stages is None and "stages" in RECIPES[s.preset] and not s.model:
+        given = [{k: round(v * total) if k in ("start", "ramp", "warmup") else v for k, v in stage.items()}
+                 for stage in RECIPES[s.preset]["stages"]]
+    else:
+        given = [{}]
+    if isinstance(given, list) and given and isinstance(given[0], dict) and "preset" not in given[0]:
+        given = [{**given[0], "config": config.to_dict() | given[0].get("config", {})}, *given[1:]]
+    stages = grow.read_stages(given)
+    for i, stage in enumerate(stages):
+        stage.setdefault("lr", None if i else s.lr)
+        stage.setdefault("warmup", 0 if i else s.warmup)
+        stage.setdefault("batch_size", s.batch_size)
+        if i:
+            before = stages[i - 1]
+            steps = -(-(stage["start"] - before["start"]) // before["batch_size"])
+            before["end"] = stage["start"] = before["start"] + steps * before["batch_size"]
+    last = stages[-1]
+    last["end"] = last["start"] + round(last["tokens"] / last["config"].max_seq_len) if s.stages == "paper" else total
+    if last["end"] <= last["start"]:
+        raise ValueError(f"the last stage starts at sample {last['start']:,}, but {s.steps} steps of {s.batch_size} end at "
+                         f"sample {total:,}: ask for more --steps")
+    return [{**stage, "start": stage["start"] + seen, "end": stage["end"] + seen} for stage in stages]
+
+
+def learning_rate(s: Settings, stages: list[dict], samples: int) -> float:
+    """At the end of the step that brings the run to `samples`: a straight warm-up, then half a cosine that ends at min_lr of
+    the peak with the last sample. The paper's stages "adhere to the same schedule" (section 2.4): a growth leaves the
+    cosine where it is, or sets it to the stage's own "lr", after a short warm-up of its own."""
+    def cosine(at):
+        first, end = stages[0]["start"] + stages[0]["warmup"], stages[-1]["end"]
+        progress = min(1.0, max(0.0, (at - first) / max(1, end - first)))
+        return s.min_lr + (1 - s.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+    begun = [stage for stage in stages if stage["start"] < samples]
+    anchor = [stage for stage in begun if stage["lr"] is not None][-1]
+    lr, since, warmup = anchor["lr"] * cosine(samples) / cosine(anchor["start"]), samples - begun[-1]["start"], begun[-1]["warmup"]
+    return lr * since / warmup if since < warmup else lr
+
+
+def training_flops(stages: list[dict], samples: int) -> int:
+    """Floating point operations of the model on the way to `samples`: three forward passes' worth."""
+    return sum(3 * forward_flops(st["config"], st["config"].max_seq_len) * st["config"].max_seq_len
+               * (min(samples, st["end"]) - st["start"]) for st in stages if st["start"] < samples)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The machine
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the longest name that a card's own name contains counts.
 PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "B200": 2250e12,
@@ -156,14 +245,19 @@ PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200":
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 2048) -> float:
-    """FLOP/s of the best of a few n x n matrix products."""
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(6):
-        start = now(device)
-        a @ b
-        best = min(best, now(device) - start)
-    return 2 * n ** 3 / best
+    """FLOP/s of the best of a few n x n matrix products, or of smaller ones where those take long already (a CPU that has to
+    emulate bf16)."""
+    size = min(n, 256)
+    while True:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        best = math.inf
+        for _ in range(6):
+            start = now(device)
+            a @ b
+            best = min(best, now(device) - start)
+        if size >= n or best > 0.1:
+            return 2 * size ** 3 / best
+        size = min(n, 2 * size)
 
 
 def now(device: torch.device) -> float:
@@ -211,19 +305,6 @@ def pick_machine(device: str, dtype: str) -> Machine:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. The schedule
-
-def learning_rate(s: Settings, samples: int) -> float:
-    """At the end of the step that brings the run to `samples`: a straight warm-up, then half a cosine from the peak to
-    min_lr of it at the last sample."""
-    total = s.steps * s.batch_size
-    if samples < s.warmup:
-        return s.lr * samples / s.warmup
-    progress = min(1.0, (samples - s.warmup) / max(1, total - s.warmup))
-    return s.lr * (s.min_lr + (1 - s.min_lr) * (1 + math.cos(math.pi * progress)) / 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # 4. Evaluation
 
 @torch.no_grad()
@@ -239,11 +320,11 @@ def evaluate(model: FLM, corpus: data.Corpus, machine: Machine, rows: int, micro
         n_rows = corpus.n_rows("val", signal_name)
         if n_rows == 0:
             continue
-        rows_here, nats, count, length, right, labels = min(rows, n_rows), 0.0, 0, 0, 0, 0
+        n, nats, count, length, right, labels = min(rows, n_rows), 0.0, 0, 0, 0, 0
         angry, devil = (corpus.tokenizer.encode_ordinary(data.EMOJI[k])[-1] for k in (1, 0))
-        for i in range(0, rows_here, micro):
-            n = min(micro, rows_here - i)
-            tokens, targets = corpus.rows("val", signal_name, i * (n_rows - n) // max(1, rows_here - n), n)
+        for i in range(0, n, micro):
+            spread = [corpus.rows("val", signal_name, j * n_rows // n, 1) for j in range(i, min(i + micro, n))]
+            tokens, targets = (torch.cat(part) for part in zip(*spread))                 # (micro, T) each
             x, y = tokens.to(machine.device), targets.to(machine.device)
             with machine.autocast():
                 if signal_name == "language":
@@ -251,8 +332,7 @@ def evaluate(model: FLM, corpus: data.Corpus, machine: Machine, rows: int, micro
                     length += int(lengths[targets[targets != IGNORE]].sum())
                 else:
                     logits = model(x)
-                    nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=IGNORE,
-                                                              reduction="sum").item()
+                    nats += loss_sum(logits, y).item()
                     last = (y == angry) | (y == devil)
                     guess = torch.where(logits[..., angry] > logits[..., devil], angry, devil)
                     right, labels = right + int((guess == y)[last].sum()), labels + int(last.sum())
@@ -283,7 +363,7 @@ def gradients(model: FLM, tokens, targets, machine: Machine, micro: int) -> floa
 
     Every micro-batch is divided by the whole batch's count of supervised tokens, so the number of micro-batches changes
     nothing but the rounding, and teacher rows weigh by the labels that they hold."""
-    count, loss = max(1, int((targets != IGNORE).sum())), torch.zeros((), device=machine.device)
+    count, loss = max(1, int((targets != IGNORE).sum())), torch.zeros((), dtype=machine.weights, device=machine.device)
     for x, y in zip(tokens.split(micro), targets.split(micro)):
         x, y = (z.to(machine.device, non_blocking=True) for z in (x, y))
         with machine.autocast():
@@ -293,17 +373,17 @@ def gradients(model: FLM, tokens, targets, machine: Machine, micro: int) -> floa
     return loss.item()
 
 
-def update(model: FLM, optimizer: torch.optim.Optimizer, s: Settings, samples: int, loss: float) -> tuple[float, float]:
-    """Check, clip, set the learning rate, step. Returns (gradient norm before clipping, learning rate)."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip).item()
+def update(model: FLM, optimizer: torch.optim.Optimizer, clip: float, lr: float, loss: float) -> float:
+    """Check, clip, set the learning rate, step; returns the gradient's norm before clipping. Raises NonFinite, with the
+    weights untouched, where the loss or the norm is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NonFinite(f"loss {loss}, gradient norm {norm}")
-    lr = learning_rate(s, samples)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     optimizer.step()
     optimizer.zero_grad()
-    return norm, lr
+    return norm
 
 
 def make_optimizer(model: FLM, s: Settings) -> torch.optim.AdamW:
@@ -326,22 +406,32 @@ def optimizer_tensors(model: FLM, optimizer: torch.optim.AdamW) -> dict[str, tor
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. The run
 
-def open_corpus(s: Settings, config: FLMConfig) -> data.Corpus:
-    """The prepared folder, or the default corpus, prepared on first use. Raises ValueError where ids exceed the vocabulary."""
-    folder = s.data
+def open_corpus(folder: str | None, tokenizer: str, tokenizer_file: str | None, config: FLMConfig) -> data.Corpus:
+    """The prepared folder, or the default corpus, prepared on first use. Raises ValueError where its ids exceed the model's
+    vocabulary."""
+    def check(encoding):
+        if encoding.n_vocab > config.vocab_size:
+            raise ValueError(f"{folder} is made of {encoding.name} tokens, whose ids go up to {encoding.n_vocab - 1}; the model's "
+                             f"vocabulary ends at {config.vocab_size - 1}: add --model vocab_size={-(-encoding.n_vocab // 128) * 128}")
+
     if folder is None:
-        folder = f"corpora/stdlib-{platform.python_version()}-{s.tokenizer}"
+        folder = f"corpora/stdlib-{platform.python_version()}-{tokenizer}"
         if not Path(folder).exists():
+            check(encoding := data.get_tokenizer(tokenizer, tokenizer_file))
             print(f"preparing the default corpus, Python {platform.python_version()}'s own source, in {folder}")
-            data.prepare({"stdlib": data.stdlib_files()}, folder, data.get_tokenizer(s.tokenizer, s.tokenizer_file))
-    corpus = data.Corpus(folder, config.max_seq_len, s.tokenizer_file)
-    if corpus.tokenizer.n_vocab > config.vocab_size:
-        fit = -(-corpus.tokenizer.n_vocab // 128) * 128
-        raise ValueError(f"{folder} is made of {corpus.tokenizer.name} tokens, whose ids go up to {corpus.tokenizer.n_vocab - 1}; the model's "
-                         f"vocabulary ends at {config.vocab_size - 1}: add --model vocab_size={fit}")
-    if s.teacher_fraction and not corpus.n_rows("train", "teacher"):
-        raise ValueError(f"--teacher-fraction {s.teacher_fraction}, but {folder} has no teacher signal: prepare it with --teacher FILE.jsonl")
+            data.prepare({"stdlib": data.stdlib_files()}, folder, encoding)
+    corpus = data.Corpus(folder, config.max_seq_len, tokenizer_file)
+    check(corpus.tokenizer)
+    for split, left_out in corpus.teacher_left_out.items():
+        if left_out:
+            print(f"{folder}: {left_out:,} teacher items ({split}) are longer than {config.max_seq_len} tokens and left out")
     return corpus
+
+
+def same_tokens(corpus: data.Corpus, info: dict, where):
+    if corpus.tokenizer.name != info["tokenizer"]:
+        raise ValueError(f"{corpus.path} is made of {corpus.tokenizer.name} tokens, {where} was trained on {info['tokenizer']}: "
+                         f"prepare the text with --tokenizer {info['tokenizer']}")
 
 
 def run_folder(s: Settings) -> Path:
@@ -354,34 +444,37 @@ def run_folder(s: Settings) -> Path:
     folder = Path(s.out)
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} holds another run: go on with it (--resume {folder}) or choose another folder (--out)")
-    if folder.is_dir() and any(folder.iterdir()) or folder.is_file():
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not a run: choose another folder (--out)")
     return folder
 
 
-def write_json(path: Path, value):
+def replace_file(path: Path, text: str):
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(json.dumps(value, indent=1) + "\n")
+    tmp.write_text(text)
     tmp.replace(path)
 
 
-def read_run(folder: Path) -> tuple[Settings, FLMConfig]:
-    """Settings and model configuration of an existing run."""
+def read_run(folder) -> tuple[Settings, list[dict]]:
+    """Settings and stages of an existing run. Raises ValueError where there is none."""
     try:
-        run = json.loads((folder / "config.json").read_text())
+        run = json.loads((Path(folder) / "config.json").read_text())
         s = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in run["settings"].items()})
-        return s, FLMConfig.from_dict(run["config"])
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} is not the folder of a run: its config.json is missing or unreadable ({error})") from error
+        return s, [{**stage, "config": FLMConfig.from_dict(stage["config"])} for stage in run["stages"]]
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{folder} is not the folder of a run: no readable config.json in it ({error})") from error
+
+
+def write_run(folder: Path, s: Settings, stages: list[dict], machine: Machine):
+    replace_file(folder / "config.json", json.dumps({
+        "settings": dataclasses.asdict(s), "stages": [{**stage, "config": stage["config"].to_dict()} for stage in stages],
+        "machine": machine.why, "torch": torch.__version__, "python": platform.python_version()}, indent=1) + "\n")
 
 
 def cut_log(path: Path, step: int):
     """Drop what the log says of steps after `step`: the run writes them again."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text("".join(kept))
-    tmp.replace(path)
+    replace_file(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
 
 
 @contextlib.contextmanager
@@ -405,18 +498,24 @@ def stop_on_signal():
             signal.signal(number, handler)
 
 
+def resumed_stages(s: Settings) -> list[dict]:
+    """The stages of the run in s.out, with what may change on resume: where it ends, and the peak of the learning rate."""
+    old, stages = read_run(s.out)
+    stages[-1]["end"] += (s.steps - old.steps) * s.batch_size
+    for stage in stages:
+        stage["lr"] = stage["lr"] and stage["lr"] * (s.lr / old.lr)
+    return stages
+
+
 def train(settings: Settings, *, resume: bool = False, stop_at: int | None = None) -> dict:
     """Run, or with `resume` go on with, the job that `settings` describe; returns the last evaluation with "step", "folder"
     and "stopped" (the signal's number, or None). `stop_at` saves and leaves at that step, as a signal would.
 
-    The run is a function of its settings: batches of (seed, samples seen), weights of (seed, name). So N steps straight are k
-    steps, a stop and N-k more, bit for bit on a CPU, and on CUDA with --deterministic."""
-    if resume:
-        folder = Path(settings.out)
-        s, (_, config) = settings, read_run(folder)
-    else:
-        s, config = resolve(settings)
-        folder = run_folder(s)
+    A run is a function of its settings: batches of (seed, samples seen), new weights of (seed, name, growths), masks of
+    the samples seen. So N steps straight are k steps, a stop and N-k more, bit for bit on a CPU, and on CUDA with
+    --deterministic."""
+    s, stages = (settings, resumed_stages(settings)) if resume else resolve(settings)
+    folder = Path(s.out) if resume else run_folder(s)
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # cuBLAS reads no other switch
         torch.use_deterministic_algorithms(True)
@@ -424,89 +523,126 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
         torch.set_num_threads(s.threads)
     machine = pick_machine(s.device, s.dtype)
     s = dataclasses.replace(s, dtype=str(machine.dtype).removeprefix("torch."), out=str(folder))
-    corpus = open_corpus(s, config)
+    corpus = open_corpus(s.data, s.tokenizer, s.tokenizer_file, stages[-1]["config"])
+    if s.teacher_fraction and not corpus.n_rows("train", "teacher"):
+        raise ValueError(f"--teacher-fraction {s.teacher_fraction}, but {corpus.path} has no teacher signal: prepare it with --teacher FILE.jsonl")
 
-    model = FLM(config).to(machine.weights).to(machine.device)
+    # Where the run stands: steps and samples done, the stage, the record of the last growth.
+    source = find_checkpoint(folder if resume else s.init_from) if resume or s.init_from else None
+    info = read_info(source) if source else {"samples": 0, "growth": None, "tokenizer": corpus.tokenizer.name}
+    same_tokens(corpus, info, source)
+    step, k = (info["step"], info["stage"]) if resume else (0, 0)
+    samples, growth = info["samples"], info["growth"]
+    T = corpus.seq_len
+
+    def equip():
+        """What belongs to the model in hand: its optimizer, and the tensors of a checkpoint under their names."""
+        if s.compile:
+            for block in model.layers.values():
+                block.compile()
+        return {"model": dict(model.named_parameters()), "optimizer": optimizer_tensors(model, optimizer)}
+
+    model = FLM(stages[k]["config"]).to(machine.weights).to(machine.device)
     optimizer = make_optimizer(model, s)
-    tensors = {"model": dict(model.named_parameters()), "optimizer": optimizer_tensors(model, optimizer)}
-    step, growth = 0, None
-    if resume:
-        newest = find_checkpoint(folder)
-        info = read_info(newest)
-        read_tensors(newest, tensors)
-        step, growth = info["step"], info["growth"]
-        cut_log(folder / "metrics.jsonl", step)
+    tensors = equip()
+    if source:
+        read_tensors(source, tensors)
+        model.set_masks(growth, growth_mask(growth, samples))
     else:
         muP.init_weights(model, s.seed)
-        folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {"settings": dataclasses.asdict(s), "config": config.to_dict(), "torch": torch.__version__,
-                                        "python": platform.python_version(), "machine": machine.why})
-    model.set_masks(growth, growth_mask(growth, step * s.batch_size))
-    if s.compile:
-        for block in model.layers.values():
-            block.compile()
-
-    micro, T = s.micro_batch or s.batch_size, config.max_seq_len
-    flops = 3 * forward_flops(config, T) * T * s.batch_size
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{'going on with' if resume else 'training'} {folder}: {parameters:,} parameters, {config.n_layers} layers of width {config.d_model}, "
-          f"muP {'on' if config.mup else 'off'}\n"
-          f"  machine   {machine.why}\n"
-          f"  data      {corpus.path}: {corpus.n_rows('train', 'language') * T:,} training tokens ({corpus.tokenizer.name})\n"
-          f"  job       steps {step} to {s.steps} of {s.batch_size} x {T} tokens, learning rate {s.lr:g}: {flops * (s.steps - step) / 1e12:.3g} TFLOP")
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume:
+        cut_log(folder / "metrics.jsonl", step)
+    write_run(folder, s, stages, machine)
 
     def save():
-        write_checkpoint(folder / f"step-{step:08d}", tensors,
-                         {"step": step, "samples": step * s.batch_size, "config": config.to_dict(), "growth": growth, "tokenizer": corpus.tokenizer.name,
-                          "dtype": str(machine.weights).removeprefix("torch."), "torch": torch.__version__})
-        old = sorted(p for p in folder.glob("step-*") if p.suffix != ".tmp")[:-s.keep]
+        write_checkpoint(folder / f"step-{step:08d}", tensors, {
+            "step": step, "samples": samples, "stage": k, "config": model.config.to_dict(), "growth": growth,
+            "tokenizer": corpus.tokenizer.name, "dtype": str(machine.weights).removeprefix("torch."), "torch": torch.__version__})
+        old = sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")[:-s.keep]
         for path in old + list(folder.glob("step-*.tmp")):
             shutil.rmtree(path, ignore_errors=True)
+        return step
 
-    def held_out():
-        model.eval()
-        result = evaluate(model, corpus, machine, s.eval_rows, s.eval_batch or micro)
-        model.train()
-        log.write(json.dumps({"step": step, **result}) + "\n")
+    def note(**values):
+        log.write(json.dumps({"step": step, "samples": samples, **values}) + "\n")
         log.flush()
-        bar.write(f"step {step:>6}: {describe(result)}")
-        return result
 
-    if not resume:
-        save()                                   # a disk that cannot take a checkpoint shows now, not in an hour
+    def held_out(arithmetic=machine):
+        return evaluate(model, corpus, arithmetic, s.eval_rows, s.eval_batch or s.micro_batch or s.batch_size)
+
+    print(describe_run(folder, s, stages, machine, corpus, samples, resume))
     result, saved = {}, step
+    if not resume:
+        try:
+            save()                               # a disk that cannot take a checkpoint shows now, not in an hour
+        except BaseException:                    # there is no run yet: nothing that could be resumed is left behind
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    todo = step + sum(-(-(stage["end"] - max(stage["start"], samples)) // stage["batch_size"]) for stage in stages[k:])
     with open(folder / "metrics.jsonl", "a") as log, stop_on_signal() as asked, \
-            tqdm(total=s.steps, initial=step, unit="step", dynamic_ncols=True) as bar:
-        while step < s.steps and not asked and step != stop_at:
-            start = now(machine.device)
-            tokens, targets = corpus.batch(s.seed, step * s.batch_size, s.batch_size, teacher_fraction=s.teacher_fraction)
-            loss = gradients(model, tokens, targets, machine, micro)
+            tqdm(total=todo, initial=step, unit="step", dynamic_ncols=True) as bar:
+        while step < todo and not asked and step != stop_at:
+            if k + 1 < len(stages) and samples >= stages[k + 1]["start"]:
+                exact = dataclasses.replace(machine, dtype=machine.weights)
+                before, k = held_out(exact), k + 1
+                model, optimizer, growth = grow.grow(model, stages[k]["config"], optimizer, seed=s.seed, growths=k, start=samples,
+                                                     ramp=stages[k]["ramp"], layers=stages[k]["layers"])
+                model.set_masks(growth, growth_mask(growth, samples))
+                tensors, after = equip(), held_out(exact)
+                bar.write(f"step {step:>6}: grown to {describe_model(model)}; held-out loss {before['val_loss']:.4f} before, "
+                          f"{after['val_loss']:.4f} after, {after['val_loss'] - before['val_loss']:+.4f}")
+                note(grown=stages[k]["config"].to_dict(), loss_before=before["val_loss"], loss_after=after["val_loss"])
+            start, B = now(machine.device), stages[k]["batch_size"]
+            tokens, targets = corpus.batch(s.seed, samples, B, teacher_fraction=s.teacher_fraction)
+            loss = gradients(model, tokens, targets, machine, s.micro_batch or B)
             try:
-                norm, lr = update(model, optimizer, s, (step + 1) * s.batch_size, loss)
+                lr = learning_rate(s, stages, samples + B)
+                norm = update(model, optimizer, s.clip, lr, loss)
             except NonFinite as error:
                 if saved != step:
                     save()
                 raise NonFinite(f"step {step + 1} stopped before the optimizer: {error}. The weights from before it are in {folder}.\n"
                                 f"Try a smaller --lr (now {s.lr:g}), a longer --warmup (now {s.warmup} samples), or --dtype float32") from None
-            step += 1
+            flops = training_flops(stages, samples + B) - training_flops(stages, samples)
+            step, samples = step + 1, samples + B
+            if growth and growth["start"] + growth["ramp"] > samples - B:
+                model.set_masks(growth, growth_mask(growth, samples))
             seconds = now(machine.device) - start
-            rate = s.batch_size * T / seconds
-            log.write(json.dumps({"step": step, "samples": step * s.batch_size, "loss": loss, "grad_norm": norm, "lr": lr,
-                                  "supervised": int((targets != IGNORE).sum()), "tokens_per_s": rate,
-                                  "utilisation": flops / seconds / machine.peak}) + "\n")
-            log.flush()
+            note(loss=loss, grad_norm=norm, lr=lr, supervised=int((targets != IGNORE).sum()),
+                 tokens_per_s=B * T / seconds, utilisation=flops / seconds / machine.peak)
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s, MFU {flops / seconds / machine.peak:.0%}")
-            if step % s.save_every == 0 and step < s.steps:
-                save()
-                saved = step
-            if step % s.eval_every == 0 and step < s.steps:
+            bar.set_postfix_str(f"loss {loss:.3f}, {B * T / seconds:,.0f} tok/s, MFU {flops / seconds / machine.peak:.0%}")
+            # First the log, then the checkpoint: who resumes drops what the log says of later steps, and misses nothing.
+            if step % s.eval_every == 0 or step == todo:
                 result = held_out()
+                note(**result)
+                bar.write(f"step {step:>6}: {describe(result)}")
+            if step % s.save_every == 0 or step == todo:
+                saved = save()
         if saved != step:
             save()
-        if step == s.steps:
-            result = held_out()
-    return {**result, "step": step, "folder": str(folder), "stopped": asked[0] if asked else None}
+    return {**result, "step": step, "samples": samples, "folder": str(folder), "stopped": asked[0] if asked and step < todo else None}
+
+
+def describe_model(model: FLM) -> str:
+    c = model.config
+    return f"{c.n_layers} layers of width {c.d_model}, {sum(p.numel() for p in model.parameters()):,} parameters"
+
+
+def describe_run(folder, s, stages, machine, corpus, samples, resume) -> str:
+    T, lines = corpus.seq_len, []
+    for i, stage in enumerate(stages):
+        with torch.device("meta"):
+            model = describe_model(FLM(stage["config"]))
+        lines.append(f"  stage {i + 1}   {model}: samples {stage['start']:,} to {stage['end']:,}")
+    total = training_flops(stages, stages[-1]["end"]) - training_flops(stages, samples)
+    return "\n".join([
+        f"{'going on with' if resume else 'training'} {folder}",
+        f"  machine   {machine.why}",
+        f"  data      {corpus.path}: {corpus.n_rows('train', 'language') * T:,} training tokens ({corpus.tokenizer.name})", *lines,
+        f"  job       batches of {s.batch_size} x {T} tokens, learning rate {s.lr:g}, muP {s.mup}: {total / 1e12:.3g} TFLOP"
+        + (f" left, from sample {samples:,}" if samples else "")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -514,7 +650,10 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
 
 def benchmark(settings: Settings, rounds: int = 5) -> dict:
     """Time training steps on random tokens: the median of a few rounds after two that are not counted."""
-    s, config = resolve(settings)
+    s, stages = resolve(settings)
+    config = stages[-1]["config"]
+    if s.threads:
+        torch.set_num_threads(s.threads)
     machine = pick_machine(s.device, s.dtype)
     model = muP.init_weights(FLM(config), s.seed).to(machine.weights).to(machine.device)
     optimizer = make_optimizer(model, s)
@@ -534,14 +673,17 @@ def benchmark(settings: Settings, rounds: int = 5) -> dict:
             marks.append(now(machine.device))
             spent[0] += marks[-2] - marks[-3]
             spent[1] += marks[-1] - marks[-2]
-        update(model, optimizer, s, B, loss.item())
+        update(model, optimizer, s.clip, s.lr, loss.item())
         spent[2] = now(machine.device) - marks[-1]
         times.append(spent)
     forward, backward, optimize = (statistics.median(column) for column in zip(*times[2:]))
     seconds = forward + backward + optimize
     achieved = 3 * forward_flops(config, T) * B * T / seconds
-    memory = (torch.cuda.max_memory_allocated(machine.device) if machine.device.type == "cuda"
-              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if machine.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(machine.device)
+    else:
+        import resource                          # not on Windows, where all the rest works
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"parameters": sum(p.numel() for p in model.parameters()), "batch_size": B, "seq_len": T, "vocab_size": config.vocab_size,
             "dtype": str(machine.dtype).removeprefix("torch."), "compile": s.compile, "tokens_per_s": round(B * T / seconds, 1),
             "forward_ms": round(forward * 1e3, 2), "backward_ms": round(backward * 1e3, 2), "optimizer_ms": round(optimize * 1e3, 2),
@@ -573,32 +715,35 @@ def make_parser() -> argparse.ArgumentParser:
 
 def resumed(folder: str, given: dict) -> Settings:
     """The settings of the run in `folder`, changed by what was given. Raises ValueError for what a run fixes."""
-    folder = Path(folder)
-    s, _ = read_run(folder)
-    fixed = [f"--{k.replace('_', '-')} {v}: this run has {getattr(s, k)}" for k, v in given.items() if k not in CHANGEABLE and v != getattr(s, k)]
+    s, stages = read_run(folder)
+    fixed = [f"{flag(k)} {v}: this run has {getattr(s, k)}" for k, v in given.items() if k not in CHANGEABLE and v != getattr(s, k)]
     if fixed:
         raise ValueError("a run fixes these, start a new one to change them:\n  " + "\n  ".join(fixed))
-    changed = {k: v for k, v in given.items() if k in CHANGEABLE}
-    step = read_info(find_checkpoint(folder))["step"]
-    if step >= changed.get("steps", s.steps):
-        raise ValueError(f"{folder} has done its {step} steps: ask for more, as in --resume {folder} --steps {2 * step}")
-    for name in ("steps", "lr", "min_lr"):
-        if name in changed and changed[name] != getattr(s, name):
-            print(f"--{name.replace('_', '-')} was {getattr(s, name)}, is {changed[name]}: the learning rate follows the new schedule from here on")
-    return resolve(dataclasses.replace(s, out=str(folder), **changed))[0]
+    changed = {k: v for k, v in given.items() if v != getattr(s, k)}
+    info = read_info(find_checkpoint(folder))
+    s = dataclasses.replace(s, out=str(folder), **changed)
+    if problems := violations(s):
+        raise ValueError("\n".join(problems))
+    if info["samples"] >= resumed_stages(s)[-1]["end"]:
+        raise ValueError(f"{folder} has done its {info['step']} steps: ask for more, as in --resume {folder} --steps {2 * info['step']}")
+    for name in {"steps", "lr", "min_lr"} & set(changed):
+        print(f"{flag(name)} is now {changed[name]}: the learning rate follows the new schedule from here on")
+    return s
 
 
 def eval_only(checkpoint: str, given: dict) -> dict:
     path = find_checkpoint(checkpoint)
-    model, info = load_model(path, pick_device(given.get("device", "auto")))
     run = path.parent if (path.parent / "config.json").exists() else None
-    s = dataclasses.replace(read_run(run)[0] if run else Settings(tokenizer=info["tokenizer"]), **given)
+    s = dataclasses.replace(read_run(run)[0] if run else Settings(batch_size=16), **given)
+    if problems := violations(s):
+        raise ValueError("\n".join(problems))
+    if s.threads:
+        torch.set_num_threads(s.threads)
     machine = pick_machine(s.device, s.dtype)
-    corpus = open_corpus(dataclasses.replace(s, teacher_fraction=0.0), model.config)
-    if corpus.tokenizer.name != info["tokenizer"]:
-        raise ValueError(f"{corpus.path} is made of {corpus.tokenizer.name} tokens, {path} was trained on {info['tokenizer']}: prepare the text "
-                         f"with --tokenizer {info['tokenizer']}")
-    result = evaluate(model.eval(), corpus, machine, s.eval_rows, s.eval_batch or s.micro_batch or s.batch_size or 16)
+    model, info = load_model(path, machine.device)
+    corpus = open_corpus(s.data, s.tokenizer if run or "tokenizer" in given else info["tokenizer"], s.tokenizer_file, model.config)
+    same_tokens(corpus, info, path)
+    result = evaluate(model.to(machine.weights), corpus, machine, s.eval_rows, s.eval_batch or s.micro_batch or s.batch_size)
     print(f"{path}, on {corpus.path}, in {str(machine.dtype).removeprefix('torch.')}: {describe(result)}")
     return result
 
@@ -658,3 +803,6 @@ if __name__ == "__main__":
     except NonFinite as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:                    # before the first step, or a second Ctrl-C
+        print("train.py: interrupted; what was saved before is whole", file=sys.stderr)
+        sys.exit(130)

@@ -12,4 +12,4 @@ sys.path.insert(0, str(ROOT))
 hypothesis.settings.register_profile("repository", deadline=None, derandomize=True, print_blob=True,
                                      suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("repository")
-torch.set_num_threads(2)
+torch.set_num_threads(1)      # tiny models; and the tests of several cores at once do not fight

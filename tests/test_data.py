@@ -24,20 +24,20 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
-from data import EMOJI, IGNORE, Corpus, get_tokenizer, prepare  # noqa: E402
+import data
+from data import EMOJI, IGNORE, Corpus, get_tokenizer, prepare
 
 ROOT = Path(data.__file__).parent
 BYTES = get_tokenizer("bytes")
-unhurried = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+# Fixtures here are read, never changed, by the examples that share them.
+unhurried = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="session")
 def cl100k():
     if os.environ.get("FLM_CL100K_FILE"):
         return get_tokenizer("cl100k_base", os.environ["FLM_CL100K_FILE"])
-    with mock.patch.object(data, "download", side_effect=OSError):
+    with mock.patch.object(requests, "get", side_effect=requests.ConnectionError):
         try:
             return get_tokenizer("cl100k_base")
         except ValueError:
@@ -150,7 +150,7 @@ def test_cl100k_from_a_file_is_tiktokens_own(cl100k, cl100k_file, tmp_path, monk
     cache = tmp_path / "cache"
     cache.mkdir()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-    monkeypatch.setattr(data, "download", lambda url: pytest.fail("asked the network"))
+    monkeypatch.setattr(requests, "get", lambda *_, **__: pytest.fail("asked the network"))
     from_file = get_tokenizer("cl100k_base", cl100k_file)
     assert list(cache.iterdir()) == []
     url = "https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"
@@ -216,7 +216,8 @@ def slow_cuts(text, cut, cut_at_last):
 
 
 @unhurried
-@given(st.text(alphabet="aé中1_ .\n\r\t", max_size=400), st.lists(st.integers(1, 60)))
+@given(st.lists(st.sampled_from(["a", "中", "1", "_", " ", ".", "\n", "\na", "\n ", "\n1", "b" * 7, "c" * 30]), max_size=120)
+       .map("".join), st.lists(st.integers(1, 60)))
 def test_cutting_follows_the_rule_however_the_text_arrives(text, blocks):
     """Text that arrives in blocks of any sizes is cut as the whole text is, by the stated rule; nothing gets lost."""
     with mock.patch.object(data, "CUT", 16), mock.patch.object(data, "CUT_AT_LAST", 64):
@@ -546,7 +547,7 @@ items_strategy = st.lists(st.fixed_dictionaries({
     "label": st.sampled_from([0, 1])}), min_size=2, max_size=25)
 
 
-@settings(unhurried, max_examples=40)
+@settings(unhurried, max_examples=25)
 @given(items=items_strategy, T=st.integers(16, 60))
 def test_teacher_rows_against_a_slow_packer(tokenizer, items, T):
     """An independent packer, item by item with lists, gives the same rows and targets. What is supervised decodes to
@@ -581,7 +582,7 @@ def test_teacher_rows_against_a_slow_packer(tokenizer, items, T):
                 else:
                     rows.append([part])
             expected[split] = rows
-        if not all(expected.values()):
+        if not expected["train"]:
             with pytest.raises(ValueError, match="all of them longer"):
                 Corpus(out, T)
             return
@@ -590,6 +591,8 @@ def test_teacher_rows_against_a_slow_packer(tokenizer, items, T):
         n_emoji = len(tokenizer.encode_ordinary(EMOJI[0]))
         for split, rows in expected.items():
             assert corpus.n_rows(split, "teacher") == len(rows)
+            if not rows:
+                continue
             tokens, targets = corpus.rows(split, "teacher", 0, len(rows))
             for row, got, target in zip(rows, tokens.tolist(), targets.tolist()):
                 flat = sum(row, [])
@@ -672,7 +675,8 @@ def test_opening_what_is_not_there_or_damaged(tmp_path):
     refused("seq_len is 0", T=0)
     n = meta["sources"][0]["train"]["tokens"]
     refused(f"takes 100,001 tokens, but\n.*'s' has {n:,} tokens to train on\n.*held-out text has", T=100_000)
-    for contents in (whole[:len(whole) // 2], whole[:-1], whole + b"\0\0", whole[:10], b""):
+    other_count = whole[:16] + (n + 1).to_bytes(8, "little") + whole[24:]
+    for contents in (whole[:len(whole) // 2], whole[:-1], whole + b"\0\0", other_count, whole[:10], b""):
         shard.write_bytes(contents)
         refused("cut off|not a token shard")
     shard.write_bytes(b"x" * len(whole))
@@ -693,7 +697,7 @@ def test_bad_batches(mixed, tmp_path):
     """Numbers that do not fit together are refused, all at once; so is a teacher signal that is not there."""
     with pytest.raises(ValueError) as error:
         mixed.batch(0, -1, 10, rank=3, ranks=3, teacher_fraction=2)
-    for expected in ("batch_size 10", "rank is 3", "seen is -1", "teacher_fraction is 2"):
+    for expected in ("batch_size is 10", "rank is 3", "seen is -1", "teacher_fraction is 2"):
         assert expected in str(error.value)
     out, _ = make(tmp_path, {"s": words(50)})
     plain = Corpus(out, 16)
@@ -771,10 +775,13 @@ def test_command_line_from_text_to_rows(tmp_path):
     done = command("show", "made", "--teacher-fraction", "0.5", "--rows", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "sample 1, teacher signal" in done.stdout and "\\u27e6\\U0001f6" in done.stdout
-    for arguments in (("prepare", "absent.txt", "--out", "x"), ("show", "absent"), ("prepare",)):
-        done = command(*arguments, cwd=tmp_path)
-        assert done.returncode == 2 and "Traceback" not in done.stderr and 0 < len(done.stderr.splitlines()) < 20
-        assert not done.stdout
+    done = command("prepare", "absent.txt", "--out", "x", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "absent.txt" in done.stderr and not done.stdout and not (tmp_path / "x").exists()
+    for wrong in ([], ["prepare"], ["show"], ["prepare", "a", "--out", "x", "--val-fraction", "much"]):
+        with pytest.raises(SystemExit) as left:
+            data.main(wrong)
+        assert left.value.code == 2
 
 
 def test_show_marks_what_is_supervised(mixed, capsys, monkeypatch):
