@@ -166,6 +166,21 @@ PRESETS = {
 }
 
 
+def parse_fields(words) -> tuple[dict, list[str]]:
+    """Words FIELD=VALUE from a command line -> ({field: value}, what is wrong with the others)."""
+    names, changes, problems = [field.name for field in dataclasses.fields(FLMConfig)], {}, []
+    for word in words:
+        name, equals, value = word.partition("=")
+        try:
+            if name not in names or not equals:
+                problems.append(f"{word}: not FIELD=VALUE; the fields are {', '.join(names)}")
+            else:
+                changes[name] = json.loads(value.lower())
+        except json.JSONDecodeError:
+            problems.append(f"{word}: {value!r} is no number, true or false")
+    return changes, problems
+
+
 def preset(name: str) -> FLMConfig:
     """The preset of that name. Raises ValueError with the nearest names."""
     if name not in PRESETS:

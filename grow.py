@@ -47,7 +47,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from tqdm import tqdm
 
 import muP
-from flm import (FLM, FLMConfig, PRESETS, find_checkpoint, forward_flops, growth_mask, preset, read_info, read_tensors,
+from flm import (FLM, FLMConfig, PRESETS, find_checkpoint, forward_flops, growth_mask, parse_fields, preset, read_info, read_tensors,
                  write_checkpoint)
 
 
@@ -186,11 +186,11 @@ def grow_tensor(name: str, old: torch.Tensor | None, old_config: FLMConfig, new_
     ".step" after it for AdamW's state. New weights come from draw(new_config, parameter, shape, seed, growths), as at
     initialisation of the larger model; any other function will do. Returns the old dtype and device, or fp32 on the CPU.
 
-    AdamW's state (the public MSG code does the same): the old block copied, zeros elsewhere, `step` kept. A copied layer
-    takes its source's, a fresh one zeros and step 0. A new entry's first steps are then large: with the bias correction long
-    over, 1 step gives 0.1 g / sqrt(0.05 g^2) = 0.45 of the learning rate, 20 alike steps 1.1 of it, where a trained weight's noisy
-    gradients give perhaps a tenth. So the learning rate warms up again after a growth (the paper: 230,400 samples).
-    moments="mean" instead starts new exp_avg_sq entries at the old block's mean: it makes those steps small from the start.
+    AdamW's state: the old block copied, zeros elsewhere, `step` kept, as in the public MSG code; a copied layer takes its
+    source's (ours), a fresh one zeros and step 0. With the bias correction long over, a new entry's first step is then
+    0.1 g / sqrt(0.05 g^2) = 0.45 of the learning rate, and 1.1 after 20 alike ones: near the most that AdamW ever does. So the
+    learning rate warms up again after a growth (the paper: 230,400 samples). moments="mean" instead starts new exp_avg_sq entries
+    at the old block's mean, which makes those first steps small.
 
     Raises ValueError where the old tensor's shape is not that of old_config."""
     parameter, _, state = name.rpartition(".") if name.rpartition(".")[2] in ("exp_avg", "exp_avg_sq", "step") else (name, "", "")
@@ -536,18 +536,9 @@ def target_config(words: list[str], old: FLMConfig) -> FLMConfig:
             old = FLMConfig.from_dict(values.get("config", values))
         else:
             old = preset(first)
-    fields, changes, problems = {field.name for field in dataclasses.fields(FLMConfig)}, {}, []
-    for word in words:
-        name, equals, value = word.partition("=")
-        try:
-            if name not in fields or not equals:
-                problems.append(f"--to {word}: not FIELD=VALUE; the fields are {', '.join(sorted(fields))}")
-            else:
-                changes[name] = json.loads(value.lower())
-        except json.JSONDecodeError:
-            problems.append(f"--to {word}: {value!r} is no number, true or false")
+    changes, problems = parse_fields(words)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(f"--to {problem}" for problem in problems))
     return old.replace(**changes)
 
 

@@ -44,8 +44,8 @@ from tqdm import tqdm
 import data
 import grow
 import muP
-from flm import (FLM, FLMConfig, IGNORE, find_checkpoint, forward_flops, growth_mask, load_model, loss_sum, pick_device,
-                 preset, read_info, read_tensors, sample, write_checkpoint)
+from flm import (FLM, FLMConfig, IGNORE, find_checkpoint, forward_flops, growth_mask, load_model, loss_sum, parse_fields,
+                 pick_device, preset, read_info, read_tensors, sample, write_checkpoint)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,11 +111,10 @@ DEMO_STAGES = [                                  # the paper's recipe in miniatu
 # "flm-...": the paper's Table 1 (steps inferred: tokens / batch). The others: ours, found by trying.
 RECIPES = {
     "demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800, "stages": DEMO_STAGES},
-    "flm-proxy": {"steps": 52_000, "batch_size": 2304, "lr": 4e-4, "warmup": 4_608_000},
-    "flm-16b": {"steps": 52_000, "batch_size": 2304, "lr": 4e-4, "warmup": 4_608_000},
-    "flm-51b": {"steps": 8_400, "batch_size": 2304, "lr": 3.4e-4, "warmup": 230_400},
-    "flm-101b": {"steps": 6_000, "batch_size": 2160, "lr": 2e-4, "warmup": 230_400},
+    **{stage["preset"]: {"steps": round(stage["tokens"] / stage["batch_size"] / 2048),
+                         **{k: stage[k] for k in ("batch_size", "lr", "warmup")}} for stage in grow.PAPER_STAGES},
 }
+RECIPES["flm-proxy"] = RECIPES["flm-16b"]        # what the paper's search on the proxy was for
 
 
 def flag(name: str) -> str:
@@ -148,24 +147,15 @@ def resolve(settings: Settings) -> tuple[Settings, list[dict]]:
     config, seen = preset(settings.preset), 0
     recipe = {k: v for k, v in RECIPES[settings.preset].items() if k != "stages" and getattr(settings, k) is None}
     s = dataclasses.replace(settings, **recipe)
-    problems, changes = [], {"mup": s.mup == "on"}
-    fields = [f.name for f in dataclasses.fields(FLMConfig)]
-    for text in s.model:
-        name, _, value = text.partition("=")
-        if name not in fields:
-            problems.append(f"--model {text}: there is no field {name!r}; there are {', '.join(fields)}")
-            continue
-        try:
-            changes[name] = json.loads(value.lower())
-        except json.JSONDecodeError:
-            problems.append(f"--model {text}: {value!r} is no number, true or false")
+    changes, problems = parse_fields(s.model)
+    problems = [f"--model {problem}" for problem in problems]
     try:
-        config = config.replace(**changes)
+        config = config.replace(**{"mup": s.mup == "on", **changes})
         if s.init_from:
             info = read_info(find_checkpoint(s.init_from))
             config, seen = FLMConfig.from_dict(info["config"]), info["samples"]
             if s.model:
-                problems.append(f"--model {' '.join(s.model)}: --init-from brings its own model (grow it with grow.py apply)")
+                problems.append(f"--model {' '.join(s.model)}: --init-from brings its own model (grow.py apply grows it)")
     except ValueError as error:
         problems.append(str(error))
 
@@ -216,18 +206,27 @@ def plan_stages(s: Settings, config: FLMConfig, seen: int = 0) -> list[dict]:
 
 
 def learning_rate(s: Settings, stages: list[dict], samples: int) -> float:
-    """At the end of the step that brings the run to `samples`: a straight warm-up, then half a cosine that ends at min_lr of
-    the peak with the last sample. The paper's stages "adhere to the same schedule" (section 2.4): a growth leaves the
-    cosine where it is, or sets it to the stage's own "lr", after a short warm-up of its own."""
-    def cosine(at):
-        first, end = stages[0]["start"] + stages[0]["warmup"], stages[-1]["end"]
-        progress = min(1.0, max(0.0, (at - first) / max(1, end - first)))
-        return s.min_lr + (1 - s.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    """At the end of the step that brings the run to `samples`: a straight warm-up, then half a cosine that ends with the last
+    sample at min_lr of the peak.
 
-    begun = [stage for stage in stages if stage["start"] < samples]
-    anchor = [stage for stage in begun if stage["lr"] is not None][-1]
-    lr, since, warmup = anchor["lr"] * cosine(samples) / cosine(anchor["start"]), samples - begun[-1]["start"], begun[-1]["warmup"]
-    return lr * since / warmup if since < warmup else lr
+    The paper's stages "approximately inherit the previous learning rate and adhere to the same schedule" (section 2.4): a
+    stage without an "lr" leaves the cosine alone, one with a lower "lr" makes it slower or faster, so that it comes by there at
+    the stage's start, and one with the same or a higher "lr" sets it back to there. Each stage may warm up again."""
+    named = [stage for stage in stages if stage["lr"] is not None]
+    peak, floor = max(stage["lr"] for stage in named), s.min_lr
+
+    def phase(lr):                               # where on the cosine, from 0 to 1, that learning rate is
+        share = (lr / peak - floor) / (1 - floor) if floor < 1 else 1.0
+        return math.acos(max(-1.0, min(1.0, 2 * share - 1))) / math.pi
+
+    i = max(i for i, stage in enumerate(named) if i == 0 or stage["start"] < samples)
+    begin, a, end, b = named[i]["start"] + (0 if i else named[0]["warmup"]), phase(named[i]["lr"]), stages[-1]["end"], 1.0
+    if i + 1 < len(named) and phase(named[i + 1]["lr"]) > a:
+        end, b = named[i + 1]["start"], phase(named[i + 1]["lr"])
+    done = min(1.0, max(0.0, (samples - begin) / max(1, end - begin)))
+    lr = peak * (floor + (1 - floor) * (1 + math.cos(math.pi * (a + (b - a) * done))) / 2)
+    stage = [stage for stage in stages if stage["start"] < samples][-1]
+    return lr * min(1.0, (samples - stage["start"]) / max(1, stage["warmup"]))
 
 
 def training_flops(stages: list[dict], samples: int) -> int:
@@ -240,8 +239,9 @@ def training_flops(stages: list[dict], samples: int) -> int:
 # 3. The machine
 
 # Dense bf16 peaks in FLOP/s, from the makers' data sheets; the longest name that a card's own name contains counts.
-PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "B200": 2250e12,
-         "A10": 125e12, "A40": 150e12, "A6000": 155e12, "L4": 121e12, "L40": 181e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "H100 PCIe": 756e12,
+         "B200": 2250e12, "A10": 125e12, "A40": 150e12, "A6000": 155e12, "L4": 121e12, "L40": 181e12, "L40S": 362e12,
+         "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 2048) -> float:
@@ -300,8 +300,8 @@ def pick_machine(device: str, dtype: str) -> Machine:
         dtype = "bfloat16" if faster > 1.3 else "float32"
         reason = f" (a bf16 matrix product runs at {faster:.1f} times the rate of an fp32 one)"
     peak = rates.get(dtype) or matmul_rate(device, getattr(torch, dtype), 1024)
-    return Machine(device, getattr(torch, dtype), peak, f"cpu with {torch.get_num_threads()} threads, {dtype}{reason}; utilisation is "
-                   f"against {peak / 1e9:.0f} GFLOP/s, a matrix product measured just now")
+    return Machine(device, getattr(torch, dtype), peak, f"cpu with {torch.get_num_threads()} threads, {dtype}{reason}; "
+                   f"utilisation is against {peak / 1e9:.0f} GFLOP/s, a matrix product measured just now")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,7 +347,8 @@ def evaluate(model: FLM, corpus: data.Corpus, machine: Machine, rows: int, micro
 def describe(result: dict) -> str:
     text = f"held-out loss {result['val_loss']:.4f} nats per token, {result['val_bpb']:.4f} bits per byte"
     if "teacher_loss" in result:
-        text += f"; teacher {result['teacher_loss']:.4f} nats per label token, {result['teacher_accuracy']:.1%} of {result['teacher_labels']} labels right"
+        text += (f"; teacher {result['teacher_loss']:.4f} nats per label token, "
+                 f"{result['teacher_accuracy']:.1%} of {result['teacher_labels']} labels right")
     return text
 
 
@@ -411,8 +412,9 @@ def open_corpus(folder: str | None, tokenizer: str, tokenizer_file: str | None, 
     vocabulary."""
     def check(encoding):
         if encoding.n_vocab > config.vocab_size:
-            raise ValueError(f"{folder} is made of {encoding.name} tokens, whose ids go up to {encoding.n_vocab - 1}; the model's "
-                             f"vocabulary ends at {config.vocab_size - 1}: add --model vocab_size={-(-encoding.n_vocab // 128) * 128}")
+            raise ValueError(f"{folder} is made of {encoding.name} tokens, whose ids go up to {encoding.n_vocab - 1}; the "
+                             f"model's vocabulary ends at {config.vocab_size - 1}: add --model vocab_size="
+                             f"{-(-encoding.n_vocab // 128) * 128}")
 
     if folder is None:
         folder = f"corpora/stdlib-{platform.python_version()}-{tokenizer}"
@@ -525,7 +527,8 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
     s = dataclasses.replace(s, dtype=str(machine.dtype).removeprefix("torch."), out=str(folder))
     corpus = open_corpus(s.data, s.tokenizer, s.tokenizer_file, stages[-1]["config"])
     if s.teacher_fraction and not corpus.n_rows("train", "teacher"):
-        raise ValueError(f"--teacher-fraction {s.teacher_fraction}, but {corpus.path} has no teacher signal: prepare it with --teacher FILE.jsonl")
+        raise ValueError(f"--teacher-fraction {s.teacher_fraction}, but {corpus.path} has no teacher signal: prepare it with "
+                         f"--teacher FILE.jsonl")
 
     # Where the run stands: steps and samples done, the stage, the record of the last growth.
     source = find_checkpoint(folder if resume else s.init_from) if resume or s.init_from else None
@@ -558,7 +561,8 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
     def save():
         write_checkpoint(folder / f"step-{step:08d}", tensors, {
             "step": step, "samples": samples, "stage": k, "config": model.config.to_dict(), "growth": growth,
-            "tokenizer": corpus.tokenizer.name, "dtype": str(machine.weights).removeprefix("torch."), "torch": torch.__version__})
+            "tokenizer": corpus.tokenizer.name, "dtype": str(machine.weights).removeprefix("torch."),
+            "torch": torch.__version__})
         old = sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")[:-s.keep]
         for path in old + list(folder.glob("step-*.tmp")):
             shutil.rmtree(path, ignore_errors=True)
@@ -586,8 +590,9 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
             if k + 1 < len(stages) and samples >= stages[k + 1]["start"]:
                 exact = dataclasses.replace(machine, dtype=machine.weights)
                 before, k = held_out(exact), k + 1
-                model, optimizer, growth = grow.grow(model, stages[k]["config"], optimizer, seed=s.seed, growths=k, start=samples,
-                                                     ramp=stages[k]["ramp"], layers=stages[k]["layers"])
+                model, optimizer, growth = grow.grow(
+                    model, stages[k]["config"], optimizer, seed=s.seed, growths=(growth or {"growths": 0})["growths"] + 1,
+                    start=samples, ramp=stages[k]["ramp"], layers=stages[k]["layers"])
                 model.set_masks(growth, growth_mask(growth, samples))
                 tensors, after = equip(), held_out(exact)
                 bar.write(f"step {step:>6}: grown to {describe_model(model)}; held-out loss {before['val_loss']:.4f} before, "
@@ -602,8 +607,9 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
             except NonFinite as error:
                 if saved != step:
                     save()
-                raise NonFinite(f"step {step + 1} stopped before the optimizer: {error}. The weights from before it are in {folder}.\n"
-                                f"Try a smaller --lr (now {s.lr:g}), a longer --warmup (now {s.warmup} samples), or --dtype float32") from None
+                raise NonFinite(f"step {step + 1} stopped before the optimizer: {error}. The weights from before it are in "
+                                f"{folder}.\nTry a smaller --lr (now {s.lr:g}), a longer --warmup (now {s.warmup} samples), or "
+                                f"--dtype float32") from None
             flops = training_flops(stages, samples + B) - training_flops(stages, samples)
             step, samples = step + 1, samples + B
             if growth and growth["start"] + growth["ramp"] > samples - B:
@@ -640,7 +646,8 @@ def describe_run(folder, s, stages, machine, corpus, samples, resume) -> str:
     return "\n".join([
         f"{'going on with' if resume else 'training'} {folder}",
         f"  machine   {machine.why}",
-        f"  data      {corpus.path}: {corpus.n_rows('train', 'language') * T:,} training tokens ({corpus.tokenizer.name})", *lines,
+        f"  data      {corpus.path}: {corpus.n_rows('train', 'language') * T:,} training tokens ({corpus.tokenizer.name})",
+        *lines,
         f"  job       batches of {s.batch_size} x {T} tokens, learning rate {s.lr:g}, muP {s.mup}: {total / 1e12:.3g} TFLOP"
         + (f" left, from sample {samples:,}" if samples else "")])
 
@@ -684,16 +691,18 @@ def benchmark(settings: Settings, rounds: int = 5) -> dict:
     else:
         import resource                          # not on Windows, where all the rest works
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "batch_size": B, "seq_len": T, "vocab_size": config.vocab_size,
-            "dtype": str(machine.dtype).removeprefix("torch."), "compile": s.compile, "tokens_per_s": round(B * T / seconds, 1),
-            "forward_ms": round(forward * 1e3, 2), "backward_ms": round(backward * 1e3, 2), "optimizer_ms": round(optimize * 1e3, 2),
-            "peak_memory_gib": round(memory / 2 ** 30, 3), "achieved_gflops": round(achieved / 1e9, 1), "peak_gflops": round(machine.peak / 1e9, 1),
-            "utilisation": round(achieved / machine.peak, 4), "machine": machine.why, "torch": torch.__version__}
+    return {"parameters": sum(p.numel() for p in model.parameters()), "batch_size": B, "seq_len": T,
+            "vocab_size": config.vocab_size, "dtype": str(machine.dtype).removeprefix("torch."), "compile": s.compile,
+            "tokens_per_s": round(B * T / seconds, 1), "forward_ms": round(forward * 1e3, 2),
+            "backward_ms": round(backward * 1e3, 2), "optimizer_ms": round(optimize * 1e3, 2),
+            "peak_memory_gib": round(memory / 2 ** 30, 3), "achieved_gflops": round(achieved / 1e9, 1),
+            "peak_gflops": round(machine.peak / 1e9, 1), "utilisation": round(achieved / machine.peak, 4),
+            "machine": machine.why, "torch": torch.__version__}
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train.py", description="Train FLM-101B's model. With no arguments: a small one, on Python's own "
-                                     "source, in a few minutes.", argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(prog="train.py", argument_default=argparse.SUPPRESS, description="Train FLM-101B's model. "
+                                     "With no arguments: a small one, on Python's own source, in a few minutes.")
     for field in dataclasses.fields(Settings):
         flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
         extra = {k: v for k, v in field.metadata.items() if k != "help"}
@@ -707,7 +716,8 @@ def make_parser() -> argparse.ArgumentParser:
             parser.add_argument(flag, type=kind, help=text + default, **extra)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    modes.add_argument("--eval-only", metavar="CHECKPOINT", help="print the held-out loss of a checkpoint (on --data, or its run's own)")
+    modes.add_argument("--eval-only", metavar="CHECKPOINT",
+                       help="print the held-out loss of a checkpoint (on --data, or its run's own)")
     modes.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "FILE"), help="write a checkpoint's weights into one file")
     modes.add_argument("--benchmark", action="store_true", help="time training steps; prints one JSON object")
     return parser
@@ -716,7 +726,8 @@ def make_parser() -> argparse.ArgumentParser:
 def resumed(folder: str, given: dict) -> Settings:
     """The settings of the run in `folder`, changed by what was given. Raises ValueError for what a run fixes."""
     s, stages = read_run(folder)
-    fixed = [f"{flag(k)} {v}: this run has {getattr(s, k)}" for k, v in given.items() if k not in CHANGEABLE and v != getattr(s, k)]
+    fixed = [f"{flag(k)} {v}: this run has {getattr(s, k)}" for k, v in given.items()
+             if k not in CHANGEABLE and v != getattr(s, k)]
     if fixed:
         raise ValueError("a run fixes these, start a new one to change them:\n  " + "\n  ".join(fixed))
     changed = {k: v for k, v in given.items() if v != getattr(s, k)}
@@ -725,7 +736,8 @@ def resumed(folder: str, given: dict) -> Settings:
     if problems := violations(s):
         raise ValueError("\n".join(problems))
     if info["samples"] >= resumed_stages(s)[-1]["end"]:
-        raise ValueError(f"{folder} has done its {info['step']} steps: ask for more, as in --resume {folder} --steps {2 * info['step']}")
+        raise ValueError(f"{folder} has done its {info['step']} steps: ask for more, as in --resume {folder} "
+                         f"--steps {2 * info['step']}")
     for name in {"steps", "lr", "min_lr"} & set(changed):
         print(f"{flag(name)} is now {changed[name]}: the learning rate follows the new schedule from here on")
     return s
@@ -753,7 +765,8 @@ def export(checkpoint: str, file: str):
     model, info = load_model(checkpoint)
     tmp = Path(file + ".tmp")
     try:
-        torch.save({"info": {k: v for k, v in info.items() if k != "files"}, "model": {k: p.detach() for k, p in model.named_parameters()}}, tmp)
+        torch.save({"info": {k: v for k, v in info.items() if k != "files"},
+                    "model": {k: p.detach() for k, p in model.named_parameters()}}, tmp)
         tmp.replace(file)
     except (OSError, RuntimeError) as error:
         tmp.unlink(missing_ok=True)
@@ -781,16 +794,18 @@ def main(argv=None) -> int:
     result = train(settings, resume="resume" in modes)
     folder = shlex.quote(result["folder"])
     if result["stopped"]:
-        print(f"stopped by {signal.Signals(result['stopped']).name} after step {result['step']}, saved; to go on:\n  python train.py --resume {folder}")
+        print(f"stopped by {signal.Signals(result['stopped']).name} after step {result['step']}, saved; to go on:\n"
+              f"  python train.py --resume {folder}")
         return 128 + result["stopped"]
     print(f"done in {time.perf_counter() - start:.0f} s. A sample, from the start of a new document:\n")
     model, info = load_model(result["folder"])
     sample(model, info, [""], max_new_tokens=min(400, model.config.max_seq_len - 1), temperature=0.8, stream=sys.stdout,
            tokenizer_file=settings.tokenizer_file)
     print(f"\nWhat next?\n"
-          f"  python flm.py sample {folder} --prompt \"def \"                 let it continue your words\n"
-          f"  python train.py --resume {folder} --steps {2 * result['step']}                train it twice as long\n"
-          f"  python data.py prepare mine.txt --out corpora/mine && python train.py --data corpora/mine      train on your own text")
+          f"  let it continue your words      python flm.py sample {folder} --prompt \"def \"\n"
+          f"  train it twice as long          python train.py --resume {folder} --steps {2 * result['step']}\n"
+          f"  train on your own text          python data.py prepare mine.txt --out corpora/mine\n"
+          f"                                  python train.py --data corpora/mine")
     return 0
 
 
