@@ -28,6 +28,7 @@ import difflib
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import warnings
@@ -172,8 +173,10 @@ def parse_fields(words) -> tuple[dict, list[str]]:
     for word in words:
         name, equals, value = word.partition("=")
         try:
-            if name not in names or not equals:
-                problems.append(f"{word}: not FIELD=VALUE; the fields are {', '.join(names)}")
+            if not equals:
+                problems.append(f"{word}: not FIELD=VALUE")
+            elif name not in names:
+                problems.append(f"{word}: there is no field {name!r}; there are {', '.join(names)}")
             else:
                 changes[name] = json.loads(value.lower())
         except json.JSONDecodeError:
@@ -666,7 +669,7 @@ def read_info(path: Path) -> dict:
     broken = [f"{name}: {size:,} bytes expected, " + (f"{(path / name).stat().st_size:,} found" if (path / name).is_file() else "missing")
               for name, size in info["files"].items() if not (path / name).is_file() or (path / name).stat().st_size != size]
     if broken:
-        raise ValueError(f"{path} is cut off or damaged:\n  " + "\n  ".join(broken) + "\nuse another step folder of that run")
+        raise ValueError(f"{path} is cut off or damaged:\n  " + "\n  ".join(broken) + f"\nto go on from the checkpoint before it, remove this one: rm -r {shlex.quote(str(path))}")
     return info
 
 

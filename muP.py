@@ -58,7 +58,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from flm import FLM, FLMConfig, loss_sum, preset
+from flm import FLM, FLMConfig, loss_sum, parse_fields, preset
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,8 +220,8 @@ def spread(sizes: dict[int, list[dict]]) -> tuple[float, str, int]:
 def run_coord_check(args):
     """`python muP.py coord-check`. The exit code is 1 where muP is not flat."""
     if len(set(args.widths)) < 2 or args.steps < 1 or args.batch_size < 1 or args.threads < 1:
-        raise ValueError(f"--widths {args.widths}, --steps {args.steps}, --batch-size {args.batch_size}, --threads {args.threads}: the check needs at least 2 widths, "
-                         f"1 step, 1 row and 1 thread")
+        raise ValueError(f"--widths {args.widths}, --steps {args.steps}, --batch-size {args.batch_size}, --threads {args.threads}: "
+                         f"the check needs at least 2 widths, 1 step, 1 row and 1 thread")
     torch.set_num_threads(args.threads)
     config, (low, *_, high) = model_config(args.model), sorted(set(args.widths))
     sizes = coord_check(config, args.widths, text_batch(args.batch_size, config.max_seq_len, config.vocab_size), args.lr, args.steps, args.seeds)
@@ -236,7 +236,8 @@ def run_coord_check(args):
         print(f"{name}: two widths differ by a factor of {factor:.2f} at most ({layer}, step {step})")
     flat = worst["muP"][0] <= FLAT
     print(f"muP is {'flat' if flat else 'NOT flat'}: the tolerance is a factor of {FLAT} (logits at step 0 exempt: they shrink as 1/sqrt(m))")
-    write_json(args.json, {"lr": args.lr, "seeds": args.seeds, "model": config.to_dict(), "torch": torch.__version__, "sizes": sizes, "worst": worst, "flat": flat})
+    write_json(args.json, {"lr": args.lr, "seeds": args.seeds, "model": config.to_dict(), "torch": torch.__version__, "sizes": sizes,
+                           "worst": worst, "flat": flat})
     if args.plot:
         plot(args.plot, 4, [(f"{name}, {layer}", "width", "mean |activation|", {f"step {step}": (list(by), [by[w][step][layer] for w in by])
              for step in range(args.steps + 1)}) for name, by in sizes.items() for layer in ("q", "ff.up", "block", "logits")])
@@ -257,7 +258,7 @@ class Run:
     folder: Path
     asked: dict               # settings and model configuration together
     config: FLMConfig
-    N: int                    # every parameter, the embedding among them
+    N: int                    # every parameter, a tied head once; muScaling's counts have the embedding in them too
     val: float | None         # nats per held-out token after the last step; None where it diverged
     train: float | None       # nats per training token, mean over the last tenth of the steps
 
@@ -352,8 +353,9 @@ def plan(args) -> list[Cell]:
         lr, fields = hyper.pop("lr"), {k: v for k, v in configs[width].to_dict().items() if k != "mup"} | hyper
         folder = Path(args.out) / f"{'mup' if mup == 'on' else 'standard'}-w{width:04}-{args.axis}{value:g}-seed{seed}"
         # One thread a run. The arithmetic is not left to each run's choice: cells must differ in nothing but their cell.
-        options = ["--threads", "1", "--dtype", "float32", "--eval-every", str(args.steps), "--keep", "1", *args.train, "--stages", "none", "--steps",
-                   str(args.steps), "--batch-size", str(args.batch_size), "--out", str(folder), "--mup", mup, "--seed", str(seed), "--lr", str(lr), "--model", *(f"{k}={v}" for k, v in fields.items() if v != getattr(demo, k))]
+        ours = {"--stages": "none", "--steps": args.steps, "--batch-size": args.batch_size, "--out": folder, "--mup": mup, "--seed": seed, "--lr": lr}
+        options = [*"--threads 1 --dtype float32 --keep 1 --eval-every".split(), str(args.steps), *args.train, *(str(x) for pair in ours.items() for x in pair),
+                   "--model", *(f"{k}={v}" for k, v in fields.items() if v != getattr(demo, k))]
         given = vars(train.make_parser().parse_args(options))
         if modes := {"resume", "eval_only", "export", "benchmark"} & set(given):
             raise ValueError(f"{' '.join(modes)} after --: a sweep's cells are new runs")
@@ -386,6 +388,8 @@ def run_cells(cells: list[Cell], jobs: int) -> list[Run]:
         with open(log, "w") as output:           # in a session of its own: Ctrl-C comes to us, and we ask it to save and stop
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
             live.add(process)
+            if stop.is_set():                    # in the moment between the look above and now
+                process.terminate()
             code = process.wait()
             live.discard(process)
         if stop.is_set():
@@ -451,7 +455,7 @@ def run_sweep(args):
             print(f"{value:>12g}" + "".join(("diverged  " if row[value] is None else f"{row[value]:.4f}{'*' if best[width] == value else ' '} ").rjust(11)
                                             for width, row in by_width.items()))
         print(f"{name}: best {args.axis} by width: " + ", ".join(f"{w}: {'none' if v is None else format(v, 'g')}" for w, v in best.items())
-              + f". It {'holds' if holds(best) else 'does NOT hold'} within a factor of 2 over widths {min(best)} to {max(best)}.")
+              + f". It {'holds' if holds(best) else 'does NOT hold'} within a factor of 2 over widths {min(best)} to {max(best)}." * (len(best) > 1))
         edge = [str(w) for w, v in best.items() if v in (args.values[0], args.values[-1])]
         if edge and len(args.values) > 1:
             print(f"  at width {', '.join(edge)} the best is at the edge of the grid: --values beyond it would say more")
@@ -513,8 +517,9 @@ def fit_law(N, loss) -> Law:
     a, c, _ = (values[50].item() for values in solve(grid))
     b = grid[50].item()
     if a <= 0 or not SCAN[0] + 0.01 < b < SCAN[1] - 0.01:
-        raise ValueError(f"no law a N^b + c that falls fits these {len(N)} points. Tried: b from {SCAN[0]} to {SCAN[1]}, with a and c solved for at each; the residuals "
-                         f"are smallest {'at an end of that range' if a > 0 else 'where a is negative'}.\nUse longer runs, more seeds, or leave out the narrowest width")
+        raise ValueError(f"no law a N^b + c that falls fits these {len(N)} points. Tried: b from {SCAN[0]} to {SCAN[1]}, with a and c solved for at "
+                         f"each; the residuals are smallest {'at an end of that range' if a > 0 else 'where a is negative'}.\n"
+                         f"Use longer runs, more seeds, or leave out the narrowest width")
     return Law(a / center ** b, b, c)
 
 
@@ -557,8 +562,8 @@ def collect(folders: list, which: str) -> tuple[dict[int, dict], list[Run]]:
     if len({tuple(point["losses"]) for point in points.values()}) > 1:
         problems.append("the widths have different seeds: " + "; ".join(f"{width} has {list(point['losses'])}" for width, point in points.items()))
     if problems:
-        raise ValueError("these runs do not belong to one fit:\n  " + "\n  ".join(problems) + "\nName finished runs of one setting, by a pattern for example: "
-                         "runs/sweep/mup-*-lr0.008-*")
+        raise ValueError("these runs do not belong to one fit:\n  " + "\n  ".join(problems)
+                         + "\nName finished runs of one setting, by a pattern for example: runs/sweep/mup-*-lr0.008-*")
     return points, runs
 
 
@@ -594,7 +599,8 @@ def run_predict(args):
         source = f"{len(runs)} runs, {'held-out' if args.loss == 'val' else 'training'} loss after {runs[0].asked['steps']} steps"
     result = predict(points, args.hold_out, at)
     print(f"{source}, {len(result['fitted'])} widths fitted, mean of {result['seeds']} seed(s):\n"
-          f"L = {result['a']:.4g} N^{result['b']:.4g} + {result['c']:.4g}, N in millions of parameters\n\n{'fitted':>10}{'N':>11}{'loss':>10}{'law':>10}{'residual':>10}")
+          f"L = {result['a']:.4g} N^{result['b']:.4g} + {result['c']:.4g}, N in millions of parameters\n\n"
+          f"{'fitted':>10}{'N':>11}{'loss':>10}{'law':>10}{'residual':>10}")
     for p in result["fitted"]:
         print(f"{p['width']:>10}{p['N']:>11.3f}{p['loss']:>10.4f}{p['law']:>10.4f}{p['residual']:>+10.4f}")
     if result["predicted"]:
@@ -654,13 +660,13 @@ def plot(file: str, columns: int, panels: list):
 
 
 def model_config(given: list) -> FLMConfig:
-    """The small model, changed by FIELD=VALUE. Raises ValueError as train.py does, and for what other options decide."""
-    import train                                 # only here: train.py itself imports this module
-
-    taken = [text for text in given if text.split("=")[0] in ("d_model", "n_heads", "d_ff", "mup", "mup_base_width")]
-    if taken:
-        raise ValueError(f"--model {' '.join(taken)}: --widths, --base-width and --mup decide these, leave them out")
-    return train.resolve(train.Settings(model=(*(f"{k}={v}" for k, v in SMALL.items()), *given)))[1][-1]["config"]
+    """The small model, changed by FIELD=VALUE. Raises ValueError for what is no field or no value, for fields that do not fit
+    together, and for those that other options decide."""
+    changes, problems = parse_fields(given)
+    problems += [f"--model {name}: --widths, --base-width and --mup decide it, leave it out"
+                 for name in ("d_model", "n_heads", "d_ff", "mup", "mup_base_width") if name in changes]
+    data.refuse(problems)
+    return preset("demo").replace(**SMALL | changes)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -162,7 +162,12 @@ def resolve(settings: Settings) -> tuple[Settings, list[dict]]:
     problems += violations(s)
     if problems:
         raise ValueError("these settings do not fit together:\n  " + "\n  ".join(problems))
-    return s, plan_stages(s, config, seen)
+    stages = plan_stages(s, config, seen)
+    first = stages[0]["config"].to_dict()
+    if s.init_from and first != config.to_dict():
+        raise ValueError(f"--init-from {s.init_from} holds another model than the first stage's: " + ", ".join(
+            f"{k} {v}, not {first[k]}" for k, v in config.to_dict().items() if v != first[k]))
+    return s, stages
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +186,9 @@ def plan_stages(s: Settings, config: FLMConfig, seen: int = 0) -> list[dict]:
             given = json.loads(Path(s.stages).read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{s.stages} is not JSON: {error}") from error
-    elif s.stages is None and "stages" in RECIPES[s.preset] and not s.model:
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--stages {s.stages}: cannot be read ({error}); give a JSON file of stages, paper or none") from error
+    elif s.stages is None and "stages" in RECIPES[s.preset] and not s.model and not s.init_from:
         given = [{k: round(v * total) if k in ("start", "ramp", "warmup") else v for k, v in stage.items()}
                  for stage in RECIPES[s.preset]["stages"]]
     else:
@@ -444,6 +451,9 @@ def run_folder(s: Settings) -> Path:
             n += 1
         return folder
     folder = Path(s.out)
+    saved = any(path.suffix != ".tmp" for path in folder.glob("step-*"))
+    if (folder / "config.json").exists() and not saved:
+        return folder                            # killed in its first save: there is nothing to lose
     if (folder / "config.json").exists():
         raise ValueError(f"{folder} holds another run: go on with it (--resume {folder}) or choose another folder (--out)")
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
@@ -473,10 +483,11 @@ def write_run(folder: Path, s: Settings, stages: list[dict], machine: Machine):
         "machine": machine.why, "torch": torch.__version__, "python": platform.python_version()}, indent=1) + "\n")
 
 
-def cut_log(path: Path, step: int):
-    """Drop what the log says of steps after `step`: the run writes them again."""
+def cut_log(path: Path, step: int, stage: int):
+    """Drop what the log says of steps and growths after the checkpoint of that step and stage: the run writes them again."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    replace_file(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+    entries = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    replace_file(path, "".join(line for line, entry in entries if entry["step"] <= step and entry.get("stage", 0) <= stage))
 
 
 @contextlib.contextmanager
@@ -555,8 +566,8 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
         muP.init_weights(model, s.seed)
     folder.mkdir(parents=True, exist_ok=True)
     if resume:
-        cut_log(folder / "metrics.jsonl", step)
-    write_run(folder, s, stages, machine)
+        cut_log(folder / "metrics.jsonl", step, k)
+        write_run(folder, s, stages, machine)
 
     def save():
         write_checkpoint(folder / f"step-{step:08d}", tensors, {
@@ -579,6 +590,7 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
     result, saved = {}, step
     if not resume:
         try:
+            write_run(folder, s, stages, machine)
             save()                               # a disk that cannot take a checkpoint shows now, not in an hour
         except BaseException:                    # there is no run yet: nothing that could be resumed is left behind
             shutil.rmtree(folder, ignore_errors=True)
@@ -597,7 +609,7 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
                 tensors, after = equip(), held_out(exact)
                 bar.write(f"step {step:>6}: grown to {describe_model(model)}; held-out loss {before['val_loss']:.4f} before, "
                           f"{after['val_loss']:.4f} after, {after['val_loss'] - before['val_loss']:+.4f}")
-                note(grown=stages[k]["config"].to_dict(), loss_before=before["val_loss"], loss_after=after["val_loss"])
+                note(stage=k, grown=stages[k]["config"].to_dict(), loss_before=before["val_loss"], loss_after=after["val_loss"])
             start, B = now(machine.device), stages[k]["batch_size"]
             tokens, targets = corpus.batch(s.seed, samples, B, teacher_fraction=s.teacher_fraction)
             loss = gradients(model, tokens, targets, machine, s.micro_batch or B)
@@ -608,8 +620,8 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
                 if saved != step:
                     save()
                 raise NonFinite(f"step {step + 1} stopped before the optimizer: {error}. The weights from before it are in "
-                                f"{folder}.\nTry a smaller --lr (now {s.lr:g}), a longer --warmup (now {s.warmup} samples), or "
-                                f"--dtype float32") from None
+                                f"{folder}.\nTry --resume {folder} with a smaller --lr (now {s.lr:g}), or a new run with a longer "
+                                f"--warmup (now {s.warmup} samples) or --dtype float32") from None
             flops = training_flops(stages, samples + B) - training_flops(stages, samples)
             step, samples = step + 1, samples + B
             if growth and growth["start"] + growth["ramp"] > samples - B:
