@@ -40,8 +40,8 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -530,10 +530,15 @@ def show_plan(p: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Is it worth it? The same size from scratch and by growth: runs of train.py, each with a full cosine of its own.
 
-BENCH = ["--model", "n_layers=8", "d_model=128", "n_heads=2", "d_ff=512", "max_seq_len=128", "--batch-size", "8", "--warmup", "400",
-         "--eval-rows", "512", "--threads", "1", "--dtype", "bfloat16"]
+BENCH = ["--model", "n_layers=8", "d_model=32", "n_heads=1", "head_dim=32", "d_ff=128", "max_seq_len=128", "mup_base_width=32", "init_std=0.05",
+         "--lr", "0.008", "--batch-size", "8", "--warmup", "400", "--eval-rows", "512", "--threads", "1", "--dtype", "float32"]
 SCHEDULES = {                                    # start, ramp and warm-up in shares of the run, as in train.py's DEMO_STAGES
-    "stack": [{"config": {"n_layers": 2}}, {"config": {"n_layers": 8}, "start": 0.5, "ramp": 0.1, "warmup": 0.02}],
+    "small": [{"config": {"n_layers": 2}}],      # never grown: what the final size has to beat
+    "once": [{"config": {"n_layers": 2}}, {"config": {"n_layers": 8}, "start": 0.5, "ramp": 0.1, "warmup": 0.02}],
+    "late": [{"config": {"n_layers": 2}}, {"config": {"n_layers": 8}, "start": 0.7, "ramp": 0.1, "warmup": 0.02}],
+    "fresh": [{"config": {"n_layers": 2}}, {"config": {"n_layers": 8}, "start": 0.7, "ramp": 0.1, "warmup": 0.02, "layers": "fresh"}],
+    "twice": [{"config": {"n_layers": 2}}, {"config": {"n_layers": 4}, "start": 0.55, "ramp": 0.08, "warmup": 0.02},
+              {"config": {"n_layers": 8}, "start": 0.78, "ramp": 0.08, "warmup": 0.02}],
 }
 
 
@@ -560,7 +565,8 @@ def bench_plan(args) -> list[dict]:
     schedules, runs, out = {"scratch": None}, [], Path(args.out)
     for word in args.stages:
         try:
-            schedules[Path(word).stem] = SCHEDULES[word] if word in SCHEDULES else json.loads(Path(word).read_text())
+            stages = SCHEDULES[word] if word in SCHEDULES else json.loads(Path(word).read_text())
+            schedules |= stages if isinstance(stages, dict) else {Path(word).stem: stages}
         except (OSError, json.JSONDecodeError) as error:
             raise ValueError(f"--stages {word}: neither one of {', '.join(SCHEDULES)} nor a readable JSON file ({error})") from error
     out.mkdir(parents=True, exist_ok=True)
@@ -570,8 +576,6 @@ def bench_plan(args) -> list[dict]:
             if stages is not None:
                 stages = [{**stages[0], "config": final.to_dict() | stages[0].get("config", {})}, *stages[1:]]
                 plan = read_stages(shares(stages, 10 ** 6))
-                if plan[-1]["config"] != final:
-                    raise ValueError(f"{name} does not end with the model that is trained from scratch: {plan[-1]['config']} is not {final}")
                 ends = [*(stage["start"] for stage in plan[1:]), 10 ** 6]
                 mean = sum(cost(stage["config"]) * (end - stage["start"]) for stage, end in zip(plan, ends)) / 10 ** 6
                 steps, file = max(2 * len(plan), round(budget * cost(final) / mean)), str(out / f"{name}-{budget}.json")
@@ -595,6 +599,8 @@ def bench_plan(args) -> list[dict]:
 def bench_run(run: dict) -> dict:
     """Train where that is not done yet (a run that was interrupted begins again); returns what the run says of itself: its held-out loss, the
     losses around each growth, its seconds. cost.json, written last, says that it is whole. Raises ValueError with train.py's last words."""
+    import resource                              # not on Windows, where all the rest works
+
     folder, log = run["folder"], run["folder"].with_suffix(".log")
     if not (folder / "cost.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -614,16 +620,16 @@ def bench_run(run: dict) -> dict:
         "growths": [[line["loss_before"], line["loss_after"]] for line in lines if "grown" in line]}
 
 
-def speed_up(scratch: dict[float, float], flop: float, loss: float) -> tuple[float, bool]:
+def speed_up(scratch: dict[float, float], flop: float, loss: float) -> tuple[float | None, bool]:
     """(the FLOPs that training from scratch needs for `loss`, over `flop`; whether that is extrapolated). scratch: {FLOPs: loss} of two runs
-    or more. Between two of them loss is a straight line in log FLOPs; beyond the ends the nearest line goes on."""
+    or more. Between two of them loss is a straight line in log FLOPs; beyond the ends the nearest line goes on. None where there is no line,
+    or one on which more training is worse."""
     points = sorted(scratch.items())
     if len(points) < 2 or not all(b < a for (_, a), (_, b) in zip(points, points[1:])):
-        return math.nan, True                    # no line, or one on which more training is worse
+        return None, True
     i = next((i for i, (_, b) in enumerate(points[1:-1]) if loss >= b), len(points) - 2)
     (f, a), (g, b) = points[i:i + 2]
-    need = f * (g / f) ** ((a - loss) / (a - b))
-    return need / flop, not points[-1][1] <= loss <= points[0][1]
+    return f * (g / f) ** ((a - loss) / (a - b)) / flop, not points[-1][1] <= loss <= points[0][1]
 
 
 def bench(args) -> dict[tuple, dict]:
@@ -643,11 +649,14 @@ def bench(args) -> dict[tuple, dict]:
     for row in rows.values():
         row["speed_up"], row["extrapolated"] = speed_up({r["tflop"]: r["mean"]["loss"] for r in scratch}, row["tflop"], row["mean"]["loss"])
         row["by_seed"] = {seed: speed_up({r["tflop"]: r["loss"][seed] for r in scratch}, row["tflop"], loss)[0] for seed, loss in row["loss"].items()}
-    print(f"\n{'run':22}{'steps':>6}{'TFLOP':>8}{'CPU s':>7}{'wall s':>7}{'loss':>8}{'speed-up':>10}{' by seed' if len(args.seeds) > 1 else '':12}   stages")
+    def times(value):
+        return f"{value:.2f}" if value is not None else "-"
+
+    print(f"\n{'run':22}{'steps':>6}{'TFLOP':>8}{'CPU s':>7}{'wall s':>7}{'loss':>8}{'speed-up':>10}{'by seed' if len(args.seeds) > 1 else '':>14}   stages")
     for row in sorted(rows.values(), key=lambda row: (row["name"] != "scratch", row["budget"], row["mean"]["loss"])):
-        seeds = f"{min(row['by_seed'].values()):6.2f}-{max(row['by_seed'].values()):.2f} " if len(args.seeds) > 1 else " " * 12
+        seeds = " to ".join(times(value) for value in sorted(row["by_seed"].values(), key=lambda v: v or 0)[::len(args.seeds) - 1]) if len(args.seeds) > 1 else ""
         print(f"{row['name'] + ' ' + str(row['budget']):22}{row['steps']:6}{row['tflop']:8.2f}{row['mean']['cpu_seconds']:7.0f}{row['mean']['wall_seconds']:7.0f}"
-              f"{row['mean']['loss']:8.4f}{row['speed_up']:9.2f}{'*' if row['extrapolated'] else ' '}{seeds}   {row['stages']}")
+              f"{row['mean']['loss']:8.4f}{times(row['speed_up']):>9}{'*' if row['extrapolated'] else ' '}{seeds:>14}   {row['stages']}")
     print(f"loss: held out, nats per token, mean of {len(args.seeds)} seed(s). speed-up: the FLOPs that scratch training needs for that loss, over those spent,\n"
           "by straight lines in log FLOPs between the scratch runs; * where a line is extended. Seconds: the whole process. Stages: layers x width, in shares of the run.")
     muP.write_json(Path(args.out) / "bench.json", {"options": [*BENCH, *args.train], "torch": torch.__version__, "rows": list(rows.values())})
@@ -719,12 +728,12 @@ def main(argv=None) -> int:
                             description="Train one size from scratch with several budgets, and by growth, each a run of train.py with its own full cosine, one\n"
                             "after the other. Stop it at any time: the same command goes on, and does not run finished runs again.\n"
                             "What follows -- goes to train.py, for every run; without it: " + " ".join(BENCH),
-                            epilog="examples:\n  python grow.py bench --seeds 0 1 2 --plot runs/bench.png\n  python grow.py bench --stages mine.json --at 400 800 -- --data corpora/mine")
+                            epilog="examples:\n  python grow.py bench --seeds 0 1 2 --plot runs/bench.png\n  python grow.py bench --stages mine.json --at 2000 4000 -- --data corpora/mine")
     p.add_argument("--out", default="runs/bench", metavar="DIR", help="a folder for the runs and bench.json (default %(default)s)")
-    p.add_argument("--steps", type=int, nargs="+", default=[400, 800, 1600], help="budgets from scratch (default 400 800 1600)")
+    p.add_argument("--steps", type=int, nargs="+", default=[2000, 4000], help="budgets from scratch (default 2000 4000)")
     p.add_argument("--at", type=int, nargs="+", metavar="STEPS", help="budgets of the schedules, in steps from scratch that cost as much (default: the smallest)")
     p.add_argument("--stages", nargs="+", default=list(SCHEDULES), metavar="SCHEDULE", help="one of " + ", ".join(SCHEDULES) + ", or a JSON file: stages as train.py's, "
-                   "with start, ramp and warmup in shares of the run (default: those named)")
+                   "but start, ramp and warmup in shares of the run; or several, {name: stages} (default: those named)")
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and data; their mean is shown (default 0)")
     p.add_argument("--plot", metavar="FILE", help="draw it, as .png, .pdf or .svg (needs matplotlib)")
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -768,8 +777,12 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)    # as Ctrl-C: the bench's run in hand ends with it
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
         print(f"grow.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ngrow.py: stopped; nothing half done is left that counts, and the same command of bench goes on", file=sys.stderr)
+        sys.exit(130)
