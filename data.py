@@ -30,6 +30,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import struct
 import sys
@@ -318,7 +319,8 @@ def prepare(sources, out, tokenizer, *, teacher=(), weights=None, val_fraction=0
     if workers is not None and workers < 1:
         problems.append(f"workers is {workers}, but must be at least 1")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        problems.append(f"{out} exists and is not an empty folder: choose another name, or remove it with rm -r {out}")
+        problems.append(f"{out} exists and is not an empty folder: choose another name" + (
+            f", or remove it with rm -r {shlex.quote(str(out))}" if (out / "meta.json").is_file() else ""))
     refuse(problems)
 
     teacher = [Path(path) for path in teacher]
@@ -372,8 +374,9 @@ def write_shards(folder, signal, names, documents, tokenizer, val_fraction, work
         for (name, split), shard in shards.items():
             shard.seek(0)
             shard.write(HEADER.pack(MAGIC, VERSION, token_type(tokenizer).itemsize, entries[name][split]["tokens"]))
-    refuse([f"source {name!r} has no document to train on; {entry['val']['documents']} are held out, as their hashes "
-            f"fall below val_fraction {val_fraction}: give more text, or a smaller fraction"
+    refuse([f"source {name!r} has no document to train on: " + (
+                f"all its {entry['val']['documents']} are held out, as their hashes fall below val_fraction {val_fraction}; "
+                "give more text, or a smaller fraction" if entry["val"]["documents"] else "it is empty")
             for name, entry in entries.items() if not entry["train"]["documents"]])
     return entries
 
@@ -758,6 +761,9 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")           # not every terminal knows every character
     try:
         main()
+    except BrokenPipeError:                                     # ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -155,7 +155,7 @@ def _flm(n_layers, d_model, n_heads, vocab_size=100352, max_seq_len=2048, head_d
 PRESETS = {
     # For a laptop: bytes (256 and the end-of-text token, padded to a multiple of 32).
     "demo": _flm(6, 256, 4, vocab_size=288, max_seq_len=256, head_dim=64),
-    # The paper: width 256, 2 heads, under 100M, "all other structure identical" to the 16B model (section 3).
+    # The paper: width 256, 2 heads, under 100M parameters, everything else as in the 16B model (section 3).
     "flm-proxy": _flm(48, 256, 2),
     # The paper prints no shape for its 16B and 51B models. These are OURS: the sizes fit, heads of 128 as in the
     # 101B model, and from one to the next every dimension only grows.
@@ -555,8 +555,9 @@ def generate(model: FLM, prompts: list[list[int]], max_new_tokens: int, *, tempe
         problems.append(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     if longest + max(max_new_tokens, 0) > capacity:
         problems.append(f"a prompt of {longest} tokens and {max_new_tokens} new ones need {longest + max_new_tokens} cache "
-                        f"slots, there are {capacity}: shorten one of them or ask for more slots (the model was trained "
-                        f"at {config.max_seq_len}; xPos carries further, best with blockwise attention)")
+                        f"slots, there are {capacity}: give a shorter prompt, fewer new tokens (--max-new-tokens), or more "
+                        f"slots (--cache {longest + max_new_tokens}; trained at {config.max_seq_len}, past that xPos carries "
+                        f"best with --blockwise)")
     if not (temperature >= 0 and math.isfinite(temperature)):
         problems.append(f"temperature = {temperature}: must be 0 (greedy) or above")
     if top_k < 0:
@@ -598,6 +599,14 @@ def generate(model: FLM, prompts: list[list[int]], max_new_tokens: int, *, tempe
 #    distributed checkpoint (DCP) under the parameters' names, and checkpoint.json, which a person can read. DCP's metadata
 #    is a pickle: trust a folder as you trust code. One-file weights (train.py --export) are the form to pass around.
 
+def why(error: BaseException) -> str:
+    """The reason of a failed write in one line: PyTorch's writers hide a full disk behind errors of their own."""
+    cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    while cause.__context__ is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return isinstance(cause, OSError) and cause.strerror or (str(cause).strip() or repr(cause)).splitlines()[-1]
+
+
 def write_checkpoint(folder: Path, tensors: dict, info: dict) -> Path:
     """Write {"model": {name: tensor}, ...} and `info` (JSON values) as a checkpoint folder.
 
@@ -622,11 +631,7 @@ def write_checkpoint(folder: Path, tensors: dict, info: dict) -> Path:
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError, CheckpointException) as error:
         shutil.rmtree(tmp, ignore_errors=True)
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        while cause.__context__ is not None and not isinstance(cause, OSError):          # DCP's writer hides a full disk
-            cause = cause.__context__
-        reason = isinstance(cause, OSError) and cause.strerror or (str(cause).strip() or repr(cause)).splitlines()[-1]
-        raise OSError(f"could not write the checkpoint {folder}: {reason}") from error
+        raise OSError(f"could not write the checkpoint {folder}: {why(error)}") from error
     return folder
 
 
@@ -735,7 +740,8 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def sample(model: FLM, info: dict, prompts: list[str], *, max_new_tokens=200, tokenizer_file=None, stream=None, **options) -> list[str]:
+def sample(model: FLM, info: dict, prompts: list[str], *, max_new_tokens: int | None = None, tokenizer_file=None, stream=None,
+           **options) -> list[str]:
     """Continue texts with the checkpoint's own tokenizer; an empty text starts a new document. `stream`: a text file that
     one prompt and its continuation are written to as they come. Other options are those of `generate`."""
     from data import decodable, get_tokenizer    # only here: the model itself needs no tokenizer
@@ -744,6 +750,9 @@ def sample(model: FLM, info: dict, prompts: list[str], *, max_new_tokens=200, to
     allowed = torch.from_numpy(decodable(tokenizer))
     allowed[tokenizer.eot_token] = True
     ids = [tokenizer.encode_ordinary(text) or [tokenizer.eot_token] for text in prompts]
+    if max_new_tokens is None:                   # 200, or what fits
+        room = (options.get("capacity") or model.config.max_seq_len) - max(map(len, ids))
+        max_new_tokens = max(1, min(200, room))
     decoder = codecs.getincrementaldecoder("utf-8")("replace")       # a token may end inside a character
 
     said = prompts[0]        # waits for the first token: when `generate` refuses an argument, the screen is still empty
@@ -770,7 +779,7 @@ def main(argv=None) -> int:
     p.add_argument("checkpoint", help="a run folder (its newest checkpoint), a step folder, or a file from train.py --export")
     p.add_argument("--prompt", action="append", metavar="TEXT", help="the text to continue; repeat it for a batch "
                    "(default: start a new document)")
-    p.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="tokens to add at most (default %(default)s)")
+    p.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens to add at most (default: 200, or what fits)")
     p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default %(default)s)")
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens only")
     p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest tokens that make up P")
@@ -791,8 +800,15 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")    # not every terminal knows every character
     try:
         sys.exit(main())
+    except BrokenPipeError:                      # ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:
         print(f"flm.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)

@@ -45,7 +45,7 @@ import data
 import grow
 import muP
 from flm import (FLM, FLMConfig, IGNORE, find_checkpoint, forward_flops, growth_mask, load_model, loss_sum, parse_fields,
-                 pick_device, preset, read_info, read_tensors, sample, write_checkpoint)
+                 pick_device, preset, read_info, read_tensors, sample, why, write_checkpoint)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,6 +117,14 @@ RECIPES = {
 RECIPES["flm-proxy"] = RECIPES["flm-16b"]        # what the paper's search on the proxy was for
 
 
+ARITHMETIC = {"device", "threads", "dtype"}
+USABLE = {                                       # the options that the other modes of train.py read
+    "eval_only": ARITHMETIC | {"data", "tokenizer", "tokenizer_file", "eval_rows", "eval_batch"},
+    "benchmark": ARITHMETIC | {"preset", "model", "mup", "seed", "batch_size", "micro_batch", "compile"},
+    "export": set(),
+}
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -147,12 +155,17 @@ def resolve(settings: Settings) -> tuple[Settings, list[dict]]:
     config, seen = preset(settings.preset), 0
     recipe = {k: v for k, v in RECIPES[settings.preset].items() if k != "stages" and getattr(settings, k) is None}
     s = dataclasses.replace(settings, **recipe)
+    if settings.warmup is None:                  # the recipe's is for its own number of steps
+        s = dataclasses.replace(s, warmup=min(s.warmup, max(0, s.steps * s.batch_size // 12)))
     changes, problems = parse_fields(s.model)
     problems = [f"--model {problem}" for problem in problems]
     try:
         config = config.replace(**{"mup": s.mup == "on", **changes})
         if s.init_from:
-            info = read_info(find_checkpoint(s.init_from))
+            source = find_checkpoint(s.init_from)
+            if source.is_file():
+                raise ValueError(f"--init-from {source} holds weights only, and not the moments: give a run or a step folder")
+            info = read_info(source)
             config, seen = FLMConfig.from_dict(info["config"]), info["samples"]
             if s.model:
                 problems.append(f"--model {' '.join(s.model)}: --init-from brings its own model (grow.py apply grows it)")
@@ -193,7 +206,8 @@ def plan_stages(s: Settings, config: FLMConfig, seen: int = 0) -> list[dict]:
                  for stage in RECIPES[s.preset]["stages"]]
     else:
         given = [{}]
-    if isinstance(given, list) and given and isinstance(given[0], dict) and "preset" not in given[0]:
+    if isinstance(given, list) and given and isinstance(given[0], dict) and "preset" not in given[0] \
+            and isinstance(given[0].get("config", {}), dict):
         given = [{**given[0], "config": config.to_dict() | given[0].get("config", {})}, *given[1:]]
     stages = grow.read_stages(given)
     for i, stage in enumerate(stages):
@@ -394,6 +408,23 @@ def update(model: FLM, optimizer: torch.optim.Optimizer, clip: float, lr: float,
     return norm
 
 
+def allocate(config: FLMConfig, machine: Machine) -> FLM:
+    """An empty model on the machine. Raises ValueError where weights, gradients and AdamW's two moments cannot fit."""
+    with torch.device("meta"):
+        model = FLM(config)
+    need = 4 * machine.weights.itemsize * sum(p.numel() for p in model.parameters()) / 2 ** 30
+    if machine.device.type == "cuda":
+        have = torch.cuda.mem_get_info(machine.device)[1] / 2 ** 30
+    elif hasattr(os, "sysconf"):
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
+    else:
+        have = math.inf
+    if need > have:
+        raise ValueError(f"{describe_model(model)}, take {need:,.0f} GiB to train with AdamW, this machine has {have:,.0f}: choose "
+                         f"a smaller --preset or --model")
+    return model.to(machine.weights).to_empty(device=machine.device)
+
+
 def make_optimizer(model: FLM, s: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(muP.param_groups(model, s.lr, s.weight_decay), betas=(0.9, 0.95), eps=1e-8, fused=True)
 
@@ -455,7 +486,8 @@ def run_folder(s: Settings) -> Path:
     if (folder / "config.json").exists() and not saved:
         return folder                            # killed in its first save: there is nothing to lose
     if (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds another run: go on with it (--resume {folder}) or choose another folder (--out)")
+        raise ValueError(f"{folder} holds another run: go on with it (--resume {shlex.quote(str(folder))}) or choose another "
+                         f"folder (--out)")
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not a run: choose another folder (--out)")
     return folder
@@ -477,16 +509,28 @@ def read_run(folder) -> tuple[Settings, list[dict]]:
         raise ValueError(f"{folder} is not the folder of a run: no readable config.json in it ({error})") from error
 
 
-def write_run(folder: Path, s: Settings, stages: list[dict], machine: Machine):
+def recorded_corpus(folder) -> str | None:
+    """Where the text of an existing run lay: the default corpus is that of the Python that began it."""
+    return json.loads((Path(folder) / "config.json").read_text()).get("corpus")
+
+
+def write_run(folder: Path, s: Settings, stages: list[dict], machine: Machine, corpus: data.Corpus):
     replace_file(folder / "config.json", json.dumps({
         "settings": dataclasses.asdict(s), "stages": [{**stage, "config": stage["config"].to_dict()} for stage in stages],
+        "corpus": str(corpus.path),
         "machine": machine.why, "torch": torch.__version__, "python": platform.python_version()}, indent=1) + "\n")
 
 
 def cut_log(path: Path, step: int, stage: int):
     """Drop what the log says of steps and growths after the checkpoint of that step and stage: the run writes them again."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    entries = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+    entries = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.endswith("\n"):              # a killed process may have left half a line
+                entries.append((line, json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error}): remove that line") from error
     replace_file(path, "".join(line for line, entry in entries if entry["step"] <= step and entry.get("stage", 0) <= stage))
 
 
@@ -536,7 +580,8 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
         torch.set_num_threads(s.threads)
     machine = pick_machine(s.device, s.dtype)
     s = dataclasses.replace(s, dtype=str(machine.dtype).removeprefix("torch."), out=str(folder))
-    corpus = open_corpus(s.data, s.tokenizer, s.tokenizer_file, stages[-1]["config"])
+    text = s.data or (recorded_corpus(folder) if resume else None)
+    corpus = open_corpus(text, s.tokenizer, s.tokenizer_file, stages[-1]["config"])
     if s.teacher_fraction and not corpus.n_rows("train", "teacher"):
         raise ValueError(f"--teacher-fraction {s.teacher_fraction}, but {corpus.path} has no teacher signal: prepare it with "
                          f"--teacher FILE.jsonl")
@@ -547,6 +592,8 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
     same_tokens(corpus, info, source)
     step, k = (info["step"], info["stage"]) if resume else (0, 0)
     samples, growth = info["samples"], info["growth"]
+    if resume and info["config"] != stages[k]["config"].to_dict():
+        raise ValueError(f"{source} holds another model than stage {k + 1} of {folder / 'config.json'}: one of them was edited")
     T = corpus.seq_len
 
     def equip():
@@ -556,7 +603,7 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
                 block.compile()
         return {"model": dict(model.named_parameters()), "optimizer": optimizer_tensors(model, optimizer)}
 
-    model = FLM(stages[k]["config"]).to(machine.weights).to(machine.device)
+    model = allocate(stages[k]["config"], machine)
     optimizer = make_optimizer(model, s)
     tensors = equip()
     if source:
@@ -564,10 +611,13 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
         model.set_masks(growth, growth_mask(growth, samples))
     else:
         muP.init_weights(model, s.seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the run's folder {folder}: {error.strerror}; choose another (--out)") from error
     if resume:
         cut_log(folder / "metrics.jsonl", step, k)
-        write_run(folder, s, stages, machine)
+        write_run(folder, s, stages, machine, corpus)
 
     def save():
         write_checkpoint(folder / f"step-{step:08d}", tensors, {
@@ -590,7 +640,7 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
     result, saved = {}, step
     if not resume:
         try:
-            write_run(folder, s, stages, machine)
+            write_run(folder, s, stages, machine, corpus)
             save()                               # a disk that cannot take a checkpoint shows now, not in an hour
         except BaseException:                    # there is no run yet: nothing that could be resumed is left behind
             shutil.rmtree(folder, ignore_errors=True)
@@ -598,46 +648,51 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
     todo = step + sum(-(-(stage["end"] - max(stage["start"], samples)) // stage["batch_size"]) for stage in stages[k:])
     with open(folder / "metrics.jsonl", "a") as log, stop_on_signal() as asked, \
             tqdm(total=todo, initial=step, unit="step", dynamic_ncols=True) as bar:
-        while step < todo and not asked and step != stop_at:
-            if k + 1 < len(stages) and samples >= stages[k + 1]["start"]:
-                exact = dataclasses.replace(machine, dtype=machine.weights)
-                before, k = held_out(exact), k + 1
-                model, optimizer, growth = grow.grow(
-                    model, stages[k]["config"], optimizer, seed=s.seed, growths=(growth or {"growths": 0})["growths"] + 1,
-                    start=samples, ramp=stages[k]["ramp"], layers=stages[k]["layers"])
-                model.set_masks(growth, growth_mask(growth, samples))
-                tensors, after = equip(), held_out(exact)
-                bar.write(f"step {step:>6}: grown to {describe_model(model)}; held-out loss {before['val_loss']:.4f} before, "
-                          f"{after['val_loss']:.4f} after, {after['val_loss'] - before['val_loss']:+.4f}")
-                note(stage=k, grown=stages[k]["config"].to_dict(), loss_before=before["val_loss"], loss_after=after["val_loss"])
-            start, B = now(machine.device), stages[k]["batch_size"]
-            tokens, targets = corpus.batch(s.seed, samples, B, teacher_fraction=s.teacher_fraction)
-            loss = gradients(model, tokens, targets, machine, s.micro_batch or B)
-            try:
-                lr = learning_rate(s, stages, samples + B)
-                norm = update(model, optimizer, s.clip, lr, loss)
-            except NonFinite as error:
-                if saved != step:
-                    save()
-                raise NonFinite(f"step {step + 1} stopped before the optimizer: {error}. The weights from before it are in "
-                                f"{folder}.\nTry --resume {folder} with a smaller --lr (now {s.lr:g}), or a new run with a longer "
-                                f"--warmup (now {s.warmup} samples) or --dtype float32") from None
-            flops = training_flops(stages, samples + B) - training_flops(stages, samples)
-            step, samples = step + 1, samples + B
-            if growth and growth["start"] + growth["ramp"] > samples - B:
-                model.set_masks(growth, growth_mask(growth, samples))
-            seconds = now(machine.device) - start
-            note(loss=loss, grad_norm=norm, lr=lr, supervised=int((targets != IGNORE).sum()),
-                 tokens_per_s=B * T / seconds, utilisation=flops / seconds / machine.peak)
-            bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}, {B * T / seconds:,.0f} tok/s, MFU {flops / seconds / machine.peak:.0%}")
-            # First the log, then the checkpoint: who resumes drops what the log says of later steps, and misses nothing.
-            if step % s.eval_every == 0 or step == todo:
-                result = held_out()
-                note(**result)
-                bar.write(f"step {step:>6}: {describe(result)}")
-            if step % s.save_every == 0 or step == todo:
-                saved = save()
+        try:
+            while step < todo and not asked and step != stop_at:
+                if k + 1 < len(stages) and samples >= stages[k + 1]["start"]:
+                    exact = dataclasses.replace(machine, dtype=machine.weights)
+                    before, k = held_out(exact), k + 1
+                    model, optimizer, growth = grow.grow(
+                        model, stages[k]["config"], optimizer, seed=s.seed, growths=(growth or {"growths": 0})["growths"] + 1,
+                        start=samples, ramp=stages[k]["ramp"], layers=stages[k]["layers"])
+                    model.set_masks(growth, growth_mask(growth, samples))
+                    tensors, after = equip(), held_out(exact)
+                    bar.write(f"step {step:>6}: grown to {describe_model(model)}; held-out loss {before['val_loss']:.4f} before, "
+                              f"{after['val_loss']:.4f} after, {after['val_loss'] - before['val_loss']:+.4f}")
+                    note(stage=k, grown=stages[k]["config"].to_dict(), loss_before=before["val_loss"], loss_after=after["val_loss"])
+                start, B = now(machine.device), stages[k]["batch_size"]
+                tokens, targets = corpus.batch(s.seed, samples, B, teacher_fraction=s.teacher_fraction)
+                loss = gradients(model, tokens, targets, machine, s.micro_batch or B)
+                try:
+                    lr = learning_rate(s, stages, samples + B)
+                    norm = update(model, optimizer, s.clip, lr, loss)
+                except NonFinite as error:
+                    if saved != step:
+                        save()
+                    raise NonFinite(f"step {step + 1} stopped before the optimizer: {error}. The weights from before it are in "
+                                    f"{folder}.\nTry --resume {folder} with a smaller --lr (now {s.lr:g}), or a new run with a longer "
+                                    f"--warmup (now {s.warmup} samples) or --dtype float32") from None
+                flops = training_flops(stages, samples + B) - training_flops(stages, samples)
+                step, samples = step + 1, samples + B
+                if growth and growth["start"] + growth["ramp"] > samples - B:
+                    model.set_masks(growth, growth_mask(growth, samples))
+                seconds = now(machine.device) - start
+                note(loss=loss, grad_norm=norm, lr=lr, supervised=int((targets != IGNORE).sum()),
+                     tokens_per_s=B * T / seconds, utilisation=flops / seconds / machine.peak)
+                bar.update()
+                bar.set_postfix_str(f"loss {loss:.3f}, {B * T / seconds:,.0f} tok/s, MFU {flops / seconds / machine.peak:.0%}")
+                # First the log, then the checkpoint: who resumes drops what the log says of later steps, and misses nothing.
+                if step % s.eval_every == 0 or step == todo:
+                    result = held_out()
+                    note(**result)
+                    bar.write(f"step {step:>6}: {describe(result)}")
+                if step % s.save_every == 0 or step == todo:
+                    saved = save()
+        except OSError as error:                 # a full disk under the log, a closed terminal: keep what can be kept
+            if saved != step:
+                save()
+            raise OSError(f"{error}\nsaved at step {step}; to go on: python train.py --resume {shlex.quote(str(folder))}") from error
         if saved != step:
             save()
     return {**result, "step": step, "samples": samples, "folder": str(folder), "stopped": asked[0] if asked and step < todo else None}
@@ -660,7 +715,8 @@ def describe_run(folder, s, stages, machine, corpus, samples, resume) -> str:
         f"  machine   {machine.why}",
         f"  data      {corpus.path}: {corpus.n_rows('train', 'language') * T:,} training tokens ({corpus.tokenizer.name})",
         *lines,
-        f"  job       batches of {s.batch_size} x {T} tokens, learning rate {s.lr:g}, muP {s.mup}: {total / 1e12:.3g} TFLOP"
+        f"  job       batches of {s.batch_size} x {T} tokens, learning rate {s.lr:g}, "
+        f"muP {'on' if stages[-1]['config'].mup else 'off'}: {total / 1e12:.3g} TFLOP"
         + (f" left, from sample {samples:,}" if samples else "")])
 
 
@@ -674,7 +730,7 @@ def benchmark(settings: Settings, rounds: int = 5) -> dict:
     if s.threads:
         torch.set_num_threads(s.threads)
     machine = pick_machine(s.device, s.dtype)
-    model = muP.init_weights(FLM(config), s.seed).to(machine.weights).to(machine.device)
+    model = muP.init_weights(allocate(config, machine), s.seed)
     optimizer = make_optimizer(model, s)
     if s.compile:
         for block in model.layers.values():
@@ -712,21 +768,33 @@ def benchmark(settings: Settings, rounds: int = 5) -> dict:
             "machine": machine.why, "torch": torch.__version__}
 
 
+GROUPS = {"preset": "what to train", "data": "on what", "steps": "how", "out": "watching and keeping",
+          "device": "on which machine"}         # the first option of each
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train.py", argument_default=argparse.SUPPRESS, description="Train FLM-101B's model. "
-                                     "With no arguments: a small one, on Python's own source, in a few minutes.")
+    parser = argparse.ArgumentParser(
+        prog="train.py", usage="%(prog)s [options]", argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="examples:\n" + __doc__.split("\n\n")[1],
+        description="Train FLM-101B's model. With no arguments: a small one, on Python's own source, in a few minutes.")
     for field in dataclasses.fields(Settings):
-        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        extra = {k: v for k, v in field.metadata.items() if k != "help"}
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        text, extra = field.metadata["help"], {k: v for k, v in field.metadata.items() if k != "help"}
         if field.type == "bool":
-            parser.add_argument(flag, action="store_true", help=text)
+            group.add_argument(flag(field.name), action="store_true", help=text)
         elif field.type.startswith("tuple"):
-            parser.add_argument(flag, nargs="+", help=text, **extra)
+            group.add_argument(flag(field.name), nargs="+", help=text, **extra)
         else:
             kind = {"int": int, "float": float, "str": str}[field.type.split(" ")[0]]
-            default = f" (default {field.default})" if field.default is not None else ""
-            parser.add_argument(flag, type=kind, help=text + default, **extra)
-    modes = parser.add_mutually_exclusive_group()
+            if kind is not str and "metavar" not in extra:
+                extra["metavar"] = "N" if kind is int else "X"
+            if field.name in RECIPES["demo"] and field.default is None and field.name != "stages":
+                text += f" (demo: {RECIPES['demo'][field.name]})"
+            elif field.default is not None:
+                text += f" (default {field.default})"
+            group.add_argument(flag(field.name), type=kind, help=text, **extra)
+    modes = parser.add_argument_group("something else").add_mutually_exclusive_group()
     modes.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     modes.add_argument("--eval-only", metavar="CHECKPOINT",
                        help="print the held-out loss of a checkpoint (on --data, or its run's own)")
@@ -737,6 +805,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def resumed(folder: str, given: dict) -> Settings:
     """The settings of the run in `folder`, changed by what was given. Raises ValueError for what a run fixes."""
+    if (Path(folder) / "checkpoint.json").exists():
+        raise ValueError(f"{folder} is one checkpoint; --resume takes its run: --resume {shlex.quote(str(Path(folder).parent))}")
     s, stages = read_run(folder)
     fixed = [f"{flag(k)} {v}: this run has {getattr(s, k)}" for k, v in given.items()
              if k not in CHANGEABLE and v != getattr(s, k)]
@@ -748,7 +818,7 @@ def resumed(folder: str, given: dict) -> Settings:
     if problems := violations(s):
         raise ValueError("\n".join(problems))
     if info["samples"] >= resumed_stages(s)[-1]["end"]:
-        raise ValueError(f"{folder} has done its {info['step']} steps: ask for more, as in --resume {folder} "
+        raise ValueError(f"{folder} has done its {info['step']} steps: ask for more, as in --resume {shlex.quote(str(folder))} "
                          f"--steps {2 * info['step']}")
     for name in {"steps", "lr", "min_lr"} & set(changed):
         print(f"{flag(name)} is now {changed[name]}: the learning rate follows the new schedule from here on")
@@ -765,7 +835,7 @@ def eval_only(checkpoint: str, given: dict) -> dict:
         torch.set_num_threads(s.threads)
     machine = pick_machine(s.device, s.dtype)
     model, info = load_model(path, machine.device)
-    corpus = open_corpus(s.data, s.tokenizer if run or "tokenizer" in given else info["tokenizer"], s.tokenizer_file, model.config)
+    corpus = open_corpus(s.data or (recorded_corpus(run) if run else None), s.tokenizer if run or "tokenizer" in given else info["tokenizer"], s.tokenizer_file, model.config)
     same_tokens(corpus, info, path)
     result = evaluate(model.to(machine.weights), corpus, machine, s.eval_rows, s.eval_batch or s.micro_batch or s.batch_size)
     print(f"{path}, on {corpus.path}, in {str(machine.dtype).removeprefix('torch.')}: {describe(result)}")
@@ -775,6 +845,8 @@ def eval_only(checkpoint: str, given: dict) -> dict:
 def export(checkpoint: str, file: str):
     """One file that torch.load(weights_only=True) reads: {"info": ..., "model": {name: tensor}}."""
     model, info = load_model(checkpoint)
+    if Path(file).is_dir():
+        raise ValueError(f"{file} is a folder: give the name of a file")
     tmp = Path(file + ".tmp")
     try:
         torch.save({"info": {k: v for k, v in info.items() if k != "files"},
@@ -782,7 +854,7 @@ def export(checkpoint: str, file: str):
         tmp.replace(file)
     except (OSError, RuntimeError) as error:
         tmp.unlink(missing_ok=True)
-        raise OSError(f"could not write {file}: {error}") from error
+        raise OSError(f"could not write {file}: {why(error)}") from error
     print(f"wrote {file}: python flm.py sample {shlex.quote(file)} --prompt TEXT")
 
 
@@ -791,6 +863,9 @@ def main(argv=None) -> int:
     if "model" in given:
         given["model"] = tuple(given["model"])
     modes = {k: given.pop(k) for k in ("resume", "eval_only", "export", "benchmark") if k in given}
+    for mode, usable in USABLE.items():
+        if mode in modes and (extra := sorted(set(given) - usable)):
+            raise ValueError(f"{flag(mode)} makes no use of {', '.join(map(flag, extra))}: leave it out")
     if "benchmark" in modes:
         print(json.dumps(benchmark(Settings(**given)), indent=1))
         return 0
@@ -822,6 +897,7 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")    # not every terminal knows every character
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:       # a user's mistake, or the machine's limit: one screen
@@ -830,6 +906,11 @@ if __name__ == "__main__":
     except NonFinite as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:                # PyTorch has no class of its own for a CPU that runs out of memory
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        print("train.py: out of memory: try a smaller --micro-batch or --eval-batch, or a smaller model", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:                    # before the first step, or a second Ctrl-C
         print("train.py: interrupted; what was saved before is whole", file=sys.stderr)
         sys.exit(130)

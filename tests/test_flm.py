@@ -917,7 +917,7 @@ def write_info(**changes):
 
 
 DAMAGE = {
-    "cut off": (truncate, "cut off or damaged.*distcp: .* bytes expected, .* found.*another step folder"),
+    "cut off": (truncate, "cut off or damaged.*distcp: .* bytes expected, .* found.*remove this one: rm -r"),
     "a file missing": (lambda f: next(f.glob("*.distcp")).unlink(), "cut off or damaged.*distcp: .* missing"),
     "metadata missing": (lambda f: (f / ".metadata").unlink(), "cut off or damaged.*metadata: .* missing"),
     "metadata overwritten": (scribble(".metadata"), "step-1"),

@@ -529,7 +529,7 @@ flm.write_checkpoint = limited
 found = []
 for line in json.loads(sys.argv[2]):
     sys.argv = ["train.py", *line]
-    out, err, code = io.StringIO(), io.StringIO(), "none"
+    out, err, code = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO(), "none"
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             runpy.run_path(flm.__file__.replace("flm.py", "train.py"), run_name="__main__")
@@ -538,7 +538,8 @@ for line in json.loads(sys.argv[2]):
         except BaseException as error:
             err.write("Traceback: " + repr(error))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    found.append([code, out.getvalue(), err.getvalue()])
+    out.seek(0)
+    found.append([code, out.read(), err.getvalue()])
 print(json.dumps(found))
 """
 
@@ -1126,12 +1127,16 @@ def test_damaged_numbers_of_the_right_size_are_noticed(corpus):
 
 
 def test_a_checkpoint_of_another_shape_is_refused(corpus):
-    """Weights that do not fit the run's model, here those of a narrower one put in its place, are refused by name."""
+    """A checkpoint of another model, here a narrower one put in the run's place, is refused by name, and so are tensors of
+    another shape under the right configuration."""
     s, narrow = job(corpus), job(corpus, model=SIZE + ("d_ff=32",))
     train.train(s, stop_at=2)
     train.train(narrow, stop_at=2)
     shutil.rmtree(find_checkpoint(s.out))
     shutil.copytree(find_checkpoint(narrow.out), Path(s.out) / "step-00000002")
+    with pytest.raises(ValueError, match=f"{s.out}/step-00000002 holds another model than stage 1"):
+        main(["--resume", s.out])
+    relabel(s.out, config=train.read_run(s.out)[1][0]["config"].to_dict())
     with pytest.raises(ValueError, match=f"{s.out}/step-00000002 does not hold these tensors"):
         main(["--resume", s.out])
 
@@ -1200,7 +1205,8 @@ def test_resume_of_what_is_no_run(what, tmp_path):
     (["--stages", "nowhere.json"], ["nowhere.json"]),
     (["--init-from", "nowhere"], ["no checkpoint at nowhere"]),
     (["--benchmark", "--preset", "dem"], ["unknown preset 'dem': did you mean demo"]),
-    (["--benchmark", "--batch-size", "0", "--steps", "0"], ["--batch-size 0: must be", "--steps 0: must be"]),
+    (["--benchmark", "--batch-size", "0", "--micro-batch", "0"], ["--batch-size 0: must be", "--micro-batch 0: must be"]),
+    (["--benchmark", "--steps", "7", "--lr", "1"], ["--benchmark makes no use of --lr, --steps"]),
 ], ids=lambda value: " ".join(value)[:50] if value and value[0].startswith("--") else "")
 def test_bad_input(corpus, other_corpus, tmp_path, monkeypatch, line, words):
     """Each mistake is a ValueError that says what is wrong and what mends it, all violations at once, before anything is
@@ -1368,9 +1374,10 @@ def test_export_that_fails_leaves_nothing(corpus):
     """A place that cannot be written is an OSError that names it; a file cut off afterwards is refused by name."""
     run = train.train(job(corpus), stop_at=1)["folder"]
     before = sorted(Path().iterdir())
-    for file in ("nowhere/weights.pt", run):
-        with pytest.raises(OSError, match=f"could not write {file}: "):
-            main(["--export", run, file])
+    with pytest.raises(OSError, match="could not write nowhere/weights.pt: "):
+        main(["--export", run, "nowhere/weights.pt"])
+    with pytest.raises(ValueError, match=f"{run} is a folder"):
+        main(["--export", run, run])
     assert sorted(Path().iterdir()) == before
     main(["--export", run, "weights.pt"])
     os.truncate("weights.pt", Path("weights.pt").stat().st_size // 2)
