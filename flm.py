@@ -187,7 +187,7 @@ def parse_fields(words) -> tuple[dict, list[str]]:
 def preset(name: str) -> FLMConfig:
     """The preset of that name. Raises ValueError with the nearest names."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3)
+        near = difflib.get_close_matches(str(name), PRESETS, n=3, cutoff=0.3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise ValueError(f"unknown preset {name!r}: {hint}there are {', '.join(PRESETS)}")
     return PRESETS[name]

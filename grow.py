@@ -560,7 +560,7 @@ def bench_plan(args) -> list[dict]:
         given = vars(train.make_parser().parse_args(options))
         return train.resolve(train.Settings(**given | {"model": tuple(given["model"])}))
 
-    settings, (whole,) = resolve([*BENCH, *args.train, "--steps", str(min(args.steps)), "--stages", "none"])
+    settings, (whole,) = resolve([*BENCH, *args.train, "--steps", str(min(args.steps + (args.at or []))), "--stages", "none"])
     final, cost = whole["config"], lambda config: forward_flops(config, config.max_seq_len)
     schedules, runs, out = {"scratch": None}, [], Path(args.out)
     for word in args.stages:
@@ -587,7 +587,7 @@ def bench_plan(args) -> list[dict]:
                 s, planned = resolve(options)
                 if (folder / "cost.json").exists():
                     there = train.read_run(folder)
-                    changed = [k for k, v in dataclasses.asdict(s).items() if k not in ("out", "threads", "data", "stages") and getattr(there[0], k) != v != "auto"]
+                    changed = [k for k, v in dataclasses.asdict(s).items() if k not in ("out", "threads", "stages") and getattr(there[0], k) != v != "auto"]
                     if changed or there[1] != planned:
                         raise ValueError(f"{folder} is a run of another bench ({', '.join(changed) or 'other stages'}): choose another --out")
                 runs.append({"name": name, "budget": budget, "seed": seed, "steps": steps, "folder": folder, "options": options, "stages": planned,
@@ -634,6 +634,9 @@ def speed_up(scratch: dict[float, float], flop: float, loss: float) -> tuple[flo
 
 def bench(args) -> dict[tuple, dict]:
     """Run all, print the table, write bench.json and the plot."""
+    def times(value):
+        return "-" if value is None else f"{value:.2f}"
+
     def describe(stages):
         return " -> ".join(f"{stage['config'].n_layers}x{stage['config'].d_model}" + (
             f" at {stage['start'] / stages[-1]['end']:.0%}, ramp {stage['ramp'] / stages[-1]['end']:.0%}" if stage["start"] else "") for stage in stages)
@@ -649,8 +652,6 @@ def bench(args) -> dict[tuple, dict]:
     for row in rows.values():
         row["speed_up"], row["extrapolated"] = speed_up({r["tflop"]: r["mean"]["loss"] for r in scratch}, row["tflop"], row["mean"]["loss"])
         row["by_seed"] = {seed: speed_up({r["tflop"]: r["loss"][seed] for r in scratch}, row["tflop"], loss)[0] for seed, loss in row["loss"].items()}
-    def times(value):
-        return f"{value:.2f}" if value is not None else "-"
 
     print(f"\n{'run':22}{'steps':>6}{'TFLOP':>8}{'CPU s':>7}{'wall s':>7}{'loss':>8}{'speed-up':>10}{'by seed' if len(args.seeds) > 1 else '':>14}   stages")
     for row in sorted(rows.values(), key=lambda row: (row["name"] != "scratch", row["budget"], row["mean"]["loss"])):

@@ -18,7 +18,7 @@ Read it from top to bottom:
 
 Letters as in flm.py: B batch (rows of T tokens, the "samples" that everything is counted in), T sequence.
 Whatever the paper says of training is here: AdamW (0.9, 0.95), decay 0.1, clip 1.0, cosine to 6e-6 / 4e-4 of the peak
-after a warm-up in samples, bf16 arithmetic over fp32 weights. It has no dropout: the paper mentions none.
+after a warm-up in samples, bf16 arithmetic over fp32 weights. It has no dropout: the paper gives no rate.
 """
 from __future__ import annotations
 
@@ -569,8 +569,8 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
     and "stopped" (the signal's number, or None). `stop_at` saves and leaves at that step, as a signal would.
 
     A run is a function of its settings: batches of (seed, samples seen), new weights of (seed, name, growths), masks of
-    the samples seen. So N steps straight are k steps, a stop and N-k more, bit for bit on a CPU, and on CUDA with
-    --deterministic."""
+    the samples seen. So N steps straight are k steps, a stop and N-k more, bit for bit on a CPU with as many threads, and on
+    CUDA with --deterministic."""
     s, stages = (settings, resumed_stages(settings)) if resume else resolve(settings)
     folder = Path(s.out) if resume else run_folder(s)
     if s.deterministic:

@@ -121,6 +121,7 @@ def test_speed_up_without_a_line():
     (["--stages", "SAMPLES"], "in shares of its run, from 0 to 1.*start = 400"),
     (["--stages", "SHRINKS"], "does not work: stage 2.*n_layers: 2 -> 1 would shrink"),
     (["--steps", "0"], "--steps 0: must be at least 1"),
+    (["--at", "-3"], "--steps -3: must be at least 1"),
 ])
 def test_bad_input(place, words, message):
     """What cannot run is refused before anything runs."""
