@@ -531,14 +531,11 @@ def show_plan(p: dict) -> str:
 # 7. Is it worth it? The same size from scratch and by growth: runs of train.py, each with a full cosine of its own.
 
 BENCH = ["--model", "n_layers=8", "d_model=32", "n_heads=1", "head_dim=32", "d_ff=128", "max_seq_len=128", "mup_base_width=32", "init_std=0.05",
-         "--lr", "0.008", "--batch-size", "8", "--warmup", "400", "--eval-rows", "512", "--threads", "1", "--dtype", "float32"]
+         "--lr", "0.016", "--batch-size", "8", "--warmup", "400", "--eval-rows", "512", "--threads", "1", "--dtype", "float32"]
 SCHEDULES = {                                    # start, ramp and warm-up in shares of the run, as in train.py's DEMO_STAGES
     "small": [{"config": {"n_layers": 2}}],      # never grown: what the final size has to beat
+    "early": [{"config": {"n_layers": 2}}, {"config": {"n_layers": 8}, "start": 0.3, "ramp": 0.1, "warmup": 0.02}],
     "once": [{"config": {"n_layers": 2}}, {"config": {"n_layers": 8}, "start": 0.5, "ramp": 0.1, "warmup": 0.02}],
-    "late": [{"config": {"n_layers": 2}}, {"config": {"n_layers": 8}, "start": 0.7, "ramp": 0.1, "warmup": 0.02}],
-    "fresh": [{"config": {"n_layers": 2}}, {"config": {"n_layers": 8}, "start": 0.7, "ramp": 0.1, "warmup": 0.02, "layers": "fresh"}],
-    "twice": [{"config": {"n_layers": 2}}, {"config": {"n_layers": 4}, "start": 0.55, "ramp": 0.08, "warmup": 0.02},
-              {"config": {"n_layers": 8}, "start": 0.78, "ramp": 0.08, "warmup": 0.02}],
 }
 
 

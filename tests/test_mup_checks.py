@@ -213,7 +213,7 @@ def fake_run(folder: Path, width: int, seed: int, loss: float | None, steps=100,
     model = (f"d_model={width}", f"d_ff={4 * width}", "head_dim=16", f"n_heads={width // 16}", "mup_base_width=32")
     s, stages = train.resolve(train.Settings(seed=seed, steps=steps, lr=lr, model=model, **changes))
     folder.mkdir(parents=True)
-    train.write_run(folder, s, stages, argparse.Namespace(why="none"))
+    train.write_run(folder, s, stages, argparse.Namespace(why="none"), argparse.Namespace(path="none"))
     lines = [{"step": n + 1, "loss": 5.0 - n / steps} for n in range(steps)] + [{"step": steps, "val_loss": loss}] * (loss is not None)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
