@@ -261,9 +261,9 @@ class Attention(nn.Module):
 
     def forward(self, x, tables, visible, cache, layer):
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, -1, 3, self.D)                                      # (B, T, H, 3, D)
-        q, k = rotate(qkv[..., :2, :], tables).transpose(1, 2).unbind(3)                 # (B, H, T, D) each
-        v = qkv[..., 2, :].transpose(1, 2)                                               # (B, H, T, D)
+        qk, v = self.qkv(x).view(B, T, -1, 3, self.D).split((2, 1), dim=3)               # (B, T, H, 2, D), (B, T, H, 1, D)
+        q, k = rotate(qk, tables).transpose(1, 2).unbind(3)                              # (B, H, T, D) each
+        v = v.squeeze(3).transpose(1, 2)                                                 # (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(layer, k, v)                                             # (B, H, S, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None and T > 1)

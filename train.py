@@ -106,7 +106,8 @@ CHANGEABLE = {"steps", "lr", "min_lr", "clip", "data", "tokenizer_file", "eval_e
 
 DEMO_STAGES = [                                  # the paper's recipe in miniature; starts in shares of the run
     {"config": {"n_layers": 2}},
-    {"config": {"n_layers": 6}, "start": 0.4, "ramp": 0.1, "layers": "stack", "warmup": 0.02},
+    {"config": {"n_layers": 4}, "start": 0.55, "ramp": 0.08, "layers": "stack", "warmup": 0.02},
+    {"config": {"n_layers": 6}, "start": 0.78, "ramp": 0.08, "layers": "stack", "warmup": 0.02},
 ]
 # "flm-...": the paper's Table 1 (steps inferred: tokens / batch). The others: ours, found by trying.
 RECIPES = {
@@ -647,7 +648,7 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
             raise
     todo = step + sum(-(-(stage["end"] - max(stage["start"], samples)) // stage["batch_size"]) for stage in stages[k:])
     with open(folder / "metrics.jsonl", "a") as log, stop_on_signal() as asked, \
-            tqdm(total=todo, initial=step, unit="step", dynamic_ncols=True) as bar:
+            tqdm(total=todo, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
         try:
             while step < todo and not asked and step != stop_at:
                 if k + 1 < len(stages) and samples >= stages[k + 1]["start"]:
@@ -680,8 +681,9 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
                 seconds = now(machine.device) - start
                 note(loss=loss, grad_norm=norm, lr=lr, supervised=int((targets != IGNORE).sum()),
                      tokens_per_s=B * T / seconds, utilisation=flops / seconds / machine.peak)
+                bar.set_postfix_str(f"loss {loss:.3f}, {B * T / seconds:,.0f} tok/s, MFU {flops / seconds / machine.peak:.0%}",
+                                    refresh=False)
                 bar.update()
-                bar.set_postfix_str(f"loss {loss:.3f}, {B * T / seconds:,.0f} tok/s, MFU {flops / seconds / machine.peak:.0%}")
                 # First the log, then the checkpoint: who resumes drops what the log says of later steps, and misses nothing.
                 if step % s.eval_every == 0 or step == todo:
                     result = held_out()
