@@ -400,7 +400,7 @@ PAPER_STAGES = [
 ]
 PAPER_BUDGET = 100_000                           # dollars: the paper's title
 PAPER_SCRATCH_DAYS = 76.74                       # its own estimate of 101B throughout (section 2.3)
-STAGE_FIELDS = {"name", "preset", "config", "start", "ramp", "layers", "lr", "warmup", "batch_size", "steps", "tokens", "days", "tp", "pp", "dp",
+STAGE_FIELDS = {"name", "preset", "config", "start", "ramp", "layers", "moments", "lr", "warmup", "batch_size", "steps", "tokens", "days", "tp", "pp", "dp",
                 "gpus", "tflops"}
 STAGE_NUMBERS = {"lr", "tokens", "days", "tflops"}                                       # above 0; the other numbers are whole
 
@@ -410,16 +410,17 @@ def read_stages(stages: list[dict]) -> list[dict]:
 
     A stage: {"preset": name, and/or "config": {fields}} is its model (fields not named are the preset's, or the stage's before),
     "tokens" or the next stage's "start" (in samples) its length; STAGE_FIELDS are all the keys. Training reads lr, warmup,
-    batch_size, layers and ramp, the plan days, gpus (or tp, pp, dp) and tflops.
+    batch_size, layers, moments and ramp, the plan days, gpus (or tp, pp, dp) and tflops.
     Raises ValueError naming all that is wrong with the first bad stage (the later ones build on it): unknown keys, impossible
     values, a shrinking target, a start that goes backwards, or that lies in the ramp of the stage before."""
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         raise ValueError('a schedule is a list of stages, such as [{"preset": "flm-16b", "tokens": 245.37e9}, ...]')
     result = []
     for i, given in enumerate(stages):
-        stage, before = {"name": given.get("preset", f"stage {i + 1}"), "layers": "stack", "ramp": 0, **given}, result[-1] if result else None
+        before = result[-1] if result else None
+        stage = {"name": given.get("preset", f"stage {i + 1}"), "layers": "stack", "moments": "zeros", "ramp": 0, **given}
         problems = [f"unknown key {key!r}; there are {', '.join(sorted(STAGE_FIELDS))}" for key in given if key not in STAGE_FIELDS]
-        for key in STAGE_FIELDS & {*stage} - {"name", "preset", "config", "layers"}:
+        for key in STAGE_FIELDS & {*stage} - {"name", "preset", "config", "layers", "moments"}:
             value, kind = stage[key], (int, float) if key in STAGE_NUMBERS else int
             if not isinstance(value, kind) or isinstance(value, bool) or not (0 < value < math.inf or value == 0 and key in ("start", "ramp", "warmup")):
                 problems.append(f"{key} = {value!r}: must be a {'number' if key in STAGE_NUMBERS else 'whole number'} above 0")
@@ -427,8 +428,7 @@ def read_stages(stages: list[dict]) -> list[dict]:
             base = preset(stage["preset"]).to_dict() if "preset" in stage else before["config"].to_dict() if before else {}
             stage["config"] = FLMConfig.from_dict(base | dict(stage.get("config", {})))
             if before:
-                check_growth(before["config"], stage["config"])
-                layer_plan(before["config"].n_layers, stage["config"].n_layers, stage["layers"])
+                prepare(before["config"], stage["config"], stage["layers"], stage["moments"], 0, 0, 1)
         except (ValueError, TypeError) as error:
             problems.append(str(error))
         if not problems and not before and stage.setdefault("start", 0):

@@ -656,7 +656,7 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
                     before, k = held_out(exact), k + 1
                     model, optimizer, growth = grow.grow(
                         model, stages[k]["config"], optimizer, seed=s.seed, growths=(growth or {"growths": 0})["growths"] + 1,
-                        start=samples, ramp=stages[k]["ramp"], layers=stages[k]["layers"])
+                        start=samples, ramp=stages[k]["ramp"], layers=stages[k]["layers"], moments=stages[k]["moments"])
                     model.set_masks(growth, growth_mask(growth, samples))
                     tensors, after = equip(), held_out(exact)
                     bar.write(f"step {step:>6}: grown to {describe_model(model)}; held-out loss {before['val_loss']:.4f} before, "

@@ -894,3 +894,11 @@ def test_a_mistake_is_one_screen(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "grow.py"), "apply", tmp_path / "a", "--to", "demo", "--out", tmp_path / "b"], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("grow.py: this model cannot grow")
     assert "vocab_size: 23 -> 288" in done.stderr and len(done.stderr.splitlines()) < 12 and not (tmp_path / "b").exists()
+
+
+def test_a_stage_says_how_new_moments_start():
+    """Stages carry "moments", zeros where they say nothing; anything but zeros or mean is refused by name."""
+    small, larger = {"preset": "demo", "tokens": 10 ** 6}, {"config": {"n_layers": 7}}
+    assert [stage["moments"] for stage in grow.read_stages([small, {**larger, "moments": "mean"}])] == ["zeros", "mean"]
+    with pytest.raises(ValueError, match="moments = 'none'"):
+        grow.read_stages([small, {**larger, "moments": "none"}])
