@@ -354,7 +354,7 @@ def plan(args) -> list[Cell]:
         folder = Path(args.out) / f"{'mup' if mup == 'on' else 'standard'}-w{width:04}-{args.axis}{value:g}-seed{seed}"
         # One thread a run. The arithmetic is not left to each run's choice: cells must differ in nothing but their cell.
         ours = {"--stages": "none", "--steps": args.steps, "--batch-size": args.batch_size, "--out": folder, "--mup": mup, "--seed": seed, "--lr": lr}
-        options = [*"--threads 1 --dtype float32 --keep 1 --eval-every".split(), str(args.steps), *args.train, *(str(x) for pair in ours.items() for x in pair),
+        options = [*"--threads 1 --dtype float32 --keep 1 --warmup 800 --eval-every".split(), str(args.steps), *args.train, *(str(x) for pair in ours.items() for x in pair),
                    "--model", *(f"{k}={v}" for k, v in fields.items() if v != getattr(demo, k))]
         given = vars(train.make_parser().parse_args(options))
         if modes := {"resume", "eval_only", "export", "benchmark"} & set(given):
