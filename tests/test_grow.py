@@ -625,7 +625,7 @@ def test_a_grown_checkpoint_loads_with_its_mask(tmp_path):
 
 
 SHARDED = """
-import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
+import os, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -641,7 +641,7 @@ for kind in tensors:
             mine = tensor.chunk(2, side)[rank].contiguous()
             tensors[kind][name] = DTensor.from_local(mine, mesh, [Shard(side)], run_check=False, shape=tensor.shape, stride=tensor.stride())
 dcp.save(tensors, checkpoint_id=f"{folder}/sharded")
-dist.destroy_process_group()
+os._exit(0)      # after a DCP save a gloo thread may outlive Python's own shutdown, which then aborts about one process in five
 """
 
 
