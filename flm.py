@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
@@ -220,10 +221,10 @@ def xpos_tables(config: FLMConfig, length: int, device=None, dtype=torch.float32
 
 
 def rotate(x: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """xPos on x (B, T, H, 2, D), the 2 being query and key: the pairs (2i, 2i+1) times tables (T, 2, D/2)."""
+    """xPos on x (B, T, H, 2, D), the 2 being query and key: the pairs (2i, 2i+1) times the first T of tables (>= T, 2, D/2)."""
     wide = x.float() if tables.dtype == torch.complex64 else x
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))                           # (B, T, H, 2, D/2)
-    return torch.view_as_real(pairs * tables[:, None]).flatten(-2).type_as(x)            # (B, T, H, 2, D)
+    return torch.view_as_real(pairs * tables[:x.shape[1], None]).flatten(-2).type_as(x)  # (B, T, H, 2, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,7 +363,7 @@ class FLM(nn.Module):
             tables = self.xpos
         else:
             tables = xpos_tables(self.config, T, x.device, self.xpos.real.dtype)
-        tables = tables[start:start + T]                                                 # (T, 2, D/2)
+        tables = tables[start:]          # attention takes the first T: a pipeline stage may hold only some positions of x
         pad = None if cache is None else cache.pad
         visible = None                           # None: plain causal attention, which SDPA does without a mask
         if blockwise or pad is not None or (start > 0 and T > 1):
@@ -607,19 +608,35 @@ def why(error: BaseException) -> str:
     return isinstance(cause, OSError) and cause.strerror or (str(cause).strip() or repr(cause)).splitlines()[-1]
 
 
-def write_checkpoint(folder: Path, tensors: dict, info: dict) -> Path:
+def write_checkpoint(folder: Path, tensors: dict, info: dict, group=None) -> Path:
     """Write {"model": {name: tensor}, ...} and `info` (JSON values) as a checkpoint folder.
 
     Written to folder.tmp, then renamed: a folder without .tmp is whole, whatever happened. Raises OSError where it
-    cannot be written (a full disk), after removing the half that was."""
+    cannot be written (a full disk), after removing the half that was.
+
+    group: a process group of all processes, each of which calls this with its pieces (DTensors) of the tensors, on a file
+    system that all of them see. Each writes a file, rank 0 does the rest, and nobody goes on before the folder is whole."""
     tmp, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old.tmp")
-    for half in (tmp, old):
-        shutil.rmtree(half, ignore_errors=True)
-    try:
+
+    def on_rank_0(action):
+        """A failure of rank 0 is everybody's: else the others would wait for it."""
+        failure = [None]
+        if group is None or dist.get_rank() == 0:
+            try:
+                action()
+            except OSError as error:
+                failure = [error]
+        if group is not None:
+            dist.broadcast_object_list(failure, src=0, group=group)
+        if failure[0] is not None:
+            raise failure[0]
+
+    def begin():
+        for half in (tmp, old):
+            shutil.rmtree(half, ignore_errors=True)
         tmp.mkdir(parents=True)
-        with warnings.catch_warnings():          # "distributed is uninitialized": yes, and no_dist says so
-            warnings.simplefilter("ignore")
-            dcp.save(tensors, checkpoint_id=tmp, no_dist=True)
+
+    def finish():
         files = {p.name: p.stat().st_size for p in sorted(tmp.iterdir())}
         with open(tmp / "checkpoint.json", "w") as file:
             json.dump({"format": FORMAT, **info, "files": files}, file, indent=1)
@@ -629,6 +646,13 @@ def write_checkpoint(folder: Path, tensors: dict, info: dict) -> Path:
             folder.rename(old)
         tmp.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+
+    try:
+        on_rank_0(begin)
+        with warnings.catch_warnings():          # "distributed is uninitialized": yes, and no_dist says so
+            warnings.simplefilter("ignore")
+            dcp.save(tensors, checkpoint_id=tmp, no_dist=group is None, process_group=group)
+        on_rank_0(finish)
     except (OSError, RuntimeError, CheckpointException) as error:
         shutil.rmtree(tmp, ignore_errors=True)
         raise OSError(f"could not write the checkpoint {folder}: {why(error)}") from error
