@@ -23,6 +23,9 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import os
+import platform
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +89,7 @@ class Layout:
 
 
 def check(layout: Layout, config: FLMConfig, batch_size: int, micro_batch: int | None = None, compiled: bool = False) -> list[str]:
-    """Every reason why this model and batch cannot lie like that, with its numbers; micro_batch None: the dp rank's rows."""
+    """Every reason why this model and batch cannot lie like that, with its numbers."""
     problems = [f"--{name} {n}: must be at least 1" for name, n in (("dp", layout.dp), ("tp", layout.tp), ("pp", layout.pp)) if n < 1]
     if layout.schedule not in SCHEDULES:
         problems.append(f"--schedule {layout.schedule}: there are {', '.join(SCHEDULES)}")
@@ -108,7 +111,7 @@ def check(layout: Layout, config: FLMConfig, batch_size: int, micro_batch: int |
     divides(stages, config.n_layers, "n_layers", f"the {stages} stages of --pp {layout.pp} --schedule {layout.schedule}")
     divides(dp, batch_size, "--batch-size", f"--dp {dp}")
     rows = batch_size // dp
-    micro = micro_batch or rows
+    micro = micro_rows(layout, batch_size, micro_batch)
     if batch_size % dp == 0 and rows:
         divides(micro, rows, "rows of a dp rank,", f"--micro-batch {micro}")
         if layout.pp > 1 and rows % micro == 0:
@@ -125,6 +128,11 @@ def check(layout: Layout, config: FLMConfig, batch_size: int, micro_batch: int |
     if zero_bubble and compiled:
         problems.append(f"--compile: --schedule {layout.schedule} splits the backward pass, a compiled block has just one; use 1F1B or Interleaved1F1B")
     return problems
+
+
+def micro_rows(layout: Layout, batch_size: int, micro_batch: int | None) -> int:
+    """Rows of a forward pass: as asked for, else all of the dp rank's, and in a pipeline, which lives on many micro-batches, 1."""
+    return micro_batch or (1 if layout.pp > 1 else batch_size // layout.dp)
 
 
 def rows_needed(layout: Layout, rows: int, micro: int) -> int:
@@ -145,6 +153,7 @@ class World:
     rank: int = 0
     mesh: DeviceMesh | None = None           # (pp, dp, tp)
     control: dist.ProcessGroup | None = None # all processes, on the CPU: plain numbers, checkpoints, waiting
+    neighbours: int = 1                      # processes on this machine
 
     def at(self, axis: str) -> int:
         """This process's place along pp, dp or tp."""
@@ -196,12 +205,26 @@ class World:
         return result
 
 
-def connect(device: torch.device) -> World:
+def connect() -> World:
     """Meet the other processes that torchrun started; the layout comes later, when all agree on one."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dist.get_node_local_rank())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     # The control group waits for rank 0 while it grows a checkpoint or prepares a corpus: hours, for a large one.
-    return World(rank=dist.get_rank(), control=dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12)))
+    control = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+    world = World(rank=dist.get_rank(), control=control)
+    return dataclasses.replace(world, neighbours=world.gather(platform.node()).count(platform.node()))
+
+
+def leave(world: World, code: int):
+    """Leave: at once, where others are waiting for one that failed, and without Python's own shutdown, during which gloo's threads
+    abort one process in five."""
+    if world.control is not None:
+        if code == 0:
+            dist.barrier(world.control)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def arrange(world: World, layout: Layout, device: torch.device) -> World:
@@ -287,7 +310,7 @@ class Worker:
 
     def __init__(self, parts: list[FLM], world: World, arithmetic: torch.dtype):
         self.parts, self.world, self.arithmetic = parts, world, arithmetic
-        self.config, self.device, self.schedules, self.ddp = parts[0].config, parts[0].xpos.device, {}, None
+        self.config, self.device, self.schedules, self.ddp, self.scale = parts[0].config, parts[0].xpos.device, {}, None, None
         # (name in a checkpoint, parameter): the head of a tied model is its embedding, wherever it lies.
         tied = "head.weight" if self.config.tie_embeddings else None
         self.named = [("embedding.weight" if name == tied else name, p) for part in parts for name, p in part.named_parameters()]
@@ -374,10 +397,15 @@ class Worker:
         training = torch.is_grad_enabled()
         if (n, loss, training) not in self.schedules:
             layout, group = self.world.layout, self.world.mesh["pp"].get_group()
-            stages = [PipelineStage(part, i, layout.stages, self.device, group=group) for part, i in zip(self.parts, self.stage_ids)]
+            stages = [PipelineStage(part, i, layout.stages, self.device, group=group) for part, i in zip(self.parts, layout.stage_ids(self.world.at("pp")))]
             scaled = (lambda logits, y: loss(logits, y) * self.scale) if training else loss
-            self.schedules[n, loss, training] = get_schedule_class(layout.schedule)(
+            schedule = get_schedule_class(layout.schedule)(
                 stages if layout.stages > layout.pp else stages[0], n_microbatches=n, loss_fn=scaled, scale_grads=False)
+            if not training and layout.stages > layout.pp:           # ZBV fails in eval() unless it has no backward actions
+                forward = ("FORWARD", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
+                schedule.pipeline_order_with_comms = {rank: [action for action in actions if action.computation_type.name in forward]
+                                                      for rank, actions in schedule.pipeline_order_with_comms.items()}
+            self.schedules[n, loss, training] = schedule
         schedule, losses = self.schedules[n, loss, training], []
         first, last = self.parts[0].embedding is not None, self.world.last
         (schedule.step if training else schedule.eval)(*([x] if first else []), **({"target": y, "losses": losses} if last else {}),
