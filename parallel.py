@@ -99,7 +99,7 @@ def check(layout: Layout, config: FLMConfig, batch_size: int, micro_batch: int |
 
     def divides(n, size, what, how):
         if size % n:
-            problems.append(f"{what} {size}: must divide by {how} (remainder {size % n})")
+            problems.append(f"{what} {size}: must be a multiple of {how} (remainder {size % n})")
 
     divides(tp, config.n_heads, "n_heads", f"--tp {tp}")
     divides(tp, config.d_ff, "d_ff", f"--tp {tp}")
@@ -113,7 +113,9 @@ def check(layout: Layout, config: FLMConfig, batch_size: int, micro_batch: int |
     rows = batch_size // dp
     micro = micro_rows(layout, batch_size, micro_batch)
     if batch_size % dp == 0 and rows:
-        divides(micro, rows, "rows of a dp rank,", f"--micro-batch {micro}")
+        if rows % micro:
+            each = f"the {rows} rows of each dp rank, --batch-size {batch_size} / --dp {dp}" if dp > 1 else f"--batch-size {batch_size}"
+            problems.append(f"--micro-batch {micro}: must divide {each}")
         if layout.pp > 1 and rows % micro == 0:
             n = rows // micro
             if n < stages:

@@ -158,8 +158,6 @@ def violations(s: Settings) -> list[str]:
     limits(("lr", "clip"), sys.float_info.min, sys.float_info.max, "a number above 0")
     limits(("weight_decay", "warmup"), 0, sys.float_info.max, "0 or above")
     limits(("min_lr", "teacher_fraction"), 0, 1, "between 0 and 1")
-    if s.micro_batch and s.micro_batch > 0 and s.batch_size % s.micro_batch:
-        problems.append(f"--micro-batch {s.micro_batch}: must divide --batch-size {s.batch_size}")
     return problems
 
 

@@ -16,11 +16,12 @@ import torch.distributed as dist  # noqa: E402
 import muP  # noqa: E402
 import parallel  # noqa: E402
 import train  # noqa: E402
-from flm import FLMConfig, IGNORE, write_checkpoint  # noqa: E402
+from flm import FLMConfig, IGNORE, growth_mask, read_info, write_checkpoint  # noqa: E402
 
 CONFIG = FLMConfig(n_layers=4, d_model=24, n_heads=4, head_dim=6, d_ff=40, vocab_size=48, max_seq_len=16, mup_base_width=16)
 ROWS, STEPS, CLIP = 16, 3, 0.05
 # A growth in mid-ramp: 4 layers of which the first was there before, and so on in each dimension.
+MID_RAMP = 40                                    # samples at which the growth below stands, so that its mask is at 0.4
 GROWTH = {"old": {"n_layers": 3, "d_model": 12, "n_heads": 2, "d_ff": 20}, "layer_map": [0, 1, None, 2], "start": 0, "ramp": 100, "growths": 1}
 PLAIN = train.Machine(torch.device("cpu"), torch.float64, 1.0, "")
 
@@ -40,9 +41,9 @@ def batch(step: int, teacher: bool):
 
 
 def steps(world, config=CONFIG, micro=None, teacher=False, growth=None, dtype="float64", compiled=False, arithmetic=None, load=None, save=None,
-          first=0):
-    """A few AdamW steps from the same start in any layout: [(loss, norm)], the gradients of the last step and the weights after it, whole,
-    and the held-out loss."""
+          first=0, count=STEPS):
+    """A few AdamW steps from the same start in any layout: [(loss, norm)], the held-out loss before and after, the gradients of the last
+    step and the weights after it, whole."""
     machine = dataclasses.replace(PLAIN, dtype=getattr(torch, arithmetic or dtype))
     weights = getattr(torch, dtype)
     torch.manual_seed(0)
@@ -58,23 +59,36 @@ def steps(world, config=CONFIG, micro=None, teacher=False, growth=None, dtype="f
                 if p.dim() == 1:
                     value = muP.initial_value(config, "embedding.weight", (p.shape[0], 3), 5)[:, 0].to(p.dtype) * 20
                     parallel.local(p).add_(parallel.local(cut(value, p)))
-    worker.set_masks(growth, 0.4)
+    if growth == "of the checkpoint":            # just grown: its mask is at 0
+        growth = read_info(Path(load))["growth"]
+        worker.set_masks(growth, growth_mask(growth, growth["start"]))
+    else:
+        worker.set_masks(growth, growth_mask(growth, MID_RAMP))
     log, grads, layout = [], {}, world.layout
     b = ROWS // layout.dp
-    for step in range(first, first + STEPS):
+
+    def held_out():
+        x, y = (z[world.at("dp") * b:(world.at("dp") + 1) * b] for z in batch(99, teacher))
+        found = worker.run(x, y, parallel.micro_rows(layout, ROWS, micro))
+        return world.sum(found.item() if world.at("tp") == 0 else 0.0)[0]
+
+    before = held_out()
+    for step in range(first, first + count):
         x, y = (z[world.at("dp") * b:(world.at("dp") + 1) * b] for z in batch(step, teacher))
-        count, = world.sum(int((y != IGNORE).sum()) if world.at("tp") == world.at("pp") == 0 else 0)
-        nats = worker.gradients(x, y, parallel.micro_rows(layout, ROWS, micro), count)
+        supervised, = world.sum(int((y != IGNORE).sum()) if world.at("tp") == world.at("pp") == 0 else 0)
+        nats = worker.gradients(x, y, parallel.micro_rows(layout, ROWS, micro), supervised)
         grads = {name: whole(p.grad) for name, p in worker.named}
-        log.append(train.update(worker, optimizer, CLIP, 1e-2, nats, count))
-    x, y = (z[world.at("dp") * b:(world.at("dp") + 1) * b] for z in batch(99, teacher))
-    found = worker.run(x, y, parallel.micro_rows(layout, ROWS, micro))
-    held_out, = world.sum(found.item() if world.at("tp") == 0 else 0.0)
+        log.append(train.update(worker, optimizer, CLIP, 1e-2, nats, supervised))
     if save:
         write_checkpoint(Path(save), train.tensors_of(worker, optimizer), {
-            "step": STEPS, "samples": ROWS * STEPS, "stage": 0, "config": config.to_dict(), "growth": growth, "tokenizer": "bytes",
+            "step": STEPS, "samples": MID_RAMP, "stage": 0, "config": config.to_dict(), "growth": growth, "tokenizer": "bytes",
             "dtype": dtype}, world.control)
-    return log, held_out, gathered(world, grads), gathered(world, {name: whole(p) for name, p in worker.named})
+    return log, (before, held_out()), gathered(world, grads), gathered(world, {name: whole(p) for name, p in worker.named})
+
+
+def masked_loss(model, x, y) -> float:
+    with torch.no_grad():
+        return model(x, y).item()
 
 
 def cut(value, p):
