@@ -208,7 +208,11 @@ class World:
 
 
 def connect() -> World:
-    """Meet the other processes that torchrun started; the layout comes later, when all agree on one."""
+    """Meet the other processes that torchrun started; the layout comes later, when all agree on one. Raises ValueError where torchrun
+    is to restart processes that could then not meet."""
+    if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
+        raise ValueError("--max-restarts: restarted processes would look for each other at the addresses of the dead ones, which torchrun "
+                         "(PyTorch 2.13) keeps; start it with\n  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts ...")
     if torch.cuda.is_available():
         torch.cuda.set_device(dist.get_node_local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

@@ -1078,7 +1078,7 @@ def main(argv=None, world=parallel.World()) -> int:
 def run() -> int:
     """main, with errors for people: one screen, and an exit code. Of several processes rank 0 speaks."""
     sys.stdout.reconfigure(errors="backslashreplace")    # not every terminal knows every character
-    world, code = parallel.World(), 1
+    world, code = parallel.World(rank=int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0), 1
 
     def say(text):
         if world.rank == 0:

@@ -1,4 +1,6 @@
 """Many processes compute what one does. The processes are spawned here, on gloo and the CPU; tests/distributed.py is what they run."""
+import json
+import os
 import pickle
 import subprocess
 import sys
@@ -6,14 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
 import distributed  # noqa: E402
 import grow  # noqa: E402
 import parallel  # noqa: E402
+import train  # noqa: E402
 from distributed import CONFIG, GROWTH  # noqa: E402
-from flm import load_model  # noqa: E402
+from flm import find_checkpoint, load_model, read_info  # noqa: E402
 from parallel import Layout  # noqa: E402
 
 UNTIED = CONFIG.replace(tie_embeddings=False)
@@ -159,3 +165,168 @@ def test_grown_from_eight_processes_to_four(results):
     assert after == pytest.approx(before, rel=1e-10)
     model, _ = load_model(results["folder"] / "grown")
     assert distributed.masked_loss(model, *distributed.batch(99, False)) == pytest.approx(before, rel=1e-10)
+
+
+# ---- train.py under torchrun ----------------------------------------------------------------------------------------
+
+# train.py with an accident: WHAT, done by RANK at step 3 of the first start. A restarted worker finds the mark of the first one.
+ACCIDENT = """
+import math, os, runpy, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch.distributed.checkpoint as dcp
+import parallel
+what, rank, mark, calls = sys.argv[2], sys.argv[3], Path(sys.argv[4]), [0, 0]
+sys.argv = ["train.py", *sys.argv[5:]]
+step, save = parallel.Worker.gradients, dcp.save
+mine = os.environ["RANK"] == rank and not mark.exists()
+
+def gradients(worker, *args):
+    nats = step(worker, *args)
+    calls[0] += 1
+    if mine and calls[0] == 3 and what == "kill":
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mine and calls[0] == 3 and what == "poison":
+        parallel.local(worker.named[2][1].grad).view(-1)[0] = math.inf
+    return nats
+
+def saving(tensors, **options):
+    calls[1] += 1
+    if mine and calls[1] == 3 and what == "kill in a save":      # of step 4
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(tensors, **options)
+
+parallel.Worker.gradients, dcp.save = gradients, saving
+if mine and what == "another argument":
+    sys.argv += ["--lr", "0.5"]
+runpy.run_path(parallel.__file__.replace("parallel.py", "train.py"), run_name="__main__")
+"""
+SIZE = ["--model", "n_layers=2", "d_model=16", "n_heads=2", "head_dim=8", "d_ff=32", "max_seq_len=32", "mup_base_width=16"]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A small corpus and the script of accidents."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    (folder / "text").mkdir()
+    for i in range(20):
+        (folder / "text" / f"{i}.txt").write_text(f"document {i}: " + "the cat sat on the mat. " * 20)
+    data.prepare({"text": sorted((folder / "text").iterdir())}, folder / "tokens", data.get_tokenizer("bytes"))
+    (folder / "accident.py").write_text(ACCIDENT)
+    return folder
+
+
+def torchrun(workshop, size, script, *words, launcher=(), out=None, **environment):
+    """Returns (exit code, output) of train.py on so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *launcher, str(script), *map(str, words),
+               "--data", str(workshop / "tokens"), "--device", "cpu", "--dtype", "float64", "--steps", "6", "--batch-size", "8", "--save-every", "2",
+               "--eval-rows", "4", "--keep", "9", *SIZE, *(["--out", str(out)] if out else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240, cwd=workshop,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    return done.returncode, done.stdout
+
+
+def last_weights(run) -> dict:
+    return dict(load_model(run)[0].named_parameters())
+
+
+@pytest.mark.parametrize("what", ["kill", "kill in a save"])
+def test_a_killed_rank_is_restarted(workshop, what, tmp_path):
+    """kill -9 of rank 1 of a tp 2 x dp 2 run, in the middle of a step and of a save: torchrun starts all processes again, which go on from
+    the last whole checkpoint; the run ends with the very weights of an undisturbed one, and a log without gaps."""
+    options, undisturbed = ["--tp", "2"], workshop / "undisturbed"
+    if not undisturbed.exists():
+        code, output = torchrun(workshop, 4, Path(parallel.__file__).with_name("train.py"), *options, out=undisturbed)
+        assert code == 0, output
+    code, output = torchrun(workshop, 4, workshop / "accident.py", Path(parallel.__file__).parent, what, 1, tmp_path / "mark", "--auto-resume", *options,
+                            launcher=["--max-restarts", "1"], out=tmp_path / "run", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    assert code == 0 and (tmp_path / "mark").exists(), output
+    assert "going on with" in output             # the second start
+    for (name, p), q in zip(last_weights(tmp_path / "run").items(), last_weights(undisturbed).values(), strict=True):
+        assert torch.equal(p, q), name
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, 7)) and steps == sorted(steps)
+
+
+def test_a_number_that_is_not_finite_stops_everyone(workshop, tmp_path):
+    """An infinite gradient on one of four ranks: all stop before the optimizer, rank 0 says so once, and the checkpoint holds the weights of
+    before. No rank is left waiting: the command ends by itself."""
+    code, output = torchrun(workshop, 4, workshop / "accident.py", Path(parallel.__file__).parent, "poison", 3, tmp_path / "mark", "--tp", "2", "--pp",
+                            "2", "--micro-batch", "2", out=tmp_path / "run")
+    assert code == 1
+    assert output.count("stopped before the optimizer") == 1 and "step 3 stopped before the optimizer: loss " in output
+    assert read_info(find_checkpoint(tmp_path / "run"))["step"] == 2
+
+
+def test_ranks_that_differ_are_named(workshop, tmp_path):
+    """A rank that was started with another learning rate: one screen that names the option and the rank; no run begins."""
+    code, output = torchrun(workshop, 2, workshop / "accident.py", Path(parallel.__file__).parent, "another argument", 1, tmp_path / "mark",
+                            out=tmp_path / "run")
+    assert code == 1 and "started with different arguments:\n  --lr: None on 1 (rank 0), 0.5 on 1 (rank 1)" in output      # 1: torchrun's own
+    assert output.count("different arguments") == 1 and not (tmp_path / "run").exists()
+
+
+def test_every_reason_at_once(workshop, tmp_path):
+    """Too few processes, heads, d_ff, vocabulary and sequence that tp does not divide, layers that pp does not divide, a batch that does
+    not split: one screen, from rank 0, with every number; no run begins."""
+    code, output = torchrun(workshop, 2, Path(parallel.__file__).with_name("train.py"), "--tp", 3, "--pp", 5, "--dp", 3, "--sequence-parallel", out=tmp_path / "run")
+    for line in ("dp 3 x tp 3 x pp 5 = 45 processes, torchrun started 2", "n_heads 2: must be a multiple of --tp 3", "d_ff 32: must be a multiple of --tp 3",
+                 "max_seq_len 32: must be a multiple of --tp 3", "n_layers 2: must be a multiple of the 5 stages", "--batch-size 8: must be a multiple of --dp 3"):
+        assert output.count(line) == 1, output
+    assert "Traceback" not in output.split("train.py: this layout does not fit")[0] and not (tmp_path / "run").exists()
+
+
+def test_restarts_that_cannot_work_are_refused(monkeypatch):
+    """Processes that torchrun restarts meet in the store of their first start, unless it is told not to share it: said before the first."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ValueError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts"):
+        parallel.connect()
+
+
+def test_without_torchrun_the_command_is_named(capsys):
+    """--tp 2 in one process: the message names the command that starts two."""
+    with pytest.raises(ValueError, match="dp 1 x tp 2 x pp 1 = 2 processes, this is one: start them with torchrun --standalone --nproc-per-node 2"):
+        train.main(["--tp", "2", *SIZE])
+
+
+def test_two_runs_do_not_share_a_folder(workshop, tmp_path, monkeypatch):
+    """While one run writes a folder, a second one is refused, and says by whom it is written; afterwards the folder is free."""
+    monkeypatch.chdir(tmp_path)
+    s = train.Settings(model=tuple(SIZE[1:]), data=str(workshop / "tokens"), steps=2, batch_size=4, eval_rows=2, device="cpu", dtype="float64", out="run")
+    train.train(s, stop_at=1)
+    with train.sole_writer(Path("run")):
+        with pytest.raises(ValueError, match=f"run is being written by another run .process {os.getpid()} on "):
+            train.train(train.resumed("run", {}), resume=True)
+    assert train.train(train.resumed("run", {}), resume=True)["step"] == 2
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(1, 64), st.integers(1, 8), st.sampled_from(sorted(parallel.SCHEDULES)), st.booleans())
+@settings(deadline=None, max_examples=300)
+def test_the_validator_says_no_exactly_when_something_does_not_divide(dp, tp, pp, batch, micro, schedule, sequence):
+    """check finds nothing if and only if heads, d_ff, vocabulary (and sequence) divide by tp, layers by the pipeline's stages, rows by dp and
+    micro-batches, and the micro-batches suffice for the schedule; each finding names its numbers."""
+    layout = Layout(dp, tp, pp, sequence_parallel=sequence, schedule=schedule)
+    problems = parallel.check(layout, CONFIG, batch, micro)
+    stages = pp * (1 if schedule in ("1F1B", "GPipe") else 2) if pp > 1 else 1
+    fits = CONFIG.n_heads % tp == CONFIG.d_ff % tp == CONFIG.vocab_size % tp == CONFIG.n_layers % stages == batch % dp == 0
+    fits = fits and batch // dp % micro == 0 and not (sequence and (tp == 1 or CONFIG.max_seq_len % tp))
+    if pp > 1 and fits:
+        n = batch // dp // micro
+        fits = n >= stages and (stages == pp or n % pp == 0)
+    assert (problems == []) == bool(fits)
+
+
+@given(st.integers(1, 6), st.integers(1, 50), st.integers(1, 9), st.sampled_from(sorted(parallel.SCHEDULES)))
+def test_a_pipeline_gets_whole_micro_batches(pp, rows, micro, schedule):
+    """The rows that an evaluation is filled up to are the fewest that a pipeline takes: what the validator accepts as one dp rank's batch."""
+    layout = Layout(pp=pp, schedule=schedule)
+    deep = CONFIG.replace(n_layers=layout.stages)
+    n = parallel.rows_needed(layout, rows, micro)
+    if pp == 1:
+        assert n == rows
+        return
+    assert n >= rows and not parallel.check(layout, deep, n, micro)
+    assert all(parallel.check(layout, deep, k, micro) for k in range(rows, n))
