@@ -203,7 +203,7 @@ def plan_layout(s: Settings, stages: list[dict], processes: int) -> parallel.Lay
     if layout.size != processes:
         given = f"dp {dp} x tp {s.tp} x pp {s.pp} = {layout.size} processes"
         problems.append(f"{given}, torchrun started {processes}" if processes > 1 else f"{given}, this is one: start them with torchrun "
-                        f"--standalone --nproc-per-node {layout.size} train.py ...")
+                        f"--standalone --nproc-per-node {layout.size} train.py ..., or take one: --dp 1 --tp 1 --pp 1")
     for i, stage in enumerate(stages):
         found = parallel.check(layout, stage["config"], stage["batch_size"], s.micro_batch, s.compile)
         problems += [f"stage {i + 1}: {problem}" if len(stages) > 1 else problem for problem in found]
