@@ -261,17 +261,16 @@ class Attention(nn.Module):
         self.register_buffer("mask", None, persistent=False)                             # (H,)
 
     def forward(self, x, tables, visible, cache, layer):
-        B, T, _ = x.shape
-        qk, v = self.qkv(x).view(B, T, -1, 3, self.D).split((2, 1), dim=3)               # (B, T, H, 2, D), (B, T, H, 1, D)
+        qk, v = self.qkv(x).unflatten(-1, (-1, 3, self.D)).split((2, 1), dim=3)          # (B, T, H, 2, D), (B, T, H, 1, D)
         q, k = rotate(qk, tables).transpose(1, 2).unbind(3)                              # (B, H, T, D) each
         v = v.squeeze(3).transpose(1, 2)                                                 # (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(layer, k, v)                                             # (B, H, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None and T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None and q.shape[2] > 1)
         y = y.transpose(1, 2)                                                            # (B, T, H, D)
         if self.mask is not None:
             y = y * self.mask[:, None].to(y.dtype)
-        return self.o(y.reshape(B, T, -1))                                               # (B, T, H*D) -> (B, T, C)
+        return self.o(y.flatten(2))                                                      # (B, T, H*D) -> (B, T, C)
 
 
 class FeedForward(nn.Module):

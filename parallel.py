@@ -23,17 +23,31 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import gc
+import itertools
+import math
+import types
+import weakref
+from collections import Counter
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import get_schedule_class
+from torch.distributed.pipelining.schedules import _PipelineSchedule, get_schedule_class
+from torch.distributed.pipelining.stage import InferenceMode
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import muP
@@ -374,7 +388,7 @@ class Worker:
         training = torch.is_grad_enabled()
         if (n, loss, training) not in self.schedules:
             layout, group = self.world.layout, self.world.mesh["pp"].get_group()
-            stages = [PipelineStage(part, i, layout.stages, self.device, group=group) for part, i in zip(self.parts, self.stage_ids)]
+            stages = [PipelineStage(part, i, layout.stages, self.device, group=group) for part, i in zip(self.parts, layout.stage_ids(self.world.at("pp")))]
             scaled = (lambda logits, y: loss(logits, y) * self.scale) if training else loss
             self.schedules[n, loss, training] = get_schedule_class(layout.schedule)(
                 stages if layout.stages > layout.pp else stages[0], n_microbatches=n, loss_fn=scaled, scale_grads=False)
@@ -411,3 +425,275 @@ class Worker:
                     copies *= size if placement.is_replicate() else 1
             by_copies.setdefault(copies, []).append(local(p.grad))
         return sum(torch.nn.utils.get_total_norm(grads).item() ** 2 / copies for copies, grads in by_copies.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Drawing and tracing: who computes what, when; and who says what to whom
+
+UNITS = {"F": 1, "B": 2, "I": 1, "W": 1}     # time of a forward pass, of a whole backward pass and of its two halves
+
+
+def timetable(layout: Layout, n_microbatches: int) -> tuple[list[list[tuple]], float]:
+    """When each process of a pipeline computes what, where sending takes no time and a backward pass twice a forward one.
+
+    Returns (rows, bubble): for each of the pp processes its work in order, (start, kind, stage, micro-batch) with kind F (forward),
+    B (backward), or I and W (the halves of a backward pass: gradients of the inputs, of the weights) and start in units of one
+    forward pass through one stage; and the share of all processes' time that is idle. The order of work is that of PyTorch's
+    schedules, the one that a run follows. Raises ValueError for what the schedule cannot do."""
+    problems = pipeline_problems(layout, n_microbatches)
+    if problems:
+        raise ValueError("this pipeline cannot be drawn:\n  " + "\n  ".join(problems))
+    # A schedule asks its stages for these alone until it runs.
+    stages = [types.SimpleNamespace(stage_index=i, num_stages=layout.stages, group_size=layout.pp, group_rank=0, submod=None,
+                                    is_first=i == 0, is_last=i == layout.stages - 1) for i in layout.stage_ids(0)]
+    name = layout.schedule if layout.pp > 1 else "1F1B"
+    schedule = get_schedule_class(name)(stages if layout.stages > layout.pp else stages[0], n_microbatches, loss_fn=loss_sum)
+    waiting = [[(action.computation_type.value, action.stage_index, action.microbatch_index) for action in schedule.pipeline_order[rank]
+                if action is not None and action.computation_type.value in UNITS] for rank in range(layout.pp)]
+    if name == "1F1B":                           # PyTorch 2.13 lists the last stage's forward passes as 1 ... m; it runs 0 ... m-1
+        count = itertools.count()
+        waiting[-1] = [(kind, stage, next(count) if kind == "F" else i) for kind, stage, i in waiting[-1]]
+    done, rows, clock = {}, [[] for _ in waiting], [0] * layout.pp
+
+    def ready(kind, stage, i):
+        """When the work that this needs is done; None while it is not."""
+        if kind == "F":
+            return done.get(("F", stage - 1, i)) if stage else 0
+        if kind == "W":
+            return done.get(("I", stage, i))
+        if stage == layout.stages - 1:
+            return done.get(("F", stage, i))
+        return done.get(("B", stage + 1, i), done.get(("I", stage + 1, i)))
+
+    while any(waiting):
+        before = len(done)
+        for rank, work in enumerate(waiting):
+            while work and (moment := ready(*work[0])) is not None:
+                task, start = work.pop(0), max(clock[rank], moment)
+                rows[rank].append((start, *task))
+                clock[rank] = done[task] = start + UNITS[task[0]]
+        assert len(done) > before, "a schedule whose processes wait for each other"
+    busy = sum(UNITS[kind] for row in rows for _, kind, _, _ in row)
+    return rows, 1 - busy / (layout.pp * max(clock))
+
+
+def pipeline_problems(layout: Layout, n_microbatches: int) -> list[str]:
+    if layout.schedule not in SCHEDULES:
+        return [f"--schedule {layout.schedule}: there are {', '.join(SCHEDULES)}"]
+    problems = [f"--{name} {n}: must be at least 1" for name, n in (("pp", layout.pp), ("micro-batches", n_microbatches)) if n < 1]
+    if not problems and n_microbatches < layout.stages:
+        problems.append(f"--micro-batches {n_microbatches}: --pp {layout.pp} --schedule {layout.schedule} has {layout.stages} stages "
+                        f"and needs at least {layout.stages}")
+    elif not problems and layout.stages > layout.pp and n_microbatches % layout.pp:
+        problems.append(f"--micro-batches {n_microbatches}: must divide by --pp {layout.pp} for --schedule {layout.schedule}")
+    return problems
+
+
+def closed_bubble(layout: Layout, n_microbatches: int) -> tuple[str, float] | None:
+    """The formula for the bubble and its value; None for the schedules that have none (zero-bubble ones)."""
+    p, m, v = layout.pp, n_microbatches, SCHEDULES[layout.schedule]
+    if "ZB" in layout.schedule or "ZeroBubble" in layout.schedule:
+        return None
+    return ("(p-1)/(m+p-1)" if v == 1 else f"(p-1)/({v}m+p-1)"), (p - 1) / (v * m + p - 1)
+
+
+def draw(layout: Layout, n_microbatches: int) -> str:
+    """The timetable as text: a row per process, a column per unit of time."""
+    rows, bubble = timetable(layout, n_microbatches)
+    end = max(start + UNITS[kind] for row in rows for start, kind, _, _ in row)
+    several = layout.stages > layout.pp
+    grid = [["."] * end for _ in rows]
+    for cells, row in zip(grid, rows):
+        for start, kind, stage, i in row:
+            cells[start:start + UNITS[kind]] = [f"{kind}{i}" + f":{stage}" * several] + ["-"] * (UNITS[kind] - 1)
+    width = max(len(cell) for cells in grid for cell in cells)
+    lines = [f"process {rank}  " + " ".join(cell.ljust(width) for cell in cells).rstrip() for rank, cells in enumerate(grid)]
+    formula = closed_bubble(layout, n_microbatches)
+    legend = [f"F3 the forward pass of micro-batch 3 through a stage, 1 unit of time; B3 the backward pass, {UNITS['B']} units"]
+    if any(kind == "W" for row in rows for _, kind, _, _ in row):
+        legend += ["I3 and W3 its halves, 1 unit each: the gradients of the inputs, for which a neighbour waits, and of the weights"]
+    legend += ["F3:5 the same in stage 5; a process holds two"] * several
+    told = f"{formula[0]} = {formula[1]:.1%}" if formula else "no closed formula"
+    return "\n".join([f"pp {layout.pp}, {n_microbatches} micro-batches, {layout.schedule}: {end} units of time, bubble {bubble:.1%} ({told})", "",
+                      *lines, "", *legend])
+
+
+class Collectives(TorchDispatchMode):
+    """Counts what this process says to others: calls and bytes by (axis, kind), axis dp, tp or pp ("world" for any other group),
+    kind all-gather, reduce-scatter, all-reduce, broadcast, send or receive. The bytes are those of the whole tensor: what an
+    all-gather gives, what a reduce-scatter takes.
+
+    tell: called with one line for each (see `trace`)."""
+
+    KINDS = (("allgather", "all-gather"), ("reducescatter", "reduce-scatter"), ("allreduce", "all-reduce"), ("broadcast", "broadcast"),
+             ("send", "send"), ("recv", "receive"))
+
+    def __init__(self, worker: Worker, tell=None, step: int = 0):
+        super().__init__()
+        world = worker.world
+        self.axes = {world.mesh[axis].get_group().group_name: axis for axis in ("dp", "tp", "pp")} if world.mesh is not None else {}
+        if worker.tie is not None:
+            self.axes[worker.tie.group_name] = "pp"      # the tied embedding's two ends
+        self.who = f"rank {world.rank} (" + ", ".join(f"{axis} {world.at(axis)}" for axis in ("pp", "dp", "tp")) + f")  step {step}"
+        self.calls, self.bytes, self.tell, self.micro, self.pass_of = Counter(), Counter(), tell, None, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented                # it comes back with what the processes hold
+        out = func(*args, **(kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func._overloadpacket.__name__.replace("_", "")
+            kind = next((kind for part, kind in self.KINDS if part in name), None)
+            if kind is not None:
+                self._count(kind, args, out)
+        return out
+
+    def _count(self, kind, args, out):
+        group = next(name for name in map(group_name, args) if name is not None)
+        key = (self.axes.get(group, "world"), kind)
+        tensors = max(([t for t in tree_leaves(side) if isinstance(t, torch.Tensor)] for side in (*args, out)), key=nbytes)
+        self.calls[key] += 1
+        self.bytes[key] += nbytes(tensors)
+        if self.tell is None:
+            return
+        # A batch of sends and receives belongs to two passes at once: each tensor knows its own.
+        backward = torch._C._current_graph_task_id() != -1       # no public way to ask whether autograd is at work
+        now = "" if self.micro is None else f"micro-batch {self.micro} {'backward' if backward else 'forward'}"
+        where = self.pass_of.pop(id(tensors[0]), now) if kind in ("send", "receive") else now
+        for t in tensors[:1]:
+            self.tell(f"{self.who}  {where:<23}  {key[0]:<5} {kind:<14} {str(tuple(t.shape)):<20} {str(t.dtype)[6:]:<9} {nbytes(tensors):,} bytes")
+
+
+def nbytes(tensors: list[torch.Tensor]) -> int:
+    return sum(t.numel() * t.itemsize for t in tensors)
+
+
+def group_name(argument) -> str | None:
+    """The name of a process group among a collective's arguments, which hold it as a name or boxed."""
+    if isinstance(argument, str):
+        return argument if argument not in ("sum", "avg", "max", "min") else None
+    return dist.ProcessGroup.unbox(argument).group_name if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The rehearsal: one process of each pipeline stage goes through a step of the real code, build and Worker, on tensors that have
+#    shapes and no numbers, among processes that are not there. Memory is what such tensors would take, communication what is said.
+
+@contextlib.contextmanager
+def alone(config: FLMConfig, layout: Layout, pp_rank: int, micro: int, arithmetic: torch.dtype):
+    """This process as the one at (pp_rank, dp 0, tp 0) of a layout whose other processes are not there: what it says to them is lost,
+    what it would hear is not written. Yields its World. micro: the rows of its micro-batches."""
+    dist.init_process_group("fake", store=FakeStore(), rank=pp_rank * layout.dp * layout.tp, world_size=layout.size)
+    mesh = init_device_mesh("cpu", (layout.pp, layout.dp, layout.tp), mesh_dim_names=("pp", "dp", "tp"))
+    T, asking = config.max_seq_len, PipelineStage
+    stream = torch.empty(micro, T // layout.tp if layout.sequence_parallel else T, config.d_model, dtype=arithmetic, device="meta")
+
+    def stage(part, *args, **options):
+        """A stage of a pipeline asks its neighbours for shapes in its first step; here it is told."""
+        first, last = part.embedding is not None, part.head is not None
+        logits = torch.empty(micro, T, config.vocab_size // layout.tp, dtype=arithmetic, device="meta")
+        if layout.tp > 1:
+            logits = DTensor.from_local(logits, mesh["tp"], [Shard(2)], run_check=False)
+        y = (logits if last else stream).detach().requires_grad_()
+        x = torch.empty(micro, T, dtype=torch.long, device="meta") if first else stream.detach().requires_grad_()
+        return asking(part, *args, input_args=x, output_args=y, input_grads=None if first else stream,
+                             output_grads=None if last else stream, **options)
+
+    def static(schedule, stages, *_):            # in place of a vote among the stages: there is no public way to skip it
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    with mock.patch.object(_PipelineSchedule, "_warmup_p2p", static), mock.patch.dict(globals(), PipelineStage=stage):
+        yield World(layout, dist.get_rank(), mesh)
+    dist.destroy_process_group()
+
+
+class Memory(TorchDispatchMode):
+    """Follows the bytes of all tensors of one FakeTensorMode: `now`, and `peak` since it was last set."""
+
+    def __init__(self, fake: FakeTensorMode):
+        super().__init__()
+        self.fake, self.alive, self.now, self.peak = fake, {}, 0, 0
+        self.resize = torch.UntypedStorage.resize_
+
+    def follow(self, storage: torch.UntypedStorage):
+        key, size = storage._cdata, storage.nbytes()     # the storage itself: Python's view of it comes and goes
+        if key not in self.alive:
+            self.alive[key] = [weakref.ref(storage, functools.partial(self.forget, key)), 0]
+        self.now += size - self.alive[key][1]
+        self.alive[key][1] = size
+        self.peak = max(self.peak, self.now)
+
+    def forget(self, key, _):
+        self.now -= self.alive.pop(key)[1]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented                # it comes back with what this process holds
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves((args, out)):
+            if isinstance(t, torch.Tensor) and getattr(t, "fake_mode", None) is self.fake:
+                self.follow(t.untyped_storage())
+        return out
+
+    def resized(self, storage, size):            # fully_shard allocates and frees what it gathers like this, past every dispatch
+        self.resize(storage, size)
+        if storage._cdata in self.alive:
+            self.follow(storage)
+        return storage
+
+
+def measure(world: World, config: FLMConfig, n: int, micro: int, weights: torch.dtype, arithmetic: torch.dtype) -> dict:
+    """What a process that is `alone` holds and says in a step of n micro-batches of `micro` rows; sizes in bytes:
+
+    parameters         numbers of the model that lie here; parameters_tp: of which shares, gathered over dp, it computes with
+    weights, moments, gradients      as they lie here between the passes and the optimizer's step
+    peak, peak_update  largest sum of all tensors alive in the passes, and in the optimizer's step
+    said               {"dp all-gather": [calls, bytes], ...} (see Collectives)"""
+    fake, allocate = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), FLM.to_empty      # with a ShapeEnv .item() is a symbol
+    memory = Memory(fake)
+
+    def to_empty(part, device):
+        with fake:
+            return allocate(part, device=device)
+
+    def outside(action):
+        """DTensor's work on shapes has a fake mode of its own: in ours it would count as tensors of the whole, uncut size."""
+        def act(*args):
+            with unset_fake_temporarily():
+                return action(*args)
+        return act
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(FLM, "to_empty", to_empty))
+        stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", lambda storage, size: memory.resized(storage, size)))
+        stack.enter_context(mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached",
+                                              lambda self, schema, do=outside(ShardingPropagator._propagate_tensor_meta_non_cached): do(self, schema)))
+        stack.enter_context(memory)
+        worker = Worker(build(config, world, torch.device("cpu"), weights, arithmetic), world, arithmetic)
+        said = stack.enter_context(Collectives(worker))
+        stack.enter_context(fake)
+        parameters = [p for _, p in worker.named]
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        for p in parameters:                     # the moments are there from the second step on: make them
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens = torch.zeros(n * micro, config.max_seq_len, dtype=torch.long)
+        said.calls.clear()
+        said.bytes.clear()
+        gc.collect()
+        memory.peak = memory.now
+        worker.gradients(tokens, tokens, micro, 1.0)
+        peak, memory.peak = memory.peak, memory.now
+        optimizer.step()
+
+        def cut(p):                              # by tensor parallelism
+            named = zip(p.device_mesh.mesh_dim_names, p.device_mesh.shape, p.placements) if isinstance(p, DTensor) else ()
+            return math.prod(size for name, size, placement in named if name == "tp" and not placement.is_replicate())
+
+        return {"parameters": sum(local(p).numel() for p in parameters), "parameters_tp": sum(p.numel() // cut(p) for p in parameters),
+                "weights": nbytes([local(p) for p in parameters]), "gradients": nbytes([local(p.grad) for p in parameters]),
+                "moments": nbytes([local(t) for state in optimizer.state.values() for name, t in state.items() if name != "step"]),
+                "peak": peak, "peak_update": memory.peak,
+                "said": {f"{axis} {kind}": [said.calls[axis, kind], said.bytes[axis, kind]] for axis, kind in said.calls}}
