@@ -19,6 +19,8 @@ and neighbours in rank are neighbours in tp, where the traffic is heaviest.
 """
 from __future__ import annotations
 
+import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -26,6 +28,9 @@ import functools
 import gc
 import itertools
 import math
+import multiprocessing
+import os
+import sys
 import types
 import weakref
 from collections import Counter
@@ -40,8 +45,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _PipelineSchedule, get_schedule_class
 from torch.distributed.pipelining.stage import InferenceMode
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.parallel import DistributedDataParallel
@@ -51,7 +56,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import muP
-from flm import FLM, FLMConfig, loss_sum
+from flm import FLM, FLMConfig, forward_flops, loss_sum
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -697,3 +702,175 @@ def measure(world: World, config: FLMConfig, n: int, micro: int, weights: torch.
                 "moments": nbytes([local(t) for state in optimizer.state.values() for name, t in state.items() if name != "step"]),
                 "peak": peak, "peak_update": memory.peak,
                 "said": {f"{axis} {kind}": [said.calls[axis, kind], said.bytes[axis, kind]] for axis, kind in said.calls}}
+
+
+def measure_all(config: FLMConfig, layout: Layout, pp_rank: int, counts: list[int], micro: int, weights, arithmetic, checkpointing) -> dict:
+    """{(activation checkpointing, micro-batches): measure(...)} for one process. DTensor remembers its first world, so that a process
+    can be alone in one only."""
+    with alone(config, layout, pp_rank, micro, arithmetic) as world:
+        return {(again, n): measure(dataclasses.replace(world, layout=dataclasses.replace(layout, activation_checkpointing=again)), config,
+                                    n, micro, weights, arithmetic) for again in checkpointing for n in counts}
+
+
+def line(a, b, at_a, at_b, n):
+    """The value at n of the line through (a, at_a) and (b, at_b); for dicts and lists, of each of their numbers."""
+    if isinstance(at_a, dict):
+        return {key: line(a, b, at_a[key], at_b[key], n) for key in at_a}
+    if isinstance(at_a, list):
+        return [line(a, b, x, y, n) for x, y in zip(at_a, at_b)]
+    return at_a if a == b else at_a + (at_b - at_a) * (n - a) // (b - a)
+
+
+def rehearse(config: FLMConfig, layout: Layout, batch_size: int, micro_batch: int | None = None, *, weights: torch.dtype = torch.float32,
+             arithmetic: torch.dtype = torch.bfloat16, memory_gb: float = 80, peak: float = 312e12, utilisation: float = 0.6,
+             tp_link: float = 200e9, network: float = 25e9) -> dict:
+    """Rehearse a training step of a layout of any size on this machine: one process of each pipeline stage, with all its layers and
+    few micro-batches; what grows with the micro-batches is measured for two numbers of them and scaled to the real one. With and
+    without activation checkpointing, where the schedule allows both.
+
+    memory_gb: of a GPU, in GiB. peak: FLOP/s of a GPU (dense bf16 on the paper's A800); utilisation: the share of it that a GPU
+    reaches while it computes. tp_link, network: bytes per second that a GPU sends between processes of tp (A800: NVLink, 400 GB/s
+    both ways together) and of dp and pp (ours: 200 Gbit/s each; the paper does not tell). utilisation is our choice as well.
+    Nothing is taken to overlap: the time is that of computing, plus that of everything said, plus the pipeline's bubble.
+
+    Returns plain JSON values (see `describe_rehearsal`), sizes in bytes. Raises ValueError where the model cannot lie like that, and
+    where it does not fit the memory even with activation checkpointing."""
+    problems = check(layout, config, batch_size, micro_batch)
+    if problems:
+        raise ValueError("this layout does not work:\n  " + "\n  ".join(problems))
+    micro = micro_batch or (1 if layout.pp > 1 else batch_size // layout.dp)
+    n = batch_size // layout.dp // micro
+    # From these on, a process has as many micro-batches under way at once as it ever will, and then one more.
+    few = (2, 3) if layout.pp == 1 else (layout.pp + 1, layout.pp + 2) if layout.stages == layout.pp else (2 * layout.pp, 3 * layout.pp)
+    a, b = few if n > few[1] else (n, n)
+    checkpointing = [False] if "ZeroBubble" in layout.schedule and layout.pp > 1 else [False, True]
+    jobs = [(config, layout, rank, sorted({a, b}), micro, weights, arithmetic, checkpointing) for rank in range(layout.pp)]
+    # One process each (see measure_all), started afresh: a forked one would inherit this one's threads and process groups.
+    with concurrent.futures.ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        measured = list(pool.map(measure_all, *zip(*jobs)))
+    modes = {}
+    for again in checkpointing:
+        processes = []
+        for found in measured:
+            process = line(a, b, found[again, a], found[again, b], n)
+            process["peak"] = max(process["peak"], process["peak_update"])
+            processes.append(process)
+        modes["checkpointing" if again else "plain"] = {"processes": processes, "peak": max(process["peak"] for process in processes)}
+    limit, (_, bubble) = memory_gb * 2 ** 30, timetable(layout, n)
+    fitting = [name for name in modes if modes[name]["peak"] <= limit]
+    if not fitting:
+        raise ValueError(f"{layout} does not fit GPUs of {memory_gb:g} GiB: " + ", ".join(
+            f"{modes[name]['peak'] / 2 ** 30:.1f} GiB {'with' if name == 'checkpointing' else 'without'} activation checkpointing" for name in modes)
+            + "; raise --tp or --pp, or lower --micro-batch")
+    mode = "checkpointing" if layout.activation_checkpointing or "plain" not in fitting else "plain"
+    T, tp, depth, times = config.max_seq_len, layout.tp, config.n_layers // layout.stages, []
+    head = 2 * config.vocab_size * config.d_model
+    block = (forward_flops(config, T) - head) // config.n_layers
+    for rank, process in enumerate(modes[mode]["processes"]):
+        stages = layout.stage_ids(rank)
+        forward = depth * len(stages) * block + head * (layout.stages - 1 in stages)       # per token
+        process["flop"] = 3 * forward * n * micro * T // tp
+        again = depth * len(stages) * block * n * micro * T // tp if mode == "checkpointing" else 0
+        said = {axis: sum(size * (2 if "all-reduce" in what else 1) * (1 if axis == "pp" else (ring - 1) / ring)
+                          for what, (_, size) in process["said"].items() if what.startswith(axis) and "receive" not in what)
+                for axis, ring in (("dp", layout.dp), ("tp", tp), ("pp", layout.pp))}      # what goes over this GPU's link
+        times.append({"compute": (process["flop"] + again) / (peak * utilisation), "tp": said["tp"] / tp_link,
+                      "pp": said["pp"] / network, "dp": said["dp"] / network})
+    slow = max(times, key=lambda t: t["compute"] + t["tp"] + t["pp"])
+    time = {**slow, "bubble": (slow["compute"] + slow["tp"] + slow["pp"]) * bubble / (1 - bubble)}
+    time["step"] = sum(time.values())
+    flop = 3 * forward_flops(config, T) * batch_size * T
+    closed = closed_bubble(layout, n)
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in FLM(config).parameters())
+    return {"layout": dataclasses.asdict(layout), "description": str(layout), "gpus": layout.size, "parameters": parameters, "batch_size": batch_size,
+            "micro_batch": micro, "micro_batches": n, "measured_micro_batches": sorted({a, b}), "weights": str(weights)[6:], "arithmetic": str(arithmetic)[6:],
+            "layers_per_process": depth * layout.stages // layout.pp, "seq_len": T,
+            "memory_gb": memory_gb, "modes": modes, "fits": fitting, "mode": mode, "bubble": bubble, "closed_bubble": closed and list(closed),
+            "flop": flop, "time": time, "tflops": flop / layout.size / time["step"] / 1e12, "peak": peak, "utilisation": utilisation,
+            "tp_link": tp_link, "network": network, "tokens_per_second": batch_size * T / time["step"]}
+
+
+def describe_rehearsal(r: dict) -> str:
+    """The rehearsal's result for a person."""
+    layout, mode, plain = Layout(**r["layout"]), r["modes"][r["mode"]], next(iter(r["modes"].values()))
+    width, GiB = {"float32": 4, "bfloat16": 2, "float64": 8}, 2 ** 30
+    rows = []
+
+    def row(name, values):
+        rows.append([name, *values])
+
+    def gib(name, sizes):
+        row(name, [f"{size / GiB:.2f}" for size in sizes])
+
+    processes = plain["processes"]
+    row("process of the pipeline", [str(i) for i in range(len(processes))])
+    row("parameters it computes with, B", [f"{p['parameters_tp'] / 1e9:.3f}" for p in processes])
+    row("parameters it holds", [f"{p['parameters']:,}" for p in processes])
+    gib(f"weights, {r['weights']}, GiB", [p["weights"] for p in processes])
+    gib("AdamW's two moments", [p["moments"] for p in processes])
+    gib("gradients", [p["gradients"] for p in processes])
+    gathered = [[p["parameters_tp"] * width[dtype] * layout.sharded for p in processes]
+                for dtype in (r["arithmetic"], "float32" if r["arithmetic"] != r["weights"] else r["weights"])]
+    if layout.sharded:
+        gib(f"weights gathered, {r['arithmetic']}", gathered[0])
+        gib("gradients gathered, float32", gathered[1])
+    names = {"plain": "without activation checkpointing", "checkpointing": "with activation checkpointing"}
+    for name, found in r["modes"].items():
+        gib(f"peak {names[name]}", [p["peak"] for p in found["processes"]])
+    row("TFLOP of the model", [f"{p['flop'] / 1e12:,.0f}" for p in mode["processes"]])
+    for what in sorted({what for p in mode["processes"] for what in p["said"]}):
+        row(f"{what}, GiB (calls)", [f"{p['said'][what][1] / GiB:,.2f} ({p['said'][what][0]:,})" if what in p["said"] else "-" for p in mode["processes"]])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    t, counts = r["time"], " and ".join(map(str, r["measured_micro_batches"]))
+    lines = [f"{r['parameters'] / 1e9:.1f} billion parameters on {r['gpus']} GPUs of {r['memory_gb']:g} GiB: {r['description']}",
+             f"a step: {r['batch_size']} rows of {r['seq_len']} tokens, {r['micro_batches']} micro-batches of {r['micro_batch']} per dp rank",
+             f"measured on tensors without numbers: one process per pipeline stage with all its {r['layers_per_process']} layers, {counts} micro-batches"
+             + (f"; what grows with them is scaled to {r['micro_batches']}" if len(r["measured_micro_batches"]) > 1 else ""),
+             "", *("  ".join([cells[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(cells[1:], widths[1:]))]) for cells in rows), ""]
+    for name, found in r["modes"].items():
+        lines.append(f"{names[name]}: {found['peak'] / GiB:.1f} GiB of {r['memory_gb']:g}: {'fits' if name in r['fits'] else 'does not fit'}")
+    if layout.sharded and layout.dp > 1:
+        most = max(processes, key=lambda p: p["peak"])
+        saved = (layout.dp - 1) * (most["weights"] + most["moments"]) + 0
+        lines.append(f"what makes it fit: the distributed optimizer keeps 1/{layout.dp} of the {r['weights']} weights and moments here; whole they would take "
+                     f"{saved / GiB:.1f} GiB more")
+    if "checkpointing" in r["modes"] and "plain" in r["modes"]:
+        lines.append(f"activation checkpointing saves {(plain['peak'] - r['modes']['checkpointing']['peak']) / GiB:.1f} GiB and computes every block's forward pass twice")
+    lines += ["not in these numbers: fragmentation, the libraries' own buffers, a compiled block's savings", ""]
+    closed = f" ({r['closed_bubble'][0]} = {r['closed_bubble'][1]:.2%})" if r["closed_bubble"] else ""
+    lines += [f"bubble of the pipeline: {r['bubble']:.2%}{closed}",
+              f"a step {names[r['mode']]}: {t['step']:.1f} s = {t['compute']:.1f} computing + {t['tp']:.1f} tp + {t['pp']:.1f} pp + {t['bubble']:.1f} bubble + {t['dp']:.1f} dp",
+              f"  at {r['peak'] / 1e12:.0f} TFLOP/s, {r['utilisation']:.0%} of it reached while computing, {r['tp_link'] / 1e9:.0f} GB/s each way between tp processes,"
+              f" {r['network'] / 1e9:.0f} GB/s between others, nothing overlapping",
+              f"  {r['flop'] / 1e15:,.0f} PFLOP of the model (closed formula, flm.forward_flops): {r['tflops']:.0f} TFLOP/s per GPU, {r['tflops'] * 1e12 / r['peak']:.1%} of its peak; "
+              f"{r['tokens_per_second']:,.0f} tokens/s"]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. The command line
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="parallel.py", description="Who computes what, when. Training on many processes is train.py's.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("draw", help="print the timetable of a pipeline and its bubble",
+                            description="Print which process of a pipeline computes what at which time, and the share of time it idles.",
+                            epilog="example: python parallel.py draw --pp 4 --micro-batches 8 --schedule Interleaved1F1B")
+    p.add_argument("--pp", type=int, required=True, metavar="N", help="processes of the pipeline")
+    p.add_argument("--micro-batches", type=int, required=True, metavar="N", help="micro-batches of a step")
+    p.add_argument("--schedule", default="1F1B", metavar="NAME", help=f"one of {', '.join(SCHEDULES)} (default %(default)s)")
+    args = parser.parse_args(argv)
+    print(draw(Layout(pp=args.pp, schedule=args.schedule), args.micro_batches))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BrokenPipeError:                      # ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except ValueError as error:
+        print(f"parallel.py: {error}", file=sys.stderr)
+        sys.exit(2)
