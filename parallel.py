@@ -561,12 +561,58 @@ class Collectives(TorchDispatchMode):
         self.bytes[key] += nbytes(tensors)
         if self.tell is None:
             return
-        # A batch of sends and receives belongs to two passes at once: each tensor knows its own.
         backward = torch._C._current_graph_task_id() != -1       # no public way to ask whether autograd is at work
-        now = "" if self.micro is None else f"micro-batch {self.micro} {'backward' if backward else 'forward'}"
-        where = self.pass_of.pop(id(tensors[0]), now) if kind in ("send", "receive") else now
-        for t in tensors[:1]:
-            self.tell(f"{self.who}  {where:<23}  {key[0]:<5} {kind:<14} {str(tuple(t.shape)):<20} {str(t.dtype)[6:]:<9} {nbytes(tensors):,} bytes")
+        where = "" if self.micro is None else f"micro-batch {self.micro} {'backward' if backward else 'forward'}"
+        for t in tensors:                        # sends and receives go in batches, of two passes at once: each tensor knows its own
+            where = self.pass_of.pop(id(t), where)
+            self.tell(f"{self.who}  {where:<23}  {key[0]:<5} {kind:<14} {str(tuple(t.shape)):<20} {str(t.dtype)[6:]:<9} {nbytes([t]):,} bytes")
+
+
+@contextlib.contextmanager
+def trace(worker: Worker, step: int, tell=None):
+    """Inside, one line for each send, receive and collective of this process: rank and place, step, micro-batch and pass, axis, kind,
+    shape, dtype and bytes of the tensor. tell(line): by default to the screen. Yields the `Collectives` that counts.
+
+    A compiled block talks past this: leave --compile out."""
+    said = Collectives(worker, tell or (lambda line: sys.stdout.write(line + "\n")), step)
+
+    def works(name):                             # a stage's work on a micro-batch, its first argument
+        action = getattr(PipelineStage, name)
+
+        def act(stage, micro, *args, **options):
+            said.micro = micro
+            return action(stage, micro, *args, **options)
+        return mock.patch.object(PipelineStage, name, act)
+
+    def sends(name):                             # what a stage will send and receive for a micro-batch
+        action = getattr(PipelineStage, name)
+
+        def act(stage, micro):
+            ops = action(stage, micro)
+            said.pass_of.update((id(op.tensor), f"micro-batch {micro} {'forward' if 'fwd' in name else 'backward'}") for op in ops)
+            return ops
+        return mock.patch.object(PipelineStage, name, act)
+
+    def counts(module, args):                    # without a pipeline the micro-batches come one after the other
+        said.micro = 0 if said.micro is None else said.micro + 1
+
+    def run(*args, **options):
+        try:
+            return going(*args, **options)
+        finally:
+            said.micro = None
+
+    going = worker.run
+    with contextlib.ExitStack() as stack:
+        for name in ("forward_one_chunk", "backward_one_chunk", "backward_weight_one_chunk"):
+            stack.enter_context(works(name))
+        for name in ("get_fwd_recv_ops", "get_fwd_send_ops", "get_bwd_recv_ops", "get_bwd_send_ops"):
+            stack.enter_context(sends(name))
+        if worker.world.layout.pp == 1:
+            stack.callback(worker.parts[0].register_forward_pre_hook(counts, prepend=True).remove)
+        stack.enter_context(mock.patch.object(worker, "run", run))
+        stack.enter_context(said)
+        yield said
 
 
 def nbytes(tensors: list[torch.Tensor]) -> int:
