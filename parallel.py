@@ -767,6 +767,19 @@ def line(a, b, at_a, at_b, n):
     return at_a if a == b else at_a + (at_b - at_a) * (n - a) // (b - a)
 
 
+MODES = {"plain": "without activation checkpointing", "checkpointing": "with activation checkpointing"}
+
+
+def judge(modes: dict, layout: Layout, memory_gb: float) -> list[str]:
+    """The modes that fit the memory; raises ValueError where none does."""
+    fitting = [name for name, found in modes.items() if found["peak"] <= memory_gb * 2 ** 30]
+    if not fitting:
+        raise ValueError(f"{layout}: does not fit GPUs of {memory_gb:g} GiB: "
+                         + ", ".join(f"{found['peak'] / 2 ** 30:.2f} GiB {MODES[name]}" for name, found in modes.items())
+                         + "; raise --tp or --pp, lower --micro-batch, or cut what tp leaves whole with --sequence-parallel")
+    return fitting
+
+
 def rehearse(config: FLMConfig, layout: Layout, batch_size: int, micro_batch: int | None = None, *, weights: torch.dtype = torch.float32,
              arithmetic: torch.dtype = torch.bfloat16, memory_gb: float = 80, peak: float = 312e12, utilisation: float = 0.6,
              tp_link: float = 200e9, network: float = 25e9) -> dict:
@@ -802,12 +815,7 @@ def rehearse(config: FLMConfig, layout: Layout, batch_size: int, micro_batch: in
             process["peak"] = max(process["peak"], process["peak_update"])
             processes.append(process)
         modes["checkpointing" if again else "plain"] = {"processes": processes, "peak": max(process["peak"] for process in processes)}
-    limit, (_, bubble) = memory_gb * 2 ** 30, timetable(layout, n)
-    fitting = [name for name in modes if modes[name]["peak"] <= limit]
-    if not fitting:
-        raise ValueError(f"{layout} does not fit GPUs of {memory_gb:g} GiB: " + ", ".join(
-            f"{modes[name]['peak'] / 2 ** 30:.1f} GiB {'with' if name == 'checkpointing' else 'without'} activation checkpointing" for name in modes)
-            + "; raise --tp or --pp, or lower --micro-batch")
+    fitting, (_, bubble) = judge(modes, layout, memory_gb), timetable(layout, n)
     mode = "checkpointing" if layout.activation_checkpointing or "plain" not in fitting else "plain"
     T, tp, depth, times = config.max_seq_len, layout.tp, config.n_layers // layout.stages, []
     head = 2 * config.vocab_size * config.d_model
@@ -861,9 +869,8 @@ def describe_rehearsal(r: dict) -> str:
     if layout.sharded:
         gib(f"weights gathered, {r['arithmetic']}", gathered[0])
         gib("gradients gathered, float32", gathered[1])
-    names = {"plain": "without activation checkpointing", "checkpointing": "with activation checkpointing"}
     for name, found in r["modes"].items():
-        gib(f"peak {names[name]}", [p["peak"] for p in found["processes"]])
+        gib(f"peak {MODES[name]}", [p["peak"] for p in found["processes"]])
     row("TFLOP of the model", [f"{p['flop'] / 1e12:,.0f}" for p in mode["processes"]])
     for what in sorted({what for p in mode["processes"] for what in p["said"]}):
         row(f"{what}, GiB (calls)", [f"{p['said'][what][1] / GiB:,.2f} ({p['said'][what][0]:,})" if what in p["said"] else "-" for p in mode["processes"]])
@@ -875,7 +882,7 @@ def describe_rehearsal(r: dict) -> str:
              + (f"; what grows with them is scaled to {r['micro_batches']}" if len(r["measured_micro_batches"]) > 1 else ""),
              "", *("  ".join([cells[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(cells[1:], widths[1:]))]) for cells in rows), ""]
     for name, found in r["modes"].items():
-        lines.append(f"{names[name]}: {found['peak'] / GiB:.1f} GiB of {r['memory_gb']:g}: {'fits' if name in r['fits'] else 'does not fit'}")
+        lines.append(f"{MODES[name]}: {found['peak'] / GiB:.1f} GiB of {r['memory_gb']:g}: {'fits' if name in r['fits'] else 'does not fit'}")
     if layout.sharded and layout.dp > 1:
         most = max(processes, key=lambda p: p["peak"])
         saved = (layout.dp - 1) * (most["weights"] + most["moments"]) + 0
@@ -886,7 +893,7 @@ def describe_rehearsal(r: dict) -> str:
     lines += ["not in these numbers: fragmentation, the libraries' own buffers, a compiled block's savings", ""]
     closed = f" ({r['closed_bubble'][0]} = {r['closed_bubble'][1]:.2%})" if r["closed_bubble"] else ""
     lines += [f"bubble of the pipeline: {r['bubble']:.2%}{closed}",
-              f"a step {names[r['mode']]}: {t['step']:.1f} s = {t['compute']:.1f} computing + {t['tp']:.1f} tp + {t['pp']:.1f} pp + {t['bubble']:.1f} bubble + {t['dp']:.1f} dp",
+              f"a step {MODES[r['mode']]}: {t['step']:.1f} s = {t['compute']:.1f} computing + {t['tp']:.1f} tp + {t['pp']:.1f} pp + {t['bubble']:.1f} bubble + {t['dp']:.1f} dp",
               f"  at {r['peak'] / 1e12:.0f} TFLOP/s, {r['utilisation']:.0%} of it reached while computing, {r['tp_link'] / 1e9:.0f} GB/s each way between tp processes,"
               f" {r['network'] / 1e9:.0f} GB/s between others, nothing overlapping",
               f"  {r['flop'] / 1e15:,.0f} PFLOP of the model (closed formula, flm.forward_flops): {r['tflops']:.0f} TFLOP/s per GPU, {r['tflops'] * 1e12 / r['peak']:.1%} of its peak; "
