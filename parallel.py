@@ -30,6 +30,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import platform
 import sys
 import types
 import weakref
@@ -39,18 +40,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import _PipelineSchedule, get_schedule_class
-from torch.distributed.pipelining.stage import InferenceMode
+from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -105,7 +101,7 @@ class Layout:
 
 
 def check(layout: Layout, config: FLMConfig, batch_size: int, micro_batch: int | None = None, compiled: bool = False) -> list[str]:
-    """Every reason why this model and batch cannot lie like that, with its numbers; micro_batch None: the dp rank's rows."""
+    """Every reason why this model and batch cannot lie like that, with its numbers."""
     problems = [f"--{name} {n}: must be at least 1" for name, n in (("dp", layout.dp), ("tp", layout.tp), ("pp", layout.pp)) if n < 1]
     if layout.schedule not in SCHEDULES:
         problems.append(f"--schedule {layout.schedule}: there are {', '.join(SCHEDULES)}")
@@ -115,7 +111,7 @@ def check(layout: Layout, config: FLMConfig, batch_size: int, micro_batch: int |
 
     def divides(n, size, what, how):
         if size % n:
-            problems.append(f"{what} {size}: must divide by {how} (remainder {size % n})")
+            problems.append(f"{what} {size}: must be a multiple of {how} (remainder {size % n})")
 
     divides(tp, config.n_heads, "n_heads", f"--tp {tp}")
     divides(tp, config.d_ff, "d_ff", f"--tp {tp}")
@@ -127,9 +123,11 @@ def check(layout: Layout, config: FLMConfig, batch_size: int, micro_batch: int |
     divides(stages, config.n_layers, "n_layers", f"the {stages} stages of --pp {layout.pp} --schedule {layout.schedule}")
     divides(dp, batch_size, "--batch-size", f"--dp {dp}")
     rows = batch_size // dp
-    micro = micro_batch or rows
+    micro = micro_rows(layout, batch_size, micro_batch)
     if batch_size % dp == 0 and rows:
-        divides(micro, rows, "rows of a dp rank,", f"--micro-batch {micro}")
+        if rows % micro:
+            each = f"the {rows} rows of each dp rank, --batch-size {batch_size} / --dp {dp}" if dp > 1 else f"--batch-size {batch_size}"
+            problems.append(f"--micro-batch {micro}: must divide {each}")
         if layout.pp > 1 and rows % micro == 0:
             n = rows // micro
             if n < stages:
@@ -144,6 +142,11 @@ def check(layout: Layout, config: FLMConfig, batch_size: int, micro_batch: int |
     if zero_bubble and compiled:
         problems.append(f"--compile: --schedule {layout.schedule} splits the backward pass, a compiled block has just one; use 1F1B or Interleaved1F1B")
     return problems
+
+
+def micro_rows(layout: Layout, batch_size: int, micro_batch: int | None) -> int:
+    """Rows of a forward pass: as asked for, else all of the dp rank's, and in a pipeline, which lives on many micro-batches, 1."""
+    return micro_batch or (1 if layout.pp > 1 else batch_size // layout.dp)
 
 
 def rows_needed(layout: Layout, rows: int, micro: int) -> int:
@@ -164,6 +167,7 @@ class World:
     rank: int = 0
     mesh: DeviceMesh | None = None           # (pp, dp, tp)
     control: dist.ProcessGroup | None = None # all processes, on the CPU: plain numbers, checkpoints, waiting
+    neighbours: int = 1                      # processes on this machine
 
     def at(self, axis: str) -> int:
         """This process's place along pp, dp or tp."""
@@ -215,12 +219,30 @@ class World:
         return result
 
 
-def connect(device: torch.device) -> World:
-    """Meet the other processes that torchrun started; the layout comes later, when all agree on one."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend)
+def connect() -> World:
+    """Meet the other processes that torchrun started; the layout comes later, when all agree on one. Raises ValueError where torchrun
+    is to restart processes that could then not meet."""
+    if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
+        raise ValueError("--max-restarts: restarted processes would look for each other at the addresses of the dead ones, which torchrun "
+                         "(PyTorch 2.13) keeps; start it with\n  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts ...")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(dist.get_node_local_rank())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     # The control group waits for rank 0 while it grows a checkpoint or prepares a corpus: hours, for a large one.
-    return World(rank=dist.get_rank(), control=dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12)))
+    control = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+    world = World(rank=dist.get_rank(), control=control)
+    return dataclasses.replace(world, neighbours=world.gather(platform.node()).count(platform.node()))
+
+
+def leave(world: World, code: int):
+    """Leave: at once, where others are waiting for one that failed, and without Python's own shutdown, during which gloo's threads
+    abort one process in five."""
+    if world.control is not None:
+        if code == 0:
+            dist.barrier(world.control)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def arrange(world: World, layout: Layout, device: torch.device) -> World:
@@ -306,7 +328,7 @@ class Worker:
 
     def __init__(self, parts: list[FLM], world: World, arithmetic: torch.dtype):
         self.parts, self.world, self.arithmetic = parts, world, arithmetic
-        self.config, self.device, self.schedules, self.ddp = parts[0].config, parts[0].xpos.device, {}, None
+        self.config, self.device, self.schedules, self.ddp, self.scale = parts[0].config, parts[0].xpos.device, {}, None, None
         # (name in a checkpoint, parameter): the head of a tied model is its embedding, wherever it lies.
         tied = "head.weight" if self.config.tie_embeddings else None
         self.named = [("embedding.weight" if name == tied else name, p) for part in parts for name, p in part.named_parameters()]
@@ -395,8 +417,13 @@ class Worker:
             layout, group = self.world.layout, self.world.mesh["pp"].get_group()
             stages = [PipelineStage(part, i, layout.stages, self.device, group=group) for part, i in zip(self.parts, layout.stage_ids(self.world.at("pp")))]
             scaled = (lambda logits, y: loss(logits, y) * self.scale) if training else loss
-            self.schedules[n, loss, training] = get_schedule_class(layout.schedule)(
+            schedule = get_schedule_class(layout.schedule)(
                 stages if layout.stages > layout.pp else stages[0], n_microbatches=n, loss_fn=scaled, scale_grads=False)
+            if not training and layout.stages > layout.pp:           # ZBV fails in eval() unless it has no backward actions
+                forward = ("FORWARD", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
+                schedule.pipeline_order_with_comms = {rank: [action for action in actions if action.computation_type.name in forward]
+                                                      for rank, actions in schedule.pipeline_order_with_comms.items()}
+            self.schedules[n, loss, training] = schedule
         schedule, losses = self.schedules[n, loss, training], []
         first, last = self.parts[0].embedding is not None, self.world.last
         (schedule.step if training else schedule.eval)(*([x] if first else []), **({"target": y, "losses": losses} if last else {}),
@@ -490,7 +517,7 @@ def pipeline_problems(layout: Layout, n_microbatches: int) -> list[str]:
         problems.append(f"--micro-batches {n_microbatches}: --pp {layout.pp} --schedule {layout.schedule} has {layout.stages} stages "
                         f"and needs at least {layout.stages}")
     elif not problems and layout.stages > layout.pp and n_microbatches % layout.pp:
-        problems.append(f"--micro-batches {n_microbatches}: must divide by --pp {layout.pp} for --schedule {layout.schedule}")
+        problems.append(f"--micro-batches {n_microbatches}: must be a multiple of --pp {layout.pp} for --schedule {layout.schedule}")
     return problems
 
 
@@ -634,6 +661,11 @@ def group_name(argument) -> str | None:
 def alone(config: FLMConfig, layout: Layout, pp_rank: int, micro: int, arithmetic: torch.dtype):
     """This process as the one at (pp_rank, dp 0, tp 0) of a layout whose other processes are not there: what it says to them is lost,
     what it would hear is not written. Yields its World. micro: the rows of its micro-batches."""
+    # Only here and in `measure`: names that PyTorch keeps to itself, as they are in 2.13. Training needs none of them.
+    from torch.distributed.pipelining.schedules import _PipelineSchedule
+    from torch.distributed.pipelining.stage import InferenceMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     dist.init_process_group("fake", store=FakeStore(), rank=pp_rank * layout.dp * layout.tp, world_size=layout.size)
     mesh = init_device_mesh("cpu", (layout.pp, layout.dp, layout.tp), mesh_dim_names=("pp", "dp", "tp"))
     T, asking = config.max_seq_len, PipelineStage
@@ -662,7 +694,7 @@ def alone(config: FLMConfig, layout: Layout, pp_rank: int, micro: int, arithmeti
 class Memory(TorchDispatchMode):
     """Follows the bytes of all tensors of one FakeTensorMode: `now`, and `peak` since it was last set."""
 
-    def __init__(self, fake: FakeTensorMode):
+    def __init__(self, fake):
         super().__init__()
         self.fake, self.alive, self.now, self.peak = fake, {}, 0, 0
         self.resize = torch.UntypedStorage.resize_
@@ -701,6 +733,10 @@ def measure(world: World, config: FLMConfig, n: int, micro: int, weights: torch.
     weights, moments, gradients      as they lie here between the passes and the optimizer's step
     peak, peak_update  largest sum of all tensors alive in the passes, and in the optimizer's step
     said               {"dp all-gather": [calls, bytes], ...} (see Collectives)"""
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     fake, allocate = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), FLM.to_empty      # with a ShapeEnv .item() is a symbol
     memory = Memory(fake)
 
@@ -797,7 +833,7 @@ def rehearse(config: FLMConfig, layout: Layout, batch_size: int, micro_batch: in
     problems = check(layout, config, batch_size, micro_batch)
     if problems:
         raise ValueError("this layout does not work:\n  " + "\n  ".join(problems))
-    micro = micro_batch or (1 if layout.pp > 1 else batch_size // layout.dp)
+    micro = micro_rows(layout, batch_size, micro_batch)
     n = batch_size // layout.dp // micro
     # From these on, a process has as many micro-batches under way at once as it ever will, and then one more.
     few = (2, 3) if layout.pp == 1 else (layout.pp + 1, layout.pp + 2) if layout.stages == layout.pp else (2 * layout.pp, 3 * layout.pp)

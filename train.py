@@ -39,12 +39,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
 import grow
 import muP
-from flm import (FLM, FLMConfig, IGNORE, find_checkpoint, forward_flops, growth_mask, load_model, loss_sum, parse_fields,
+import parallel
+from flm import (FLM, FLMConfig, IGNORE, find_checkpoint, forward_flops, growth_mask, load_model, parse_fields,
                  pick_device, preset, read_info, read_tensors, sample, why, write_checkpoint)
 
 
@@ -77,7 +79,7 @@ class Settings:
     # how
     steps: int | None = option(None, "optimizer steps; the cosine ends with the last")
     batch_size: int | None = option(None, "rows per step")
-    micro_batch: int | None = option(None, "rows per forward pass; gradients accumulate (none: the whole batch)")
+    micro_batch: int | None = option(None, "rows per forward pass; gradients accumulate (none: all rows; with --pp: 1)")
     lr: float | None = option(None, "peak learning rate at the proxy's width; muP scales it per group")
     min_lr: float = option(0.015, "where the cosine ends, as a share of the peak (the paper's 6e-6 of 4e-4)")
     warmup: int | None = option(None, "warm-up of the learning rate in samples", metavar="SAMPLES")
@@ -97,12 +99,23 @@ class Settings:
     dtype: str = option("auto", "arithmetic: auto, bfloat16 (over fp32 weights), float32, float64",
                         choices=("auto", "bfloat16", "float32", "float64"))
     compile: bool = option(False, "torch.compile each block: a slow start, then faster steps")
+    activation_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, a third more work")
     deterministic: bool = option(False, "bit-for-bit repeatable on CUDA too, slower")
+    # on how many processes (started with torchrun; parallel.py)
+    dp: int | None = option(None, "data parallelism: copies of the model, each with a share of the batch (none: all processes that "
+                            "are left)")
+    tp: int = option(1, "tensor parallelism: processes that share every matrix")
+    pp: int = option(1, "pipeline parallelism: processes that share the layers")
+    schedule: str = option("1F1B", "the pipeline's order of work", choices=tuple(parallel.SCHEDULES))
+    sequence_parallel: bool = option(False, "cut the sequence, too, among the --tp processes")
+    shard_optimizer: bool = option(False, "cut weights, gradients and moments among the --dp processes (always so with --tp or --pp)")
+    trace: bool = option(False, "narrate every send, receive and collective, for the classroom")
 
 
 # What may change when a run is resumed; everything else is fixed by the run.
-CHANGEABLE = {"steps", "lr", "min_lr", "clip", "data", "tokenizer_file", "eval_every", "eval_rows", "eval_batch",
-              "save_every", "keep", "device", "threads", "compile", "deterministic"}
+LAYOUT = {"dp", "tp", "pp", "schedule", "sequence_parallel", "shard_optimizer", "activation_checkpointing"}
+CHANGEABLE = {"steps", "lr", "min_lr", "clip", "data", "tokenizer_file", "eval_every", "eval_rows", "eval_batch", "save_every",
+              "keep", "device", "threads", "compile", "deterministic", "micro_batch", "trace"} | LAYOUT
 
 DEMO_STAGES = [                                  # the paper's recipe in miniature; starts in shares of the run
     {"config": {"n_layers": 2}},
@@ -120,8 +133,8 @@ RECIPES["flm-proxy"] = RECIPES["flm-16b"]        # what the paper's search on th
 
 ARITHMETIC = {"device", "threads", "dtype"}
 USABLE = {                                       # the options that the other modes of train.py read
-    "eval_only": ARITHMETIC | {"data", "tokenizer", "tokenizer_file", "eval_rows", "eval_batch"},
-    "benchmark": ARITHMETIC | {"preset", "model", "mup", "seed", "batch_size", "micro_batch", "compile"},
+    "eval_only": ARITHMETIC | {"data", "tokenizer", "tokenizer_file", "eval_rows", "eval_batch"} | LAYOUT,
+    "benchmark": ARITHMETIC | {"preset", "model", "mup", "seed", "batch_size", "micro_batch", "compile"} | LAYOUT,
     "export": set(),
 }
 
@@ -141,12 +154,10 @@ def violations(s: Settings) -> list[str]:
                 problems.append(f"{flag(name)} {value}: must be {want}")
 
     limits(("steps", "batch_size", "micro_batch", "eval_every", "eval_rows", "eval_batch", "save_every", "keep",
-            "threads"), 1, math.inf, "at least 1")
+            "threads", "dp", "tp", "pp"), 1, math.inf, "at least 1")
     limits(("lr", "clip"), sys.float_info.min, sys.float_info.max, "a number above 0")
     limits(("weight_decay", "warmup"), 0, sys.float_info.max, "0 or above")
     limits(("min_lr", "teacher_fraction"), 0, 1, "between 0 and 1")
-    if s.micro_batch and s.micro_batch > 0 and s.batch_size % s.micro_batch:
-        problems.append(f"--micro-batch {s.micro_batch}: must divide --batch-size {s.batch_size}")
     return problems
 
 
@@ -182,6 +193,23 @@ def resolve(settings: Settings) -> tuple[Settings, list[dict]]:
         raise ValueError(f"--init-from {s.init_from} holds another model than the first stage's: " + ", ".join(
             f"{k} {v}, not {first[k]}" for k, v in config.to_dict().items() if v != first[k]))
     return s, stages
+
+
+def plan_layout(s: Settings, stages: list[dict], processes: int) -> parallel.Layout:
+    """The layout of these settings on so many processes. Raises ValueError with everything that does not fit it, in any stage."""
+    dp = s.dp or max(1, processes // (s.tp * s.pp))
+    layout = parallel.Layout(dp, s.tp, s.pp, s.sequence_parallel, s.shard_optimizer, s.schedule, s.activation_checkpointing)
+    problems = []
+    if layout.size != processes:
+        given = f"dp {dp} x tp {s.tp} x pp {s.pp} = {layout.size} processes"
+        problems.append(f"{given}, torchrun started {processes}" if processes > 1 else f"{given}, this is one: start them with torchrun "
+                        f"--standalone --nproc-per-node {layout.size} train.py ...")
+    for i, stage in enumerate(stages):
+        found = parallel.check(layout, stage["config"], stage["batch_size"], s.micro_batch, s.compile)
+        problems += [f"stage {i + 1}: {problem}" if len(stages) > 1 else problem for problem in found]
+    if problems:
+        raise ValueError("this layout does not fit:\n  " + "\n  ".join(dict.fromkeys(problems)))
+    return layout
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,40 +357,44 @@ def pick_machine(device: str, dtype: str) -> Machine:
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Evaluation
 
-@torch.no_grad()
-def evaluate(model: FLM, corpus: data.Corpus, machine: Machine, rows: int, micro: int) -> dict:
+def evaluate(worker: parallel.Worker, corpus: data.Corpus, rows: int, micro: int) -> dict:
     """Held-out loss. {"val_loss": nats per token, "val_bpb": bits per byte of text, "val_tokens"}, and, where the corpus
     has a teacher signal, {"teacher_loss": nats per label token, "teacher_accuracy": share of labels whose last token, read
     as a choice between the two emoji, is right}.
 
-    Bits per byte divide by the bytes that the predicted tokens stand for, so tokenizers can be compared."""
-    lengths = torch.from_numpy(data.byte_lengths(corpus.tokenizer))
-    result = {}
+    Bits per byte divide by the bytes that the predicted tokens stand for, so tokenizers can be compared. Every process takes
+    part: the dp ranks share the rows."""
+    lengths, world, result = torch.from_numpy(data.byte_lengths(corpus.tokenizer)), worker.world, {}
+    angry, devil = (corpus.tokenizer.encode_ordinary(data.EMOJI[k])[-1] for k in (1, 0))
+
+    def labels_right(logits, y):                 # the other emoji in the label's place would cost more
+        wide, y = (logits if logits.dtype == torch.float64 else logits.float()).flatten(0, 1), y.flatten()
+        cost, swapped = (torch.nn.functional.cross_entropy(wide, target, ignore_index=IGNORE, reduction="none")
+                         for target in (y, torch.where(y == angry, devil, torch.where(y == devil, angry, y))))
+        return torch.stack([parallel.local(z) for z in (cost.sum(), ((cost < swapped) & ((y == angry) | (y == devil))).sum())])
+
     for signal_name in ("language", "teacher"):
         n_rows = corpus.n_rows("val", signal_name)
         if n_rows == 0:
             continue
-        n, nats, count, length, right, labels = min(rows, n_rows), 0.0, 0, 0, 0, 0
-        angry, devil = (corpus.tokenizer.encode_ordinary(data.EMOJI[k])[-1] for k in (1, 0))
-        for i in range(0, n, micro):
-            spread = [corpus.rows("val", signal_name, j * n_rows // n, 1) for j in range(i, min(i + micro, n))]
-            tokens, targets = (torch.cat(part) for part in zip(*spread))                 # (micro, T) each
-            x, y = tokens.to(machine.device), targets.to(machine.device)
-            with machine.autocast():
-                if signal_name == "language":
-                    nats += model(x, y).item()
-                    length += int(lengths[targets[targets != IGNORE]].sum())
-                else:
-                    logits = model(x)
-                    nats += loss_sum(logits, y).item()
-                    last = (y == angry) | (y == devil)
-                    guess = torch.where(logits[..., angry] > logits[..., devil], angry, devil)
-                    right, labels = right + int((guess == y)[last].sum()), labels + int(last.sum())
-            count += int((targets != IGNORE).sum())
+        n = min(rows, n_rows)
+        share = -(-n // world.layout.dp)         # rows of a dp rank; the last ones of the last rank may be empty
+        mine = [corpus.rows("val", signal_name, j * n_rows // n, 1) for j in range(world.at("dp") * share, min((world.at("dp") + 1) * share, n))]
+        size = min(micro, share)
+        blank = torch.zeros(1, corpus.seq_len, dtype=torch.long)
+        mine += [(blank, blank + IGNORE)] * (parallel.rows_needed(world.layout, share, size) - len(mine))
+        tokens, targets = (torch.cat(part) for part in zip(*mine))                       # (b, T) each
+        found = worker.run(tokens, targets, size, score=None if signal_name == "language" else labels_right)
+        known = targets[targets != IGNORE]
+        once = world.at("tp") == world.at("pp") == 0
+        nats, right = [float(v) * (world.at("tp") == 0) for v in found.flatten()] if signal_name == "teacher" else \
+            [found.item() * (world.at("tp") == 0), 0.0]
+        nats, right, count, length, labels = world.sum(nats, right, *(once * int(v) for v in (
+            len(known), lengths[known].sum(), ((known == angry) | (known == devil)).sum())))
         if signal_name == "language":
-            result |= {"val_loss": nats / count, "val_bpb": nats / math.log(2) / length, "val_tokens": count}
+            result |= {"val_loss": nats / count, "val_bpb": nats / math.log(2) / length, "val_tokens": int(count)}
         else:
-            result |= {"teacher_loss": nats / count, "teacher_accuracy": right / labels, "teacher_labels": labels}
+            result |= {"teacher_loss": nats / count, "teacher_accuracy": right / labels, "teacher_labels": int(labels)}
     return result
 
 
@@ -381,66 +413,73 @@ class NonFinite(RuntimeError):
     """The loss or the gradient's norm is not a finite number; the weights are those from before the step."""
 
 
-def gradients(model: FLM, tokens, targets, machine: Machine, micro: int) -> float:
-    """Add this batch's gradient to the parameters' .grad; returns the loss, nats per supervised token.
+def update(worker: parallel.Worker, optimizer: torch.optim.Optimizer, clip: float, lr: float, nats: float, count: float) -> tuple[float, float]:
+    """Check, clip, set the learning rate, step; returns the whole batch's loss in nats per supervised token and the norm of
+    the whole gradient before clipping. Raises NonFinite, with the weights untouched, on every process, where either is not finite.
 
-    Every micro-batch is divided by the whole batch's count of supervised tokens, so the number of micro-batches changes
-    nothing but the rounding, and teacher rows weigh by the labels that they hold."""
-    count, loss = max(1, int((targets != IGNORE).sum())), torch.zeros((), dtype=machine.weights, device=machine.device)
-    for x, y in zip(tokens.split(micro), targets.split(micro)):
-        x, y = (z.to(machine.device, non_blocking=True) for z in (x, y))
-        with machine.autocast():
-            part = model(x, y) / count
-        part.backward()
-        loss += part.detach()
-    return loss.item()
-
-
-def update(model: FLM, optimizer: torch.optim.Optimizer, clip: float, lr: float, loss: float) -> float:
-    """Check, clip, set the learning rate, step; returns the gradient's norm before clipping. Raises NonFinite, with the
-    weights untouched, where the loss or the norm is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    nats: worker.gradients's, of this process; count: the whole batch's supervised tokens."""
+    nats, square = worker.world.sum(nats, worker.grad_square())
+    loss, norm = nats / count, math.sqrt(square) if square >= 0 else square              # NaN compares with nothing
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NonFinite(f"loss {loss}, gradient norm {norm}")
+    torch.nn.utils.clip_grads_with_norm_([p for _, p in worker.named], clip, torch.tensor(norm, dtype=worker.named[0][1].dtype, device=worker.device))
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return loss, norm
 
 
-def allocate(config: FLMConfig, machine: Machine) -> FLM:
-    """An empty model on the machine. Raises ValueError where weights, gradients and AdamW's two moments cannot fit."""
+def allocate(config: FLMConfig, machine: Machine, world=parallel.World(), compiled: bool = False) -> parallel.Worker:
+    """This process's share of an empty model. Raises ValueError where weights, gradients and AdamW's two moments cannot fit."""
     with torch.device("meta"):
         model = FLM(config)
-    need = 4 * machine.weights.itemsize * sum(p.numel() for p in model.parameters()) / 2 ** 30
+    layout = world.layout
+    share = layout.tp * layout.pp * (layout.dp if layout.sharded else 1)
+    need = 4 * machine.weights.itemsize * sum(p.numel() for p in model.parameters()) / share / 2 ** 30
     if machine.device.type == "cuda":
         have = torch.cuda.mem_get_info(machine.device)[1] / 2 ** 30
     elif hasattr(os, "sysconf"):
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30 / world.neighbours
     else:
         have = math.inf
     if need > have:
-        raise ValueError(f"{describe_model(model)}, take {need:,.0f} GiB to train with AdamW, this machine has {have:,.0f}: choose "
-                         f"a smaller --preset or --model")
-    return model.to(machine.weights).to_empty(device=machine.device)
+        raise ValueError(f"{describe_config(config)}, take {need:,.0f} GiB a process to train with AdamW, this machine has {have:,.0f}: "
+                         f"choose a smaller --preset or --model, or more processes (torchrun, --tp, --pp, --shard-optimizer)")
+    return parallel.Worker(parallel.build(config, world, machine.device, machine.weights, machine.dtype, compiled), world, machine.dtype)
 
 
-def make_optimizer(model: FLM, s: Settings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(muP.param_groups(model, s.lr, s.weight_decay), betas=(0.9, 0.95), eps=1e-8, fused=True)
+def make_optimizer(worker: parallel.Worker, s: Settings) -> torch.optim.AdamW:
+    groups = [group for part in worker.parts for group in muP.param_groups(part, s.lr, s.weight_decay)]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def optimizer_tensors(model: FLM, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
-    """AdamW's state under the parameters' names: {"layers.0.attn.o.weight.exp_avg": tensor, ...}. State that is not there
-    yet is made (zeros, as the first step would make it), so that a checkpoint can be read into it."""
-    tensors = {}
-    for name, p in model.named_parameters():
+def tensors_of(worker: parallel.Worker, optimizer: torch.optim.AdamW) -> dict[str, dict[str, torch.Tensor]]:
+    """What a checkpoint holds of this process: {"model": {"layers.0.attn.o.weight": tensor, ...}, "optimizer":
+    {"layers.0.attn.o.weight.exp_avg": tensor, ...}}. AdamW's state that is not there yet is made (zeros, as the first step would
+    make it), so that a checkpoint can be read into it."""
+    tensors = {"model": {}, "optimizer": {}}
+    for name, p in worker.named:
         state = optimizer.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        tensors |= {f"{name}.{key}": value for key, value in state.items()}
+        if name not in tensors["model"]:         # both ends of a tied embedding may lie here: one is enough
+            tensors["model"][name] = p
+            tensors["optimizer"] |= {f"{name}.{key}": value for key, value in state.items()}
     return tensors
+
+
+def read_into(worker: parallel.Worker, optimizer: torch.optim.AdamW, path: Path):
+    """Read a checkpoint of any layout into a worker of any other; moments and all."""
+    tensors = tensors_of(worker, optimizer)
+    read_tensors(path, tensors)
+    with torch.no_grad():
+        for name, p in worker.named:
+            if (first := tensors["model"][name]) is not p:
+                p.copy_(first)
+                for key, value in optimizer.state[p].items():
+                    value.copy_(tensors["optimizer"][f"{name}.{key}"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -565,31 +604,92 @@ def resumed_stages(s: Settings) -> list[dict]:
     return stages
 
 
-def train(settings: Settings, *, resume: bool = False, stop_at: int | None = None) -> dict:
+@contextlib.contextmanager
+def sole_writer(folder: Path):
+    """Hold the run's lock, which the system lets go of however the process ends. Raises ValueError where another holds it."""
+    try:
+        import fcntl                             # not on Windows, where nobody is kept out
+    except ImportError:
+        yield
+        return
+    with open(folder / "lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise ValueError(f"{folder} is being written by another run ({lock.read().strip() or 'still starting'}): wait for it, or choose "
+                             f"another folder (--out)") from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
+        yield
+
+
+def same_arguments(world: parallel.World, s: Settings, resume: bool):
+    """Raises ValueError, on every process, where they were not all started with the same arguments."""
+    mine = {**dataclasses.asdict(s), "resume": resume}
+    everyone = world.gather(mine)
+    differ = [f"{flag(k)}: " + ", ".join(f"{value!r} on {len(ranks)} (rank {ranks[0]}{' ...' if len(ranks) > 1 else ''})" for value, ranks in by_value)
+              for k in mine if len(by_value := group_by(everyone, k)) > 1]
+    if differ:
+        raise ValueError("the processes were started with different arguments:\n  " + "\n  ".join(differ))
+
+
+def group_by(everyone: list[dict], key: str) -> list[tuple]:
+    values = []
+    for rank, settings in enumerate(everyone):
+        for value, ranks in values:
+            if value == settings[key]:
+                ranks.append(rank)
+                break
+        else:
+            values.append((settings[key], [rank]))
+    return values
+
+
+def agree_on_machine(world: parallel.World, device: str, dtype: str) -> Machine:
+    """Rank 0 chooses the arithmetic; utilisation is against all processes' rates together."""
+    if world.control is not None:
+        dtype = world.told(str(pick_machine(device, dtype).dtype).removeprefix("torch.") if world.rank == 0 else None)
+    machine = pick_machine(device, dtype)
+    if world.control is None:
+        return machine
+    peak, n = world.sum(machine.peak, 1)
+    return dataclasses.replace(machine, peak=peak, why=f"{n:.0f} processes, rank 0 on {machine.why}")
+
+
+def train(settings: Settings, *, resume: bool = False, stop_at: int | None = None, world=parallel.World()) -> dict:
     """Run, or with `resume` go on with, the job that `settings` describe; returns the last evaluation with "step", "folder"
-    and "stopped" (the signal's number, or None). `stop_at` saves and leaves at that step, as a signal would.
+    and "stopped" (the signal's number, or None). `stop_at` saves and leaves at that step, as a signal would. Every process
+    of `world` calls this with the same settings.
 
     A run is a function of its settings: batches of (seed, samples seen), new weights of (seed, name, growths), masks of
     the samples seen. So N steps straight are k steps, a stop and N-k more, bit for bit on a CPU with as many threads, and on
-    CUDA with --deterministic."""
-    s, stages = (settings, resumed_stages(settings)) if resume else resolve(settings)
-    folder = Path(s.out) if resume else run_folder(s)
+    CUDA with --deterministic. Another layout computes the same up to rounding."""
+    same_arguments(world, settings, resume)
+    s, stages = (settings, resumed_stages(settings)) if resume else world.together(resolve, settings)
+    processes = len(world.gather(None))
+    layout = plan_layout(s, stages, processes)
+    folder = Path(s.out) if resume else world.told(world.together(run_folder, s))
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # cuBLAS reads no other switch
         torch.use_deterministic_algorithms(True)
     if s.threads:
         torch.set_num_threads(s.threads)
-    machine = pick_machine(s.device, s.dtype)
+    machine = agree_on_machine(world, s.device, s.dtype)
+    world = parallel.arrange(world, layout, machine.device)
     s = dataclasses.replace(s, dtype=str(machine.dtype).removeprefix("torch."), out=str(folder))
     text = s.data or (recorded_corpus(folder) if resume else None)
-    corpus = open_corpus(text, s.tokenizer, s.tokenizer_file, stages[-1]["config"])
+    opened = lambda: open_corpus(text, s.tokenizer, s.tokenizer_file, stages[-1]["config"])
+    corpus = world.together(opened if world.rank == 0 else bool)     # rank 0 first: it may have to prepare the default corpus
+    corpus = world.together(bool if world.rank == 0 else opened) or corpus
     if s.teacher_fraction and not corpus.n_rows("train", "teacher"):
         raise ValueError(f"--teacher-fraction {s.teacher_fraction}, but {corpus.path} has no teacher signal: prepare it with "
                          f"--teacher FILE.jsonl")
 
     # Where the run stands: steps and samples done, the stage, the record of the last growth.
-    source = find_checkpoint(folder if resume else s.init_from) if resume or s.init_from else None
-    info = read_info(source) if source else {"samples": 0, "growth": None, "tokenizer": corpus.tokenizer.name}
+    source = world.together(find_checkpoint, folder if resume else s.init_from) if resume or s.init_from else None
+    info = world.together(read_info, source) if source else {"samples": 0, "growth": None, "tokenizer": corpus.tokenizer.name}
     same_tokens(corpus, info, source)
     step, k = (info["step"], info["stage"]) if resume else (0, 0)
     samples, growth = info["samples"], info["growth"]
@@ -597,77 +697,110 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
         raise ValueError(f"{source} holds another model than stage {k + 1} of {folder / 'config.json'}: one of them was edited")
     T = corpus.seq_len
 
-    def equip():
-        """What belongs to the model in hand: its optimizer, and the tensors of a checkpoint under their names."""
-        if s.compile:
-            for block in model.layers.values():
-                block.compile()
-        return {"model": dict(model.named_parameters()), "optimizer": optimizer_tensors(model, optimizer)}
-
-    model = allocate(stages[k]["config"], machine)
-    optimizer = make_optimizer(model, s)
-    tensors = equip()
-    if source:
-        read_tensors(source, tensors)
-        model.set_masks(growth, growth_mask(growth, samples))
-    else:
-        muP.init_weights(model, s.seed)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot make the run's folder {folder}: {error.strerror}; choose another (--out)") from error
-    if resume:
-        cut_log(folder / "metrics.jsonl", step, k)
-        write_run(folder, s, stages, machine, corpus)
+    def equip(config, path, arithmetic=machine):
+        """A worker with its optimizer, filled from a checkpoint, or with initial weights."""
+        worker = world.together(allocate, config, arithmetic, world, s.compile)
+        optimizer = make_optimizer(worker, s)
+        if path is None:
+            worker.init_weights(s.seed)
+        else:
+            world.together(read_into, worker, optimizer, path)
+            worker.set_masks(growth, growth_mask(growth, samples))
+        return worker, optimizer
 
     def save():
-        write_checkpoint(folder / f"step-{step:08d}", tensors, {
-            "step": step, "samples": samples, "stage": k, "config": model.config.to_dict(), "growth": growth,
-            "tokenizer": corpus.tokenizer.name, "dtype": str(machine.weights).removeprefix("torch."),
-            "torch": torch.__version__})
-        old = sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")[:-s.keep]
-        for path in old + list(folder.glob("step-*.tmp")):
-            shutil.rmtree(path, ignore_errors=True)
+        write_checkpoint(folder / f"step-{step:08d}", tensors_of(worker, optimizer), {
+            "step": step, "samples": samples, "stage": k, "config": worker.config.to_dict(), "growth": growth,
+            "tokenizer": corpus.tokenizer.name, "dtype": str(machine.weights).removeprefix("torch."), "layout": str(layout),
+            "torch": torch.__version__}, world.control)
+        if world.rank == 0:
+            old = sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")[:-s.keep]
+            for path in old + list(folder.glob("step-*.tmp")):
+                shutil.rmtree(path, ignore_errors=True)
         return step
 
     def note(**values):
         log.write(json.dumps({"step": step, "samples": samples, **values}) + "\n")
         log.flush()
 
-    def held_out(arithmetic=machine):
-        return evaluate(model, corpus, arithmetic, s.eval_rows, s.eval_batch or s.micro_batch or s.batch_size)
+    def held_out(worker):
+        return evaluate(worker, corpus, s.eval_rows, s.eval_batch or parallel.micro_rows(layout, s.batch_size, s.micro_batch))
 
-    print(describe_run(folder, s, stages, machine, corpus, samples, resume))
-    result, saved = {}, step
-    if not resume:
-        try:
+    def grown():
+        """The next stage's model, which computes what this one does; its held-out loss before and after, both in full precision."""
+        nonlocal worker, optimizer, growth
+        stage, exact = stages[k], dataclasses.replace(machine, dtype=machine.weights)
+        if world.control is None:
+            before = held_out(parallel.Worker(worker.parts, world, exact.dtype))
+            model, optimizer, growth = grow.grow(
+                worker.parts[0], stage["config"], optimizer, seed=s.seed, growths=(growth or {"growths": 0})["growths"] + 1,
+                start=samples, ramp=stage["ramp"], layers=stage["layers"], moments=stage["moments"])
+            for block in model.layers.values() if s.compile else ():
+                block.compile()
+            worker = parallel.Worker([model], world, machine.dtype)
+            worker.set_masks(growth, growth_mask(growth, samples))
+            return before, held_out(parallel.Worker(worker.parts, world, exact.dtype))
+        # Several processes: over the disk, one layer at a time, as the paper's own growth between its stages had to be.
+        path, out = folder / f"step-{step:08d}", folder / "grown"
+        if exact != machine:
+            worker, optimizer = equip(worker.config, path, exact)
+        before, worker, optimizer = held_out(worker), None, None     # frees what they hold
+        if world.rank == 0:
+            shutil.rmtree(out, ignore_errors=True)
+        world.together(lambda: world.rank == 0 and grow.apply(path, stage["config"], out, seed=s.seed, layers=stage["layers"],
+                                                              ramp=stage["ramp"], moments=stage["moments"]))
+        growth = read_info(out)["growth"]
+        worker, optimizer = equip(stage["config"], out, exact)
+        after = held_out(worker)
+        if exact != machine:
+            worker, optimizer = equip(stage["config"], out)
+        world.together(lambda: world.rank == 0 and shutil.rmtree(out))
+        return before, after
+
+    worker, optimizer = equip(stages[k]["config"], source)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the run's folder {folder}: {error.strerror}; choose another (--out)") from error
+    with contextlib.ExitStack() as stack:
+        world.together(lambda: world.rank == 0 and stack.enter_context(sole_writer(folder)))
+        if resume and world.rank == 0:
+            cut_log(folder / "metrics.jsonl", step, k)
             write_run(folder, s, stages, machine, corpus)
-            save()                               # a disk that cannot take a checkpoint shows now, not in an hour
-        except BaseException:                    # there is no run yet: nothing that could be resumed is left behind
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    todo = step + sum(-(-(stage["end"] - max(stage["start"], samples)) // stage["batch_size"]) for stage in stages[k:])
-    with open(folder / "metrics.jsonl", "a") as log, stop_on_signal() as asked, \
-            tqdm(total=todo, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
+        print(describe_run(folder, s, stages, machine, layout, corpus, samples, resume))
+        result, saved, move = {}, step, None
+        if not resume:
+            try:
+                world.together(lambda: world.rank == 0 and write_run(folder, s, stages, machine, corpus))
+                save()                           # a disk that cannot take a checkpoint shows now, not in an hour
+            except BaseException:                # there is no run yet: nothing that could be resumed is left behind
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+        todo = step + sum(-(-(stage["end"] - max(stage["start"], samples)) // stage["batch_size"]) for stage in stages[k:])
+        log = stack.enter_context(open(folder / "metrics.jsonl" if world.rank == 0 else os.devnull, "a"))
+        asked = stack.enter_context(stop_on_signal())
+        bar = stack.enter_context(tqdm(total=todo, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=world.rank > 0))
         try:
-            while step < todo and not asked and step != stop_at:
+            while step < todo and step != stop_at and not any(world.sum(len(asked))):
                 if k + 1 < len(stages) and samples >= stages[k + 1]["start"]:
-                    exact = dataclasses.replace(machine, dtype=machine.weights)
-                    before, k = held_out(exact), k + 1
-                    model, optimizer, growth = grow.grow(
-                        model, stages[k]["config"], optimizer, seed=s.seed, growths=(growth or {"growths": 0})["growths"] + 1,
-                        start=samples, ramp=stages[k]["ramp"], layers=stages[k]["layers"], moments=stages[k]["moments"])
-                    model.set_masks(growth, growth_mask(growth, samples))
-                    tensors, after = equip(), held_out(exact)
-                    bar.write(f"step {step:>6}: grown to {describe_model(model)}; held-out loss {before['val_loss']:.4f} before, "
+                    if move := other_layout(stages[k], stages[k + 1], layout, world):
+                        break
+                    if saved != step:
+                        saved = save()
+                    k += 1
+                    before, after = grown()
+                    bar.write(f"step {step:>6}: grown to {describe_config(worker.config)}; held-out loss {before['val_loss']:.4f} before, "
                               f"{after['val_loss']:.4f} after, {after['val_loss'] - before['val_loss']:+.4f}")
                     note(stage=k, grown=stages[k]["config"].to_dict(), loss_before=before["val_loss"], loss_after=after["val_loss"])
                 start, B = now(machine.device), stages[k]["batch_size"]
-                tokens, targets = corpus.batch(s.seed, samples, B, teacher_fraction=s.teacher_fraction)
-                loss = gradients(model, tokens, targets, machine, s.micro_batch or B)
+                tokens, targets = corpus.batch(s.seed, samples, B, rank=world.at("dp"), ranks=layout.dp, teacher_fraction=s.teacher_fraction)
+                once = world.at("tp") == world.at("pp") == 0
+                count, = world.sum(once * int((targets != IGNORE).sum()))
+                with parallel.trace(worker, step + 1) if s.trace else contextlib.nullcontext():
+                    nats = worker.gradients(tokens, targets, parallel.micro_rows(layout, B, s.micro_batch), max(1, count))
                 try:
                     lr = learning_rate(s, stages, samples + B)
-                    norm = update(model, optimizer, s.clip, lr, loss)
+                    loss, norm = update(worker, optimizer, s.clip, lr, nats, max(1, count))
                 except NonFinite as error:
                     if saved != step:
                         save()
@@ -677,40 +810,51 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
                 flops = training_flops(stages, samples + B) - training_flops(stages, samples)
                 step, samples = step + 1, samples + B
                 if growth and growth["start"] + growth["ramp"] > samples - B:
-                    model.set_masks(growth, growth_mask(growth, samples))
+                    worker.set_masks(growth, growth_mask(growth, samples))
                 seconds = now(machine.device) - start
-                note(loss=loss, grad_norm=norm, lr=lr, supervised=int((targets != IGNORE).sum()),
+                note(loss=loss, grad_norm=norm, lr=lr, supervised=int(count),
                      tokens_per_s=B * T / seconds, utilisation=flops / seconds / machine.peak)
                 bar.set_postfix_str(f"loss {loss:.3f}, {B * T / seconds:,.0f} tok/s, MFU {flops / seconds / machine.peak:.0%}",
                                     refresh=False)
                 bar.update()
                 # First the log, then the checkpoint: who resumes drops what the log says of later steps, and misses nothing.
                 if step % s.eval_every == 0 or step == todo:
-                    result = held_out()
+                    result = held_out(worker)
                     note(**result)
                     bar.write(f"step {step:>6}: {describe(result)}")
                 if step % s.save_every == 0 or step == todo:
                     saved = save()
         except OSError as error:                 # a full disk under the log, a closed terminal: keep what can be kept
-            if saved != step:
+            if saved != step and world.control is None:
                 save()
-            raise OSError(f"{error}\nsaved at step {step}; to go on: python train.py --resume {shlex.quote(str(folder))}") from error
+            raise OSError(f"{error}\nsaved at step {saved if world.control else step}; to go on: python train.py --resume "
+                          f"{shlex.quote(str(folder))}") from error
         if saved != step:
             save()
-    return {**result, "step": step, "samples": samples, "folder": str(folder), "stopped": asked[0] if asked and step < todo else None}
+        stopped = next((number for number in world.gather(asked[0] if asked else None) if number), None)
+    return {**result, "step": step, "samples": samples, "folder": str(folder), "stopped": stopped if step < todo else None, "move": move}
 
 
-def describe_model(model: FLM) -> str:
-    c = model.config
-    return f"{c.n_layers} layers of width {c.d_model}, {sum(p.numel() for p in model.parameters()):,} parameters"
+def other_layout(stage: dict, following: dict, layout: parallel.Layout, world: parallel.World) -> str | None:
+    """The options of the layout that the following stage names, where it is neither this job's nor the stage's before: the job then
+    ends, for the next one to begin on it."""
+    names = ("dp", "tp", "pp")
+    wanted = {k: following[k] for k in names if k in following}
+    if world.control is None or wanted in ({k: stage[k] for k in names if k in stage}, {k: getattr(layout, k) for k in wanted}):
+        return None
+    return " ".join(f"--{k} {v}" for k, v in wanted.items())
 
 
-def describe_run(folder, s, stages, machine, corpus, samples, resume) -> str:
-    T, lines = corpus.seq_len, []
+def describe_config(c: FLMConfig) -> str:
+    with torch.device("meta"):
+        size = sum(p.numel() for p in FLM(c).parameters())
+    return f"{c.n_layers} layers of width {c.d_model}, {size:,} parameters"
+
+
+def describe_run(folder, s, stages, machine, layout, corpus, samples, resume) -> str:
+    T, lines = corpus.seq_len, [f"  layout    {layout}"] if layout.size > 1 else []
     for i, stage in enumerate(stages):
-        with torch.device("meta"):
-            model = describe_model(FLM(stage["config"]))
-        lines.append(f"  stage {i + 1}   {model}: samples {stage['start']:,} to {stage['end']:,}")
+        lines.append(f"  stage {i + 1}   {describe_config(stage['config'])}: samples {stage['start']:,} to {stage['end']:,}")
     total = training_flops(stages, stages[-1]["end"]) - training_flops(stages, samples)
     return "\n".join([
         f"{'going on with' if resume else 'training'} {folder}",
@@ -725,53 +869,54 @@ def describe_run(folder, s, stages, machine, corpus, samples, resume) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Benchmark and command line
 
-def benchmark(settings: Settings, rounds: int = 5) -> dict:
-    """Time training steps on random tokens: the median of a few rounds after two that are not counted."""
-    s, stages = resolve(settings)
-    config = stages[-1]["config"]
+def benchmark(settings: Settings, world=parallel.World(), rounds: int = 5) -> dict:
+    """Time training steps on random tokens: the median of a few rounds after two that are not counted. The backward pass is
+    what a step takes longer than a forward pass alone."""
+    same_arguments(world, settings, False)
+    s, stages = world.together(resolve, settings)
+    stages = stages[-1:]
+    config, layout = stages[0]["config"], plan_layout(s, stages, len(world.gather(None)))
     if s.threads:
         torch.set_num_threads(s.threads)
-    machine = pick_machine(s.device, s.dtype)
-    model = muP.init_weights(allocate(config, machine), s.seed)
-    optimizer = make_optimizer(model, s)
-    if s.compile:
-        for block in model.layers.values():
-            block.compile()
-    B, T, micro = s.batch_size, config.max_seq_len, s.micro_batch or s.batch_size
-    tokens = torch.randint(config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(s.seed)).to(machine.device)
+    machine = agree_on_machine(world, s.device, s.dtype)
+    world = parallel.arrange(world, layout, machine.device)
+    worker = world.together(allocate, config, machine, world, s.compile)
+    worker.init_weights(s.seed)
+    optimizer = make_optimizer(worker, s)
+    B, T, micro = s.batch_size, config.max_seq_len, parallel.micro_rows(layout, s.batch_size, s.micro_batch)
+    draw = torch.Generator().manual_seed(s.seed + world.at("dp"))
+    tokens = torch.randint(config.vocab_size, (B // layout.dp, T + 1), generator=draw)
     times = []
     for _ in range(rounds + 2):
-        marks, spent = [now(machine.device)], [0.0, 0.0, 0.0]
-        for x, y in zip(tokens[:, :-1].split(micro), tokens[:, 1:].split(micro)):
-            with machine.autocast():
-                loss = model(x, y) / (B * T)
-            marks.append(now(machine.device))
-            loss.backward()
-            marks.append(now(machine.device))
-            spent[0] += marks[-2] - marks[-3]
-            spent[1] += marks[-1] - marks[-2]
-        update(model, optimizer, s.clip, s.lr, loss.item())
-        spent[2] = now(machine.device) - marks[-1]
-        times.append(spent)
-    forward, backward, optimize = (statistics.median(column) for column in zip(*times[2:]))
-    seconds = forward + backward + optimize
+        marks = [now(machine.device)]
+        worker.run(tokens[:, :-1], tokens[:, 1:], micro)
+        marks.append(now(machine.device))
+        nats = worker.gradients(tokens[:, :-1], tokens[:, 1:], micro, B * T)
+        marks.append(now(machine.device))
+        update(worker, optimizer, s.clip, s.lr, nats, B * T)
+        marks.append(now(machine.device))
+        times.append([end - start for start, end in zip(marks, marks[1:])])
+    forward, both, optimize = (statistics.median(column) for column in zip(*times[2:]))
+    seconds = both + optimize
     achieved = 3 * forward_flops(config, T) * B * T / seconds
     if machine.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(machine.device)
     else:
         import resource                          # not on Windows, where all the rest works
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "batch_size": B, "seq_len": T,
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in FLM(config).parameters())
+    return {"parameters": parameters, "batch_size": B, "seq_len": T, "layout": str(layout),
             "vocab_size": config.vocab_size, "dtype": str(machine.dtype).removeprefix("torch."), "compile": s.compile,
             "tokens_per_s": round(B * T / seconds, 1), "forward_ms": round(forward * 1e3, 2),
-            "backward_ms": round(backward * 1e3, 2), "optimizer_ms": round(optimize * 1e3, 2),
+            "backward_ms": round((both - forward) * 1e3, 2), "optimizer_ms": round(optimize * 1e3, 2),
             "peak_memory_gib": round(memory / 2 ** 30, 3), "achieved_gflops": round(achieved / 1e9, 1),
             "peak_gflops": round(machine.peak / 1e9, 1), "utilisation": round(achieved / machine.peak, 4),
             "machine": machine.why, "torch": torch.__version__}
 
 
 GROUPS = {"preset": "what to train", "data": "on what", "steps": "how", "out": "watching and keeping",
-          "device": "on which machine"}         # the first option of each
+          "device": "on which machine", "dp": "on how many processes"}         # the first option of each
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -798,6 +943,8 @@ def make_parser() -> argparse.ArgumentParser:
             group.add_argument(flag(field.name), type=kind, help=text, **extra)
     modes = parser.add_argument_group("something else").add_mutually_exclusive_group()
     modes.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    modes.add_argument("--auto-resume", action="store_true",
+                       help="go on with the run in --out if there is one, else begin it: for torchrun --max-restarts and job queues")
     modes.add_argument("--eval-only", metavar="CHECKPOINT",
                        help="print the held-out loss of a checkpoint (on --data, or its run's own)")
     modes.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "FILE"), help="write a checkpoint's weights into one file")
@@ -827,19 +974,34 @@ def resumed(folder: str, given: dict) -> Settings:
     return s
 
 
-def eval_only(checkpoint: str, given: dict) -> dict:
-    path = find_checkpoint(checkpoint)
+def eval_only(checkpoint: str, given: dict, world=parallel.World()) -> dict:
+    path = world.together(find_checkpoint, checkpoint)
+    if path.is_file() and world.control:
+        raise ValueError(f"{path} holds weights for one process: give a run or a step folder")
     run = path.parent if (path.parent / "config.json").exists() else None
-    s = dataclasses.replace(read_run(run)[0] if run else Settings(batch_size=16), **given)
+    s = dataclasses.replace(read_run(run)[0] if run else Settings(batch_size=16), **{k: Settings.__dataclass_fields__[k].default for k in LAYOUT})
+    s = dataclasses.replace(s, **given)
+    same_arguments(world, s, False)
     if problems := violations(s):
         raise ValueError("\n".join(problems))
     if s.threads:
         torch.set_num_threads(s.threads)
-    machine = pick_machine(s.device, s.dtype)
-    model, info = load_model(path, machine.device)
-    corpus = open_corpus(s.data or (recorded_corpus(run) if run else None), s.tokenizer if run or "tokenizer" in given else info["tokenizer"], s.tokenizer_file, model.config)
+    machine = agree_on_machine(world, s.device, s.dtype)
+    if world.control is None:
+        model, info = load_model(path, machine.device)
+        worker = parallel.Worker([model.to(machine.weights)], world, machine.dtype)
+    else:
+        info = world.together(read_info, path)
+        config, n = FLMConfig.from_dict(info["config"]), len(world.gather(None))
+        layout = plan_layout(s, [{"config": config, "batch_size": s.batch_size}], n)
+        world = parallel.arrange(world, layout, machine.device)
+        worker = world.together(allocate, config, machine, world)
+        world.together(read_tensors, path, {"model": dict(reversed(worker.named))})
+        worker.set_masks(info["growth"], growth_mask(info["growth"], info["samples"]))
+    corpus = open_corpus(s.data or (recorded_corpus(run) if run else None), s.tokenizer if run or "tokenizer" in given else info["tokenizer"],
+                         s.tokenizer_file, worker.config)
     same_tokens(corpus, info, path)
-    result = evaluate(model.to(machine.weights), corpus, machine, s.eval_rows, s.eval_batch or s.micro_batch or s.batch_size)
+    result = evaluate(worker, corpus, s.eval_rows, s.eval_batch or s.micro_batch or s.batch_size)
     print(f"{path}, on {corpus.path}, in {str(machine.dtype).removeprefix('torch.')}: {describe(result)}")
     return result
 
@@ -860,59 +1022,93 @@ def export(checkpoint: str, file: str):
     print(f"wrote {file}: python flm.py sample {shlex.quote(file)} --prompt TEXT")
 
 
-def main(argv=None) -> int:
+def main(argv=None, world=parallel.World()) -> int:
     given = vars(make_parser().parse_args(argv))
     if "model" in given:
         given["model"] = tuple(given["model"])
-    modes = {k: given.pop(k) for k in ("resume", "eval_only", "export", "benchmark") if k in given}
+    modes = {k: given.pop(k) for k in ("resume", "auto_resume", "eval_only", "export", "benchmark") if k in given}
     for mode, usable in USABLE.items():
         if mode in modes and (extra := sorted(set(given) - usable)):
             raise ValueError(f"{flag(mode)} makes no use of {', '.join(map(flag, extra))}: leave it out")
     if "benchmark" in modes:
-        print(json.dumps(benchmark(Settings(**given)), indent=1))
+        print(json.dumps(benchmark(Settings(**given), world), indent=1))
         return 0
     if "eval_only" in modes:
-        eval_only(modes["eval_only"], given)
+        eval_only(modes["eval_only"], given, world)
         return 0
     if "export" in modes:
+        if world.control:
+            raise ValueError("--export works alone: run it without torchrun")
         export(*modes["export"])
         return 0
 
     start = time.perf_counter()
-    settings = resumed(modes["resume"], given) if "resume" in modes else Settings(**given)
-    result = train(settings, resume="resume" in modes)
+    if "auto_resume" in modes:
+        if "out" not in given:
+            raise ValueError("--auto-resume goes on with the run in --out if there is one: add --out DIR")
+        if any(path.suffix != ".tmp" for path in Path(given["out"]).glob("step-*")):
+            modes["resume"] = given.pop("out")
+    settings = world.together(resumed, modes["resume"], given) if "resume" in modes else Settings(**given)
+    result = train(settings, resume="resume" in modes, world=world)
     folder = shlex.quote(result["folder"])
+    command = "torchrun ... train.py" if world.control else "python train.py"
     if result["stopped"]:
         print(f"stopped by {signal.Signals(result['stopped']).name} after step {result['step']}, saved; to go on:\n"
-              f"  python train.py --resume {folder}")
+              f"  {command} --resume {folder}")
         return 128 + result["stopped"]
-    print(f"done in {time.perf_counter() - start:.0f} s. A sample, from the start of a new document:\n")
-    model, info = load_model(result["folder"])
-    sample(model, info, [""], max_new_tokens=min(400, model.config.max_seq_len - 1), temperature=0.8, stream=sys.stdout,
-           tokenizer_file=settings.tokenizer_file)
+    if result["move"]:
+        print(f"saved at step {result['step']}: the next stage lies on another layout; it begins when you type, on as many processes:\n"
+              f"  torchrun ... train.py --resume {folder} {result['move']}")
+        return 0
+    if world.control and (settings.tp > 1 or settings.pp > 1):
+        print(f"done in {time.perf_counter() - start:.0f} s")
+    elif world.rank == 0:
+        print(f"done in {time.perf_counter() - start:.0f} s. A sample, from the start of a new document:\n")
+        model, info = load_model(result["folder"])
+        sample(model, info, [""], max_new_tokens=min(400, model.config.max_seq_len - 1), temperature=0.8, stream=sys.stdout,
+               tokenizer_file=settings.tokenizer_file)
     print(f"\nWhat next?\n"
           f"  let it continue your words      python flm.py sample {folder} --prompt \"def \"\n"
-          f"  train it twice as long          python train.py --resume {folder} --steps {2 * result['step']}\n"
+          f"  train it twice as long          {command} --resume {folder} --steps {2 * result['step']}\n"
           f"  train on your own text          python data.py prepare mine.txt --out corpora/mine\n"
-          f"                                  python train.py --data corpora/mine")
+          f"                                  {command} --data corpora/mine")
     return 0
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """main, with errors for people: one screen, and an exit code. Of several processes rank 0 speaks."""
     sys.stdout.reconfigure(errors="backslashreplace")    # not every terminal knows every character
+    world, code = parallel.World(rank=int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0), 1
+
+    def say(text):
+        if world.rank == 0:
+            print(f"train.py: {text}", file=sys.stderr)
+
     try:
-        sys.exit(main())
+        if dist.is_torchelastic_launched():      # one of several, started by torchrun
+            world = parallel.connect()
+            if world.rank > 0:
+                sys.stdout = open(os.devnull, "w")
+        code = main(world=world)
     except (ValueError, OSError) as error:       # a user's mistake, or the machine's limit: one screen
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        say(error)
+        code = 2
     except NonFinite as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(1)
+        say(error)
+        code = 1
     except RuntimeError as error:                # PyTorch has no class of its own for a CPU that runs out of memory
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         print("train.py: out of memory: try a smaller --micro-batch or --eval-batch, or a smaller model", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:                    # before the first step, or a second Ctrl-C
-        print("train.py: interrupted; what was saved before is whole", file=sys.stderr)
-        sys.exit(130)
+        say("interrupted; what was saved before is whole")
+        code = 130
+    except SystemExit as leaving:                # argparse
+        code = leaving.code
+    parallel.leave(world, code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import flm  # noqa: E402
 import muP  # noqa: E402
+import parallel  # noqa: E402
 import train  # noqa: E402
 from flm import FLM, IGNORE, PRESETS, find_checkpoint, load_model, read_info  # noqa: E402
 from train import Settings, main  # noqa: E402
@@ -519,12 +520,12 @@ import contextlib, io, json, resource, runpy, sys
 sys.path.insert(0, sys.argv[1])
 import flm
 write = flm.write_checkpoint
-def limited(folder, tensors, info):
+def limited(folder, tensors, info, group):
     if "interrupted" in str(folder):
         raise KeyboardInterrupt
     if info["step"] == 4 and "small-disk" in str(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-    return write(folder, tensors, info)
+    return write(folder, tensors, info, group)
 flm.write_checkpoint = limited
 found = []
 for line in json.loads(sys.argv[2]):
@@ -570,6 +571,16 @@ def test_exit_codes(corpus):
 
 # ---- One step -----------------------------------------------------------------------------------------------------
 
+def alone(model, dtype=torch.float64):
+    return parallel.Worker([model], parallel.World(), dtype)
+
+
+def gradients(model, tokens, targets, micro):
+    """Adds the gradient of the batch's mean loss to .grad; returns the loss."""
+    count = int((targets != IGNORE).sum())
+    return alone(model).gradients(tokens, targets, micro, count) / count
+
+
 def batch_with_teacher_rows(folder, n=6):
     tokens, targets = data.Corpus(folder, T).batch(0, 0, n, teacher_fraction=0.5)
     counts = (targets != IGNORE).sum(1)
@@ -583,7 +594,7 @@ def test_loss_is_the_mean_over_supervised_tokens(corpus):
     tokens, targets = batch_with_teacher_rows(corpus)
     model = float64_model(std=0.1)
     nats = [value for _, _, value in token_nats(model, tokens, targets)]
-    loss = train.gradients(model, tokens, targets, FLOAT64, len(tokens))
+    loss = gradients(model, tokens, targets, len(tokens))
     assert loss == pytest.approx(math.fsum(nats) / len(nats), rel=1e-13)
     assert len(nats) == int((targets != IGNORE).sum())
 
@@ -595,7 +606,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(corpus, micro, seed)
     cross-entropy over the whole batch's logits, but for rounding (1e-12 of the largest entry, in float64)."""
     tokens, targets = batch_with_teacher_rows(corpus)
     model, plain = float64_model(seed, std=0.1), float64_model(seed, std=0.1)
-    loss = train.gradients(model, tokens, targets, FLOAT64, micro)
+    loss = gradients(model, tokens, targets, micro)
     expected = F.cross_entropy(plain(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-12)
@@ -609,7 +620,7 @@ def test_updates_are_adamw(corpus):
     whose decay per step does not depend on m). Both clipped and unclipped steps occur."""
     s, stages = train.resolve(job(corpus, weight_decay=0.3, lr=1e-3))
     model = float64_model()
-    optimizer = train.make_optimizer(model, s)
+    optimizer = train.make_optimizer(alone(model), s)
     source = data.Corpus(corpus, T)
     mine = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
     first = {name: np.zeros_like(p) for name, p in mine.items()}
@@ -617,7 +628,7 @@ def test_updates_are_adamw(corpus):
     m = {"qkv.weight": 32 / 256, "up.weight": 32 / 256, "o.weight": 2 * 16 / 256, "down.weight": 64 / 1024}
     clipped = []
     for step in range(1, 7):
-        loss = train.gradients(model, *source.batch(0, 4 * step, 4), FLOAT64, 4)
+        loss = gradients(model, *source.batch(0, 4 * step, 4), 4)
         for p in model.parameters():
             p.grad *= 10.0 ** random.Random(step).choice((-2, 2))
         g = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
@@ -632,7 +643,7 @@ def test_updates_are_adamw(corpus):
             decayed = p.ndim == 2
             p -= lr * 0.3 * p * decayed
             p -= lr / ratio * (first[name] / (1 - 0.9 ** step)) / (np.sqrt(second[name] / (1 - 0.95 ** step)) + 1e-8)
-        assert train.update(model, optimizer, 1.0, lr, loss) == pytest.approx(norm, rel=1e-12)
+        assert train.update(alone(model), optimizer, 1.0, lr, loss, 1)[1] == pytest.approx(norm, rel=1e-12)
         assert all(p.grad is None for p in model.parameters())
         for name, p in model.named_parameters():
             np.testing.assert_allclose(p.detach().numpy(), mine[name], rtol=0, atol=1e-10, err_msg=name)
@@ -706,19 +717,19 @@ def test_a_wild_learning_rate_stops_before_the_step(corpus, capsys):
 def test_one_bad_number_stops_before_the_step(corpus, monkeypatch, what):
     """A single infinite gradient under a finite loss, or a NaN loss, in step 3: no weight and no moment changes, and the
     run goes on as if nothing had been once the cause is gone."""
-    s, real, calls = job(corpus), train.gradients, itertools.count(1)
+    s, real, calls = job(corpus), parallel.Worker.gradients, itertools.count(1)
 
-    def poisoned(model, *args):
-        loss = real(model, *args)
+    def poisoned(worker, *args):
+        loss = real(worker, *args)
         if next(calls) != 4:
             return loss
         if what == "loss":
             return math.nan
-        model.layers["1"].ff.up.bias.grad[3] = math.inf
+        worker.parts[0].layers["1"].ff.up.bias.grad[3] = math.inf
         return loss
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "gradients", poisoned)
+        patch.setattr(parallel.Worker, "gradients", poisoned)
         words = "step 4 .*loss nan" if what == "loss" else "step 4 .*gradient norm (inf|nan)"
         with pytest.raises(train.NonFinite, match=words):
             train.train(s)
@@ -730,19 +741,18 @@ def test_one_bad_number_stops_before_the_step(corpus, monkeypatch, what):
 def test_a_poisoned_weight_stops_the_first_step(corpus, monkeypatch):
     """A weight that is not a number is found in the first step; the checkpoint holds that weight, and otherwise the
     initial ones."""
-    real = muP.init_weights
+    real = parallel.Worker.init_weights
 
-    def poisoned(model, seed):
-        real(model, seed)
+    def poisoned(worker, seed):
+        real(worker, seed)
         with torch.no_grad():
-            model.layers["0"].ff.down.weight[0, 0] = math.nan
-        return model
+            worker.parts[0].layers["0"].ff.down.weight[0, 0] = math.nan
 
-    monkeypatch.setattr(muP, "init_weights", poisoned)
+    monkeypatch.setattr(parallel.Worker, "init_weights", poisoned)
     s = job(corpus)
     with pytest.raises(train.NonFinite, match="step 1 stopped"):
         train.train(s)
-    kept, initial = contents(s.out), dict(real(FLM(CONFIG), 0).named_parameters())
+    kept, initial = contents(s.out), dict(muP.init_weights(FLM(CONFIG), 0).named_parameters())
     assert sum(int((kept[f"model/{name}"] != p).sum()) for name, p in initial.items()) == 1
     assert torch.isnan(kept["model/layers.0.ff.down.weight"][0, 0])
 
@@ -847,7 +857,7 @@ def test_held_out_loss_by_hand(corpus):
     """Nats per token and bits per byte equal a slow computation on the shard itself, in float64 to rounding. In `bytes`
     every token but the end of a text stands for one byte."""
     model = float64_model(std=0.5)
-    found = train.evaluate(model, data.Corpus(corpus, T), FLOAT64, 10**6, 7)
+    found = train.evaluate(alone(model), data.Corpus(corpus, T), 10**6, 7)
     nats, bits, tokens = held_out_by_hand(model, corpus)
     assert found["val_tokens"] == tokens > 20 * T
     assert found["val_loss"] == pytest.approx(nats, rel=1e-12)
@@ -869,7 +879,7 @@ def test_teacher_evaluation_by_hand(corpus):
         if t + 1 == T or y[b, t + 1] == IGNORE:
             right.append(bool(logits[b, t, y[b, t]] > logits[b, t, last[int(y[b, t])]]))
     items = int((shard(corpus, "teacher", "val") == 256).sum())
-    found = train.evaluate(model, source, FLOAT64, 10**6, 3)
+    found = train.evaluate(alone(model), source, 10**6, 3)
     assert found["teacher_labels"] == len(right) == items and len(nats) == 4 * items
     assert found["teacher_accuracy"] == sum(right) / items and 0 < sum(right) < items
     assert found["teacher_loss"] == pytest.approx(math.fsum(nats) / len(nats), rel=1e-12)
@@ -881,7 +891,7 @@ def test_evaluation_does_not_depend_on_its_micro_batch(corpus, micro, rows):
     """How many rows go through the model at once is a matter of memory: the result is the same but for rounding, also where
     only some of the held-out rows are asked for."""
     model, source = float64_model(std=0.5), data.Corpus(corpus, T)
-    one, other = (train.evaluate(model, source, FLOAT64, rows, n) for n in (1, micro))
+    one, other = (train.evaluate(alone(model), source, rows, n) for n in (1, micro))
     assert one.keys() == other.keys()
     for key in one:
         assert one[key] == pytest.approx(other[key], rel=1e-12), key
@@ -894,14 +904,14 @@ def test_evaluation_spreads_its_rows(corpus):
     n = source.n_rows("val", "language")
 
     class Watched:
-        tokenizer, n_rows = source.tokenizer, source.n_rows
+        tokenizer, n_rows, seq_len = source.tokenizer, source.n_rows, T
 
         def rows(self, split, signal_name, start, count):
             if signal_name == "language":
                 asked.extend(range(start, start + count))
             return source.rows(split, signal_name, start, count)
 
-    train.evaluate(model, Watched(), FLOAT64, 8, 2)
+    train.evaluate(alone(model), Watched(), 8, 2)
     assert len(asked) == len(set(asked)) == 8
     assert max(b - a for a, b in itertools.pairwise([-1, *sorted(asked), n])) <= 2 * n / 8
 
@@ -939,7 +949,7 @@ def test_eval_only_computes_in_the_dtype_it_names(corpus, capsys):
         run = train.train(job(corpus, dtype=dtype))["folder"]
         model = load_model(run)[0].to(getattr(torch, asked))
         machine = train.Machine(torch.device("cpu"), getattr(torch, asked), 1e9, "")
-        expected = train.evaluate(model, data.Corpus(corpus, T), machine, 6, 4)
+        expected = train.evaluate(alone(model, machine.dtype), data.Corpus(corpus, T), 6, 4)
         assert train.eval_only(run, {"dtype": asked}) == expected
         assert f"in {asked}" in capsys.readouterr().out
 
@@ -1292,7 +1302,7 @@ def test_benchmark_prints_one_json_object(capsys, tmp_path):
     assert main(["--benchmark", "--model", *SIZE, "d_ff=128", "--batch-size", "8", "--micro-batch", "4", "--device", "cpu",
                  "--dtype", "float32"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"parameters", "batch_size", "seq_len", "vocab_size", "dtype", "compile", "tokens_per_s",
+    assert set(found) == {"parameters", "batch_size", "seq_len", "layout", "vocab_size", "dtype", "compile", "tokens_per_s",
                           "forward_ms", "backward_ms", "optimizer_ms", "peak_memory_gib", "achieved_gflops", "peak_gflops",
                           "utilisation", "machine", "torch"}
     B, C, L = 8, 32, 2
