@@ -680,7 +680,7 @@ def alone(config: FLMConfig, layout: Layout, pp_rank: int, micro: int, arithmeti
         y = (logits if last else stream).detach().requires_grad_()
         x = torch.empty(micro, T, dtype=torch.long, device="meta") if first else stream.detach().requires_grad_()
         return asking(part, *args, input_args=x, output_args=y, input_grads=None if first else stream,
-                             output_grads=None if last else stream, **options)
+                      output_grads=None if last else stream, **options)
 
     def static(schedule, stages, *_):            # in place of a vote among the stages: there is no public way to skip it
         for stage in stages:
@@ -744,18 +744,17 @@ def measure(world: World, config: FLMConfig, n: int, micro: int, weights: torch.
         with fake:
             return allocate(part, device=device)
 
-    def outside(action):
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def outside(propagator, schema):
         """DTensor's work on shapes has a fake mode of its own: in ours it would count as tensors of the whole, uncut size."""
-        def act(*args):
-            with unset_fake_temporarily():
-                return action(*args)
-        return act
+        with unset_fake_temporarily():
+            return propagate(propagator, schema)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(FLM, "to_empty", to_empty))
         stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", lambda storage, size: memory.resized(storage, size)))
-        stack.enter_context(mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached",
-                                              lambda self, schema, do=outside(ShardingPropagator._propagate_tensor_meta_non_cached): do(self, schema)))
+        stack.enter_context(mock.patch.object(ShardingPropagator, propagate.__name__, outside))
         stack.enter_context(memory)
         worker = Worker(build(config, world, torch.device("cpu"), weights, arithmetic), world, arithmetic)
         said = stack.enter_context(Collectives(worker))
@@ -831,8 +830,11 @@ def rehearse(config: FLMConfig, layout: Layout, batch_size: int, micro_batch: in
     Returns plain JSON values (see `describe_rehearsal`), sizes in bytes. Raises ValueError where the model cannot lie like that, and
     where it does not fit the memory even with activation checkpointing."""
     problems = check(layout, config, batch_size, micro_batch)
+    if layout.dp > 1 and not layout.sharded:
+        problems.append(f"--dp {layout.dp} without --shard-optimizer: DistributedDataParallel cannot be rehearsed, its C++ part wants real "
+                        "answers; add --shard-optimizer")
     if problems:
-        raise ValueError("this layout does not work:\n  " + "\n  ".join(problems))
+        raise ValueError("this layout cannot be rehearsed:\n  " + "\n  ".join(problems))
     micro = micro_rows(layout, batch_size, micro_batch)
     n = batch_size // layout.dp // micro
     # From these on, a process has as many micro-batches under way at once as it ever will, and then one more.
@@ -920,12 +922,12 @@ def describe_rehearsal(r: dict) -> str:
     for name, found in r["modes"].items():
         lines.append(f"{MODES[name]}: {found['peak'] / GiB:.1f} GiB of {r['memory_gb']:g}: {'fits' if name in r['fits'] else 'does not fit'}")
     if layout.sharded and layout.dp > 1:
-        most = max(processes, key=lambda p: p["peak"])
-        saved = (layout.dp - 1) * (most["weights"] + most["moments"]) + 0
-        lines.append(f"what makes it fit: the distributed optimizer keeps 1/{layout.dp} of the {r['weights']} weights and moments here; whole they would take "
-                     f"{saved / GiB:.1f} GiB more")
-    if "checkpointing" in r["modes"] and "plain" in r["modes"]:
-        lines.append(f"activation checkpointing saves {(plain['peak'] - r['modes']['checkpointing']['peak']) / GiB:.1f} GiB and computes every block's forward pass twice")
+        whole = max(p["peak"] + (layout.dp - 1) * (p["weights"] + p["moments"]) for p in processes) / GiB
+        lines.append(f"the distributed optimizer keeps 1/{layout.dp} of the {r['weights']} weights and moments here; whole, they would make {whole:.1f} GiB: "
+                     + ("it makes the layout fit" if whole > r["memory_gb"] else "that would fit as well"))
+    if "checkpointing" in r["modes"]:
+        lines.append(f"activation checkpointing saves {(plain['peak'] - r['modes']['checkpointing']['peak']) / GiB:.1f} GiB and computes every block's forward pass "
+                     "twice" + ("" if "plain" in r["fits"] else ": it makes the layout fit"))
     lines += ["not in these numbers: fragmentation, the libraries' own buffers, a compiled block's savings", ""]
     closed = f" ({r['closed_bubble'][0]} = {r['closed_bubble'][1]:.2%})" if r["closed_bubble"] else ""
     lines += [f"bubble of the pipeline: {r['bubble']:.2%}{closed}",

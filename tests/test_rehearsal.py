@@ -249,6 +249,8 @@ def test_rehearse_reports_and_refuses():
     assert judge(result["modes"], layout, (peaks[0] + peaks[1]) / 2) == ["checkpointing"]
     with pytest.raises(ValueError, match="n_heads 4: must be a multiple of --tp 3"):
         rehearse(CONFIG, Layout(tp=3), 60, 2)
+    with pytest.raises(ValueError, match="--dp 2 without --shard-optimizer"):
+        rehearse(CONFIG, Layout(dp=2), 60, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
