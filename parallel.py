@@ -40,18 +40,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import _PipelineSchedule, get_schedule_class
-from torch.distributed.pipelining.stage import InferenceMode
+from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -522,7 +517,7 @@ def pipeline_problems(layout: Layout, n_microbatches: int) -> list[str]:
         problems.append(f"--micro-batches {n_microbatches}: --pp {layout.pp} --schedule {layout.schedule} has {layout.stages} stages "
                         f"and needs at least {layout.stages}")
     elif not problems and layout.stages > layout.pp and n_microbatches % layout.pp:
-        problems.append(f"--micro-batches {n_microbatches}: must divide by --pp {layout.pp} for --schedule {layout.schedule}")
+        problems.append(f"--micro-batches {n_microbatches}: must be a multiple of --pp {layout.pp} for --schedule {layout.schedule}")
     return problems
 
 
@@ -666,6 +661,11 @@ def group_name(argument) -> str | None:
 def alone(config: FLMConfig, layout: Layout, pp_rank: int, micro: int, arithmetic: torch.dtype):
     """This process as the one at (pp_rank, dp 0, tp 0) of a layout whose other processes are not there: what it says to them is lost,
     what it would hear is not written. Yields its World. micro: the rows of its micro-batches."""
+    # Only here and in `measure`: names that PyTorch keeps to itself, as they are in 2.13. Training needs none of them.
+    from torch.distributed.pipelining.schedules import _PipelineSchedule
+    from torch.distributed.pipelining.stage import InferenceMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     dist.init_process_group("fake", store=FakeStore(), rank=pp_rank * layout.dp * layout.tp, world_size=layout.size)
     mesh = init_device_mesh("cpu", (layout.pp, layout.dp, layout.tp), mesh_dim_names=("pp", "dp", "tp"))
     T, asking = config.max_seq_len, PipelineStage
@@ -680,7 +680,7 @@ def alone(config: FLMConfig, layout: Layout, pp_rank: int, micro: int, arithmeti
         y = (logits if last else stream).detach().requires_grad_()
         x = torch.empty(micro, T, dtype=torch.long, device="meta") if first else stream.detach().requires_grad_()
         return asking(part, *args, input_args=x, output_args=y, input_grads=None if first else stream,
-                             output_grads=None if last else stream, **options)
+                      output_grads=None if last else stream, **options)
 
     def static(schedule, stages, *_):            # in place of a vote among the stages: there is no public way to skip it
         for stage in stages:
@@ -694,7 +694,7 @@ def alone(config: FLMConfig, layout: Layout, pp_rank: int, micro: int, arithmeti
 class Memory(TorchDispatchMode):
     """Follows the bytes of all tensors of one FakeTensorMode: `now`, and `peak` since it was last set."""
 
-    def __init__(self, fake: FakeTensorMode):
+    def __init__(self, fake):
         super().__init__()
         self.fake, self.alive, self.now, self.peak = fake, {}, 0, 0
         self.resize = torch.UntypedStorage.resize_
@@ -733,6 +733,10 @@ def measure(world: World, config: FLMConfig, n: int, micro: int, weights: torch.
     weights, moments, gradients      as they lie here between the passes and the optimizer's step
     peak, peak_update  largest sum of all tensors alive in the passes, and in the optimizer's step
     said               {"dp all-gather": [calls, bytes], ...} (see Collectives)"""
+    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     fake, allocate = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), FLM.to_empty      # with a ShapeEnv .item() is a symbol
     memory = Memory(fake)
 
@@ -740,18 +744,17 @@ def measure(world: World, config: FLMConfig, n: int, micro: int, weights: torch.
         with fake:
             return allocate(part, device=device)
 
-    def outside(action):
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def outside(propagator, schema):
         """DTensor's work on shapes has a fake mode of its own: in ours it would count as tensors of the whole, uncut size."""
-        def act(*args):
-            with unset_fake_temporarily():
-                return action(*args)
-        return act
+        with unset_fake_temporarily():
+            return propagate(propagator, schema)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(FLM, "to_empty", to_empty))
         stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", lambda storage, size: memory.resized(storage, size)))
-        stack.enter_context(mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached",
-                                              lambda self, schema, do=outside(ShardingPropagator._propagate_tensor_meta_non_cached): do(self, schema)))
+        stack.enter_context(mock.patch.object(ShardingPropagator, propagate.__name__, outside))
         stack.enter_context(memory)
         worker = Worker(build(config, world, torch.device("cpu"), weights, arithmetic), world, arithmetic)
         said = stack.enter_context(Collectives(worker))
@@ -827,9 +830,12 @@ def rehearse(config: FLMConfig, layout: Layout, batch_size: int, micro_batch: in
     Returns plain JSON values (see `describe_rehearsal`), sizes in bytes. Raises ValueError where the model cannot lie like that, and
     where it does not fit the memory even with activation checkpointing."""
     problems = check(layout, config, batch_size, micro_batch)
+    if layout.dp > 1 and not layout.sharded:
+        problems.append(f"--dp {layout.dp} without --shard-optimizer: DistributedDataParallel cannot be rehearsed, its C++ part wants real "
+                        "answers; add --shard-optimizer")
     if problems:
-        raise ValueError("this layout does not work:\n  " + "\n  ".join(problems))
-    micro = micro_batch or (1 if layout.pp > 1 else batch_size // layout.dp)
+        raise ValueError("this layout cannot be rehearsed:\n  " + "\n  ".join(problems))
+    micro = micro_rows(layout, batch_size, micro_batch)
     n = batch_size // layout.dp // micro
     # From these on, a process has as many micro-batches under way at once as it ever will, and then one more.
     few = (2, 3) if layout.pp == 1 else (layout.pp + 1, layout.pp + 2) if layout.stages == layout.pp else (2 * layout.pp, 3 * layout.pp)
@@ -916,12 +922,12 @@ def describe_rehearsal(r: dict) -> str:
     for name, found in r["modes"].items():
         lines.append(f"{MODES[name]}: {found['peak'] / GiB:.1f} GiB of {r['memory_gb']:g}: {'fits' if name in r['fits'] else 'does not fit'}")
     if layout.sharded and layout.dp > 1:
-        most = max(processes, key=lambda p: p["peak"])
-        saved = (layout.dp - 1) * (most["weights"] + most["moments"]) + 0
-        lines.append(f"what makes it fit: the distributed optimizer keeps 1/{layout.dp} of the {r['weights']} weights and moments here; whole they would take "
-                     f"{saved / GiB:.1f} GiB more")
-    if "checkpointing" in r["modes"] and "plain" in r["modes"]:
-        lines.append(f"activation checkpointing saves {(plain['peak'] - r['modes']['checkpointing']['peak']) / GiB:.1f} GiB and computes every block's forward pass twice")
+        whole = max(p["peak"] + (layout.dp - 1) * (p["weights"] + p["moments"]) for p in processes) / GiB
+        lines.append(f"the distributed optimizer keeps 1/{layout.dp} of the {r['weights']} weights and moments here; whole, they would make {whole:.1f} GiB: "
+                     + ("it makes the layout fit" if whole > r["memory_gb"] else "that would fit as well"))
+    if "checkpointing" in r["modes"]:
+        lines.append(f"activation checkpointing saves {(plain['peak'] - r['modes']['checkpointing']['peak']) / GiB:.1f} GiB and computes every block's forward pass "
+                     "twice" + ("" if "plain" in r["fits"] else ": it makes the layout fit"))
     lines += ["not in these numbers: fragmentation, the libraries' own buffers, a compiled block's savings", ""]
     closed = f" ({r['closed_bubble'][0]} = {r['closed_bubble'][1]:.2%})" if r["closed_bubble"] else ""
     lines += [f"bubble of the pipeline: {r['bubble']:.2%}{closed}",

@@ -92,7 +92,7 @@ def test_draw_prints_every_process_and_refuses_nonsense():
                           capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr and "needs at least 8" in done.stderr
     for layout, m, word in ((Layout(pp=0), 4, "--pp 0"), (Layout(pp=2), 0, "--micro-batches 0"), (Layout(pp=4), 3, "at least 4"),
-                            (Layout(pp=2, schedule="1f1b"), 4, "Interleaved1F1B"), (Layout(pp=2, schedule="ZBVZeroBubble"), 5, "divide by --pp 2")):
+                            (Layout(pp=2, schedule="1f1b"), 4, "Interleaved1F1B"), (Layout(pp=2, schedule="ZBVZeroBubble"), 5, "multiple of --pp 2")):
         with pytest.raises(ValueError, match=word):
             timetable(layout, m)
 
@@ -247,8 +247,10 @@ def test_rehearse_reports_and_refuses():
     with pytest.raises(ValueError, match="does not fit.*GiB without activation checkpointing.*GiB with"):
         judge(result["modes"], layout, peaks[1] / 2)
     assert judge(result["modes"], layout, (peaks[0] + peaks[1]) / 2) == ["checkpointing"]
-    with pytest.raises(ValueError, match="n_heads 4: must divide by --tp 3"):
+    with pytest.raises(ValueError, match="n_heads 4: must be a multiple of --tp 3"):
         rehearse(CONFIG, Layout(tp=3), 60, 2)
+    with pytest.raises(ValueError, match="--dp 2 without --shard-optimizer"):
+        rehearse(CONFIG, Layout(dp=2), 60, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
