@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,7 @@ CASES = {
     "dp2-tp2-pp2-all": (8, Layout(dp=2, tp=2, pp=2, sequence_parallel=True, activation_checkpointing=True), dict(config=UNTIED, micro=4)),
     "tp2-pp2-fp32": (4, Layout(tp=2, pp=2, sequence_parallel=True), dict(micro=4, dtype="float32")),
     "dp2-fp32": (2, Layout(dp=2), dict(dtype="float32")),
+    "tp2-compiled": (2, Layout(tp=2, sequence_parallel=True), dict(config=CONFIG.replace(n_layers=2), dtype="float32", compiled=True)),
 }
 
 
@@ -104,9 +106,10 @@ def alone():
     seen = {}
 
     def run(**options):
-        key = repr(sorted((k, str(v)) for k, v in options.items() if k != "micro"))
+        options = {k: v for k, v in options.items() if k not in ("micro", "compiled")}
+        key = repr(sorted((k, str(v)) for k, v in options.items()))
         if key not in seen:
-            seen[key] = distributed.steps(parallel.World(), **{k: v for k, v in options.items() if k != "micro"})
+            seen[key] = distributed.steps(parallel.World(), **options)
         return seen[key]
     return run
 
@@ -156,6 +159,15 @@ def test_a_checkpoint_of_eight_processes_goes_on_in_one(results, alone):
     x, y = distributed.batch(99, False)
     assert distributed.masked_loss(model, x, y) == pytest.approx(before, rel=1e-10)
     assert len(info["files"]) == 9               # a file of each process, and the table of contents
+
+
+def test_a_checkpoint_that_lacks_a_process_is_refused(results, tmp_path):
+    """Without the file of one of the eight processes, or with half of it, no command reads the checkpoint; the message names the file."""
+    broken = shutil.copytree(results["folder"] / "saved", tmp_path / "broken")
+    (broken / "__3_0.distcp").unlink()
+    (broken / "__5_0.distcp").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"__3_0.distcp: [\d,]+ bytes expected, missing\n  __5_0.distcp: [\d,]+ bytes expected, 4 found"):
+        load_model(broken)
 
 
 def test_grown_from_eight_processes_to_four(results):
