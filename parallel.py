@@ -1,5 +1,5 @@
 """parallel.py - one model on many processes: data, tensor, sequence and pipeline parallelism (FLM-101B, arXiv 2309.03852,
-section 2.3 and Table 2: 24 servers of 8 GPUs, 3D parallelism, sequence parallelism and a distributed optimizer).
+section 2.4 and Table 2: 24 servers of 8 GPUs, 3D parallelism, sequence parallelism and a distributed optimizer).
 
     torchrun --standalone --nproc-per-node 8 train.py --dp 2 --tp 2 --pp 2       a training run on eight processes
     python train.py --preset flm-101b --tp 4 --pp 4 --dp 12 --dry-run            the paper's cluster, rehearsed on one CPU

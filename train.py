@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -135,6 +136,7 @@ ARITHMETIC = {"device", "threads", "dtype"}
 USABLE = {                                       # the options that the other modes of train.py read
     "eval_only": ARITHMETIC | {"data", "tokenizer", "tokenizer_file", "eval_rows", "eval_batch"} | LAYOUT,
     "benchmark": ARITHMETIC | {"preset", "model", "mup", "seed", "batch_size", "micro_batch", "compile"} | LAYOUT,
+    "dry_run": {"preset", "model", "mup", "stages", "batch_size", "micro_batch", "dtype"} | LAYOUT,
     "export": set(),
 }
 
@@ -203,7 +205,7 @@ def plan_layout(s: Settings, stages: list[dict], processes: int) -> parallel.Lay
     if layout.size != processes:
         given = f"dp {dp} x tp {s.tp} x pp {s.pp} = {layout.size} processes"
         problems.append(f"{given}, torchrun started {processes}" if processes > 1 else f"{given}, this is one: start them with torchrun "
-                        f"--standalone --nproc-per-node {layout.size} train.py ...")
+                        f"--standalone --nproc-per-node {layout.size} train.py ..., or take one: --dp 1 --tp 1 --pp 1")
     for i, stage in enumerate(stages):
         found = parallel.check(layout, stage["config"], stage["batch_size"], s.micro_batch, s.compile)
         problems += [f"stage {i + 1}: {problem}" if len(stages) > 1 else problem for problem in found]
@@ -723,6 +725,10 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
         log.write(json.dumps({"step": step, "samples": samples, **values}) + "\n")
         log.flush()
 
+    def tell(line):                              # every rank narrates, on the screen that else is rank 0's alone
+        sys.__stdout__.write(line + "\n")
+        sys.__stdout__.flush()
+
     def held_out(worker):
         return evaluate(worker, corpus, s.eval_rows, s.eval_batch or parallel.micro_rows(layout, s.batch_size, s.micro_batch))
 
@@ -779,7 +785,8 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
         todo = step + sum(-(-(stage["end"] - max(stage["start"], samples)) // stage["batch_size"]) for stage in stages[k:])
         log = stack.enter_context(open(folder / "metrics.jsonl" if world.rank == 0 else os.devnull, "a"))
         asked = stack.enter_context(stop_on_signal())
-        bar = stack.enter_context(tqdm(total=todo, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5, disable=world.rank > 0))
+        bar = stack.enter_context(tqdm(total=todo, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5,
+                                       disable=world.rank > 0 or s.trace))
         try:
             while step < todo and step != stop_at and not any(world.sum(len(asked))):
                 if k + 1 < len(stages) and samples >= stages[k + 1]["start"]:
@@ -796,7 +803,7 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
                 tokens, targets = corpus.batch(s.seed, samples, B, rank=world.at("dp"), ranks=layout.dp, teacher_fraction=s.teacher_fraction)
                 once = world.at("tp") == world.at("pp") == 0
                 count, = world.sum(once * int((targets != IGNORE).sum()))
-                with parallel.trace(worker, step + 1) if s.trace else contextlib.nullcontext():
+                with parallel.trace(worker, step + 1, tell) if s.trace else contextlib.nullcontext():
                     nats = worker.gradients(tokens, targets, parallel.micro_rows(layout, B, s.micro_batch), max(1, count))
                 try:
                     lr = learning_rate(s, stages, samples + B)
@@ -915,6 +922,33 @@ def benchmark(settings: Settings, world=parallel.World(), rounds: int = 5) -> di
             "machine": machine.why, "torch": torch.__version__}
 
 
+# What --dry-run assumes of a cluster, as parallel.rehearse has it: GiB of a GPU, FLOP/s, the share of them that is reached, bytes/s.
+CLUSTER = {name: field.default for name, field in inspect.signature(parallel.rehearse).parameters.items()
+           if field.kind is field.KEYWORD_ONLY and isinstance(field.default, (int, float))}
+
+
+def dry_run(settings: Settings, words: list[str]) -> dict:
+    """Rehearse a step of the last stage on a cluster that is not there; prints the report."""
+    cluster, problems = {}, []
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            cluster[name] = float(value)
+            if name not in CLUSTER or not 0 < cluster[name] < math.inf:
+                raise ValueError
+        except ValueError:
+            problems.append(f"--dry-run {word}: give FIELD=NUMBER with a number above 0; fields are {', '.join(CLUSTER)}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    s, stages = resolve(settings)
+    layout = plan_layout(s, stages[-1:], (s.dp or 1) * s.tp * s.pp)
+    result = parallel.rehearse(stages[-1]["config"], layout, stages[-1]["batch_size"], s.micro_batch, **cluster,
+                               arithmetic=getattr(torch, "bfloat16" if s.dtype == "auto" else s.dtype),
+                               weights=torch.float64 if s.dtype == "float64" else torch.float32)
+    print(parallel.describe_rehearsal(result))
+    return result
+
+
 GROUPS = {"preset": "what to train", "data": "on what", "steps": "how", "out": "watching and keeping",
           "device": "on which machine", "dp": "on how many processes"}         # the first option of each
 
@@ -949,6 +983,9 @@ def make_parser() -> argparse.ArgumentParser:
                        help="print the held-out loss of a checkpoint (on --data, or its run's own)")
     modes.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "FILE"), help="write a checkpoint's weights into one file")
     modes.add_argument("--benchmark", action="store_true", help="time training steps; prints one JSON object")
+    modes.add_argument("--dry-run", nargs="*", metavar="FIELD=VALUE",
+                       help="rehearse a step of --dp x --tp x --pp GPUs on this machine: memory, traffic, time, and whether it fits; fields: "
+                       + ", ".join(f"{k}={v:g}" for k, v in CLUSTER.items()))
     return parser
 
 
@@ -1026,12 +1063,15 @@ def main(argv=None, world=parallel.World()) -> int:
     given = vars(make_parser().parse_args(argv))
     if "model" in given:
         given["model"] = tuple(given["model"])
-    modes = {k: given.pop(k) for k in ("resume", "auto_resume", "eval_only", "export", "benchmark") if k in given}
+    modes = {k: given.pop(k) for k in ("resume", "auto_resume", "eval_only", "export", "benchmark", "dry_run") if k in given}
     for mode, usable in USABLE.items():
         if mode in modes and (extra := sorted(set(given) - usable)):
             raise ValueError(f"{flag(mode)} makes no use of {', '.join(map(flag, extra))}: leave it out")
     if "benchmark" in modes:
         print(json.dumps(benchmark(Settings(**given), world), indent=1))
+        return 0
+    if "dry_run" in modes:
+        dry_run(Settings(**given), modes["dry_run"])
         return 0
     if "eval_only" in modes:
         eval_only(modes["eval_only"], given, world)

@@ -1,6 +1,6 @@
 """Run what the documents show: python tests/run_docs.py README.md tutorials/*.md
 
-Works in a scratch copy of the repository, in the order given. A ```sh block's lines are commands; a file's ```python blocks
+Works in a scratch copy of the repository, in the order given. A ```sh block's lines are commands (a block with a here-document is one); a file's ```python blocks
 are one program. A comment on the line above a block says what runs in its place:
 
     <!-- ci: python train.py --steps 20 -->      a shorter form (several: joined by &&)
@@ -48,7 +48,7 @@ def main(files):
                     program.append(instead or block["body"])
                 else:
                     lines = instead or block["body"].replace("\\\n", " ")
-                    for command in (line.strip() for line in lines.splitlines()):
+                    for command in [lines] if "<<" in lines else (line.strip() for line in lines.splitlines()):
                         if command and not command.startswith("#"):
                             run(command, place, work)
                             ran += 1
