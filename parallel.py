@@ -11,7 +11,7 @@ The model in flm.py does not know any of this. Everything here is applied to it 
     2. World               this process among the others: the mesh, and sums of plain numbers
     3. tensor parallelism  a table from module name to style; sequence parallelism is the same table with another placement
     4. Worker              this process's share of the model: its layers, its shard of the optimizer, its part of a step
-    5. drawing             the timetable of a pipeline and its bubble
+    5. drawing, tracing    the timetable of a pipeline and its bubble; who says what to whom
     6. the rehearsal       one process of each pipeline stage of a large cluster, without the cluster
 
 Letters as in flm.py. dp, tp and pp are the numbers of processes along the three axes of the mesh; a process is (pp, dp, tp),
@@ -480,8 +480,8 @@ def timetable(layout: Layout, n_microbatches: int) -> tuple[list[list[tuple]], f
                                     is_first=i == 0, is_last=i == layout.stages - 1) for i in layout.stage_ids(0)]
     name = layout.schedule if layout.pp > 1 else "1F1B"
     schedule = get_schedule_class(name)(stages if layout.stages > layout.pp else stages[0], n_microbatches, loss_fn=loss_sum)
-    waiting = [[(action.computation_type.value, action.stage_index, action.microbatch_index) for action in schedule.pipeline_order[rank]
-                if action is not None and action.computation_type.value in UNITS] for rank in range(layout.pp)]
+    waiting = [[(action.computation_type.value, action.stage_index, action.microbatch_index) for action in actions
+                if action is not None and action.computation_type.value in UNITS] for _, actions in sorted(schedule.pipeline_order.items())]
     if name == "1F1B":                           # PyTorch 2.13 lists the last stage's forward passes as 1 ... m; it runs 0 ... m-1
         count = itertools.count()
         waiting[-1] = [(kind, stage, next(count) if kind == "F" else i) for kind, stage, i in waiting[-1]]
@@ -546,8 +546,8 @@ def draw(layout: Layout, n_microbatches: int) -> str:
         legend += ["I3 and W3 its halves, 1 unit each: the gradients of the inputs, for which a neighbour waits, and of the weights"]
     legend += ["F3:5 the same in stage 5; a process holds two"] * several
     told = f"{formula[0]} = {formula[1]:.1%}" if formula else "no closed formula"
-    return "\n".join([f"pp {layout.pp}, {n_microbatches} micro-batches, {layout.schedule}: {end} units of time, bubble {bubble:.1%} ({told})", "",
-                      *lines, "", *legend])
+    title = f"pp {layout.pp}, {n_microbatches} micro-batches, {layout.schedule}: {end} units of time, bubble {bubble:.1%} ({told})"
+    return "\n".join([title, "", *lines, "", *legend])
 
 
 class Collectives(TorchDispatchMode):
@@ -592,7 +592,8 @@ class Collectives(TorchDispatchMode):
         where = "" if self.micro is None else f"micro-batch {self.micro} {'backward' if backward else 'forward'}"
         for t in tensors:                        # sends and receives go in batches, of two passes at once: each tensor knows its own
             where = self.pass_of.pop(id(t), where)
-            self.tell(f"{self.who}  {where:<23}  {key[0]:<5} {kind:<14} {str(tuple(t.shape)):<20} {str(t.dtype)[6:]:<9} {nbytes([t]):,} bytes")
+            self.tell(f"{self.who}  {where:<23}  {key[0]:<5} {kind:<14} {str(tuple(t.shape)):<20} {str(t.dtype)[6:]:<9} "
+                      f"{nbytes([t]):,} bytes")
 
 
 @contextlib.contextmanager
@@ -650,7 +651,8 @@ def group_name(argument) -> str | None:
     """The name of a process group among a collective's arguments, which hold it as a name or boxed."""
     if isinstance(argument, str):
         return argument if argument not in ("sum", "avg", "max", "min") else None
-    return dist.ProcessGroup.unbox(argument).group_name if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()) else None
+    boxed = isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())
+    return dist.ProcessGroup.unbox(argument).group_name if boxed else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -737,14 +739,12 @@ def measure(world: World, config: FLMConfig, n: int, micro: int, weights: torch.
     from torch.distributed.tensor._sharding_prop import ShardingPropagator
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    fake, allocate = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()), FLM.to_empty      # with a ShapeEnv .item() is a symbol
-    memory = Memory(fake)
+    fake = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())      # with a ShapeEnv .item() is a symbol, not an error
+    memory, allocate, propagate = Memory(fake), FLM.to_empty, ShardingPropagator._propagate_tensor_meta_non_cached
 
     def to_empty(part, device):
         with fake:
             return allocate(part, device=device)
-
-    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def outside(propagator, schema):
         """DTensor's work on shapes has a fake mode of its own: in ours it would count as tensors of the whole, uncut size."""
@@ -785,12 +785,12 @@ def measure(world: World, config: FLMConfig, n: int, micro: int, weights: torch.
                 "said": {f"{axis} {kind}": [said.calls[axis, kind], said.bytes[axis, kind]] for axis, kind in said.calls}}
 
 
-def measure_all(config: FLMConfig, layout: Layout, pp_rank: int, counts: list[int], micro: int, weights, arithmetic, checkpointing) -> dict:
+def measure_all(config, layout, pp_rank, counts: list[int], micro, weights, arithmetic, checkpointing: list[bool]) -> dict:
     """{(activation checkpointing, micro-batches): measure(...)} for one process. DTensor remembers its first world, so that a process
     can be alone in one only."""
     with alone(config, layout, pp_rank, micro, arithmetic) as world:
-        return {(again, n): measure(dataclasses.replace(world, layout=dataclasses.replace(layout, activation_checkpointing=again)), config,
-                                    n, micro, weights, arithmetic) for again in checkpointing for n in counts}
+        worlds = {again: dataclasses.replace(world, layout=dataclasses.replace(layout, activation_checkpointing=again)) for again in checkpointing}
+        return {(again, n): measure(worlds[again], config, n, micro, weights, arithmetic) for again in checkpointing for n in counts}
 
 
 def line(a, b, at_a, at_b, n):
@@ -843,7 +843,8 @@ def rehearse(config: FLMConfig, layout: Layout, batch_size: int, micro_batch: in
     checkpointing = [False] if "ZeroBubble" in layout.schedule and layout.pp > 1 else [False, True]
     jobs = [(config, layout, rank, sorted({a, b}), micro, weights, arithmetic, checkpointing) for rank in range(layout.pp)]
     # One process each (see measure_all), started afresh: a forked one would inherit this one's threads and process groups.
-    with concurrent.futures.ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+    workers, spawn = min(len(jobs), os.cpu_count() or 1), multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1) as pool:
         measured = list(pool.map(measure_all, *zip(*jobs)))
     modes = {}
     for again in checkpointing:
@@ -855,32 +856,40 @@ def rehearse(config: FLMConfig, layout: Layout, batch_size: int, micro_batch: in
         modes["checkpointing" if again else "plain"] = {"processes": processes, "peak": max(process["peak"] for process in processes)}
     fitting, (_, bubble) = judge(modes, layout, memory_gb), timetable(layout, n)
     mode = "checkpointing" if layout.activation_checkpointing or "plain" not in fitting else "plain"
-    T, tp, depth, times = config.max_seq_len, layout.tp, config.n_layers // layout.stages, []
-    head = 2 * config.vocab_size * config.d_model
-    block = (forward_flops(config, T) - head) // config.n_layers
-    for rank, process in enumerate(modes[mode]["processes"]):
+    T, tokens, processes = config.max_seq_len, n * micro * config.max_seq_len, modes[mode]["processes"]
+    head = 2 * config.vocab_size * config.d_model        # forward_flops = n_layers * block + head
+    block, times = (forward_flops(config, T) - head) // config.n_layers, []
+    for rank, process in enumerate(processes):
         stages = layout.stage_ids(rank)
-        forward = depth * len(stages) * block + head * (layout.stages - 1 in stages)       # per token
-        process["flop"] = 3 * forward * n * micro * T // tp
-        again = depth * len(stages) * block * n * micro * T // tp if mode == "checkpointing" else 0
-        said = {axis: sum(size * (2 if "all-reduce" in what else 1) * (1 if axis == "pp" else (ring - 1) / ring)
-                          for what, (_, size) in process["said"].items() if what.startswith(axis) and "receive" not in what)
-                for axis, ring in (("dp", layout.dp), ("tp", tp), ("pp", layout.pp))}      # what goes over this GPU's link
-        times.append({"compute": (process["flop"] + again) / (peak * utilisation), "tp": said["tp"] / tp_link,
-                      "pp": said["pp"] / network, "dp": said["dp"] / network})
-    slow = max(times, key=lambda t: t["compute"] + t["tp"] + t["pp"])
-    time = {**slow, "bubble": (slow["compute"] + slow["tp"] + slow["pp"]) * bubble / (1 - bubble)}
+        blocks = config.n_layers // layout.stages * len(stages) * block * tokens // layout.tp
+        process["flop"] = 3 * (blocks + head * (layout.stages - 1 in stages) * tokens // layout.tp)
+        computed = process["flop"] + blocks * (mode == "checkpointing")
+        sent = sent_bytes(process["said"], layout)
+        times.append({"compute": computed / (peak * utilisation), "tp": sent["tp"] / tp_link, "pp": sent["pp"] / network, "dp": sent["dp"] / network})
+    time = max(times, key=lambda t: t["compute"] + t["tp"] + t["pp"])                  # the pipeline goes at the pace of its slowest process
+    time["bubble"] = (time["compute"] + time["tp"] + time["pp"]) * bubble / (1 - bubble)
     time["step"] = sum(time.values())
-    flop = 3 * forward_flops(config, T) * batch_size * T
-    closed = closed_bubble(layout, n)
+    flop, closed = 3 * forward_flops(config, T) * batch_size * T, closed_bubble(layout, n)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in FLM(config).parameters())
-    return {"layout": dataclasses.asdict(layout), "description": str(layout), "gpus": layout.size, "parameters": parameters, "batch_size": batch_size,
-            "micro_batch": micro, "micro_batches": n, "measured_micro_batches": sorted({a, b}), "weights": str(weights)[6:], "arithmetic": str(arithmetic)[6:],
-            "layers_per_process": depth * layout.stages // layout.pp, "seq_len": T,
-            "memory_gb": memory_gb, "modes": modes, "fits": fitting, "mode": mode, "bubble": bubble, "closed_bubble": closed and list(closed),
-            "flop": flop, "time": time, "tflops": flop / layout.size / time["step"] / 1e12, "peak": peak, "utilisation": utilisation,
-            "tp_link": tp_link, "network": network, "tokens_per_second": batch_size * T / time["step"]}
+    return {"layout": dataclasses.asdict(layout), "description": str(layout), "gpus": layout.size, "memory_gb": memory_gb, "parameters": parameters,
+            "weights": str(weights)[6:], "arithmetic": str(arithmetic)[6:], "layers_per_process": config.n_layers // layout.pp,
+            "batch_size": batch_size, "seq_len": T, "micro_batch": micro, "micro_batches": n, "measured_micro_batches": sorted({a, b}),
+            "modes": modes, "fits": fitting, "mode": mode, "bubble": bubble, "closed_bubble": closed and list(closed), "time": time,
+            "flop": flop, "tflops": flop / layout.size / time["step"] / 1e12, "tokens_per_second": batch_size * T / time["step"],
+            "peak": peak, "utilisation": utilisation, "tp_link": tp_link, "network": network}
+
+
+def sent_bytes(said: dict, layout: Layout) -> dict[str, float]:
+    """Bytes that leave a process, by axis: around a ring of N processes all but 1/N of a gathered or scattered tensor passes through
+    each, of an all-reduced one twice that; what it sends along the pipeline, once."""
+    sent = {"dp": 0.0, "tp": 0.0, "pp": 0.0}
+    for what, (_, size) in said.items():
+        axis, kind = what.split()
+        ring = 2 if axis == "pp" else getattr(layout, axis)      # the tied embedding's two ends
+        share = {"send": 1, "receive": 0, "all-reduce": 2 * (ring - 1) / ring}.get(kind, (ring - 1) / ring)
+        sent[axis] += size * share
+    return sent
 
 
 def describe_rehearsal(r: dict) -> str:
@@ -911,31 +920,33 @@ def describe_rehearsal(r: dict) -> str:
         gib(f"peak {MODES[name]}", [p["peak"] for p in found["processes"]])
     row("TFLOP of the model", [f"{p['flop'] / 1e12:,.0f}" for p in mode["processes"]])
     for what in sorted({what for p in mode["processes"] for what in p["said"]}):
-        row(f"{what}, GiB (calls)", [f"{p['said'][what][1] / GiB:,.2f} ({p['said'][what][0]:,})" if what in p["said"] else "-" for p in mode["processes"]])
+        said = [p["said"].get(what, (0, 0)) for p in mode["processes"]]
+        row(f"{what}, GiB (calls)", [f"{size / GiB:,.2f} ({calls:,})" if calls else "-" for calls, size in said])
     widths = [max(map(len, column)) for column in zip(*rows)]
     t, counts = r["time"], " and ".join(map(str, r["measured_micro_batches"]))
     lines = [f"{r['parameters'] / 1e9:.1f} billion parameters on {r['gpus']} GPUs of {r['memory_gb']:g} GiB: {r['description']}",
              f"a step: {r['batch_size']} rows of {r['seq_len']} tokens, {r['micro_batches']} micro-batches of {r['micro_batch']} per dp rank",
-             f"measured on tensors without numbers: one process per pipeline stage with all its {r['layers_per_process']} layers, {counts} micro-batches"
-             + (f"; what grows with them is scaled to {r['micro_batches']}" if len(r["measured_micro_batches"]) > 1 else ""),
+             f"measured on tensors without numbers: one process of each place in the pipeline, all its {r['layers_per_process']} layers, "
+             f"{counts} micro-batches" + (f"; what grows with them is scaled to {r['micro_batches']}" if len(r["measured_micro_batches"]) > 1 else ""),
              "", *("  ".join([cells[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(cells[1:], widths[1:]))]) for cells in rows), ""]
     for name, found in r["modes"].items():
         lines.append(f"{MODES[name]}: {found['peak'] / GiB:.1f} GiB of {r['memory_gb']:g}: {'fits' if name in r['fits'] else 'does not fit'}")
     if layout.sharded and layout.dp > 1:
         whole = max(p["peak"] + (layout.dp - 1) * (p["weights"] + p["moments"]) for p in processes) / GiB
-        lines.append(f"the distributed optimizer keeps 1/{layout.dp} of the {r['weights']} weights and moments here; whole, they would make {whole:.1f} GiB: "
-                     + ("it makes the layout fit" if whole > r["memory_gb"] else "that would fit as well"))
+        lines.append(f"the distributed optimizer keeps 1/{layout.dp} of the {r['weights']} weights and moments here; whole, they would make "
+                     f"{whole:.1f} GiB: " + ("it makes the layout fit" if whole > r["memory_gb"] else "that would fit as well"))
     if "checkpointing" in r["modes"]:
-        lines.append(f"activation checkpointing saves {(plain['peak'] - r['modes']['checkpointing']['peak']) / GiB:.1f} GiB and computes every block's forward pass "
-                     "twice" + ("" if "plain" in r["fits"] else ": it makes the layout fit"))
+        saved = (plain["peak"] - r["modes"]["checkpointing"]["peak"]) / GiB
+        lines.append(f"activation checkpointing saves {saved:.1f} GiB and computes every block's forward pass twice" + ("" if "plain" in r["fits"] else ": it makes the layout fit"))
     lines += ["not in these numbers: fragmentation, the libraries' own buffers, a compiled block's savings", ""]
     closed = f" ({r['closed_bubble'][0]} = {r['closed_bubble'][1]:.2%})" if r["closed_bubble"] else ""
     lines += [f"bubble of the pipeline: {r['bubble']:.2%}{closed}",
-              f"a step {MODES[r['mode']]}: {t['step']:.1f} s = {t['compute']:.1f} computing + {t['tp']:.1f} tp + {t['pp']:.1f} pp + {t['bubble']:.1f} bubble + {t['dp']:.1f} dp",
-              f"  at {r['peak'] / 1e12:.0f} TFLOP/s, {r['utilisation']:.0%} of it reached while computing, {r['tp_link'] / 1e9:.0f} GB/s each way between tp processes,"
-              f" {r['network'] / 1e9:.0f} GB/s between others, nothing overlapping",
-              f"  {r['flop'] / 1e15:,.0f} PFLOP of the model (closed formula, flm.forward_flops): {r['tflops']:.0f} TFLOP/s per GPU, {r['tflops'] * 1e12 / r['peak']:.1%} of its peak; "
-              f"{r['tokens_per_second']:,.0f} tokens/s"]
+              f"a step {MODES[r['mode']]}: {t['step']:.1f} s = {t['compute']:.1f} computing + {t['tp']:.1f} tp + {t['pp']:.1f} pp "
+              f"+ {t['bubble']:.1f} bubble + {t['dp']:.1f} dp",
+              f"  at {r['peak'] / 1e12:.0f} TFLOP/s, {r['utilisation']:.0%} of it (assumed) while computing, {r['tp_link'] / 1e9:.0f} GB/s each way "
+              f"between tp processes, {r['network'] / 1e9:.0f} GB/s (assumed) between others, nothing overlapping",
+              f"  {r['flop'] / 1e15:,.0f} PFLOP of the model (closed formula, flm.forward_flops): {r['tflops']:.0f} TFLOP/s per GPU, "
+              f"{r['tflops'] * 1e12 / r['peak']:.1%} of its peak; {r['tokens_per_second']:,.0f} tokens/s"]
     return "\n".join(lines)
 
 
