@@ -722,7 +722,7 @@ def test_an_interrupted_growth_leaves_nothing_that_loads(tmp_path, where):
 
     if where == "killed":
         script = ("import os, signal, torch.distributed.checkpoint as dcp, grow; from pathlib import Path\n"
-                  "def kill(tensors, checkpoint_id, no_dist):\n"
+                  "def kill(tensors, checkpoint_id, **options):\n"
                   "    (checkpoint_id / '__0_0.distcp').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
                   f"dcp.save = kill; grow.main(['apply', {str(tmp_path / 'a')!r}, '--to', 'd_ff=20', '--out', {str(tmp_path / 'b')!r}])")
         assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True).returncode == -9
