@@ -445,7 +445,7 @@ class HeadLoss(torch.autograd.Function):
         w, rows = weight.to(dtype), max(1, HeadLoss.PIECE // len(weight))
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         if with_gradient:
-            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+            d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=total.dtype)       # summed in fp32, whatever the weight's
         with torch.autocast(device, enabled=False):
             for i in range(0, len(hidden), rows):
                 x, t = hidden[i:i + rows].to(dtype), targets[i:i + rows, None]
@@ -464,12 +464,13 @@ class HeadLoss(torch.autograd.Function):
                 d_weight += z.T @ x
         if with_gradient:
             ctx.save_for_backward(d_hidden, d_weight)
+            ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     def backward(ctx, d_total):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_total, d_weight * d_total, None, None
+        return d_hidden * d_total, (d_weight * d_total).to(ctx.dtype), None, None
 
 
 def forward_flops(config: FLMConfig, T: int) -> int:

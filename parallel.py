@@ -32,7 +32,9 @@ import multiprocessing
 import os
 import platform
 import sys
+import time
 import types
+import warnings
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -119,7 +121,7 @@ def check(layout: Layout, config: FLMConfig, batch_size: int, micro_batch: int |
     if layout.sequence_parallel:
         divides(tp, config.max_seq_len, "max_seq_len", f"--tp {tp}, for --sequence-parallel")
         if tp == 1:
-            problems.append("--sequence-parallel: cuts the sequence between the processes of --tp, which is 1")
+            problems.append("--sequence-parallel: cuts the sequence between the processes of --tp, which is 1: add --no-sequence-parallel")
     divides(stages, config.n_layers, "n_layers", f"the {stages} stages of --pp {layout.pp} --schedule {layout.schedule}")
     divides(dp, batch_size, "--batch-size", f"--dp {dp}")
     rows = batch_size // dp
@@ -225,7 +227,7 @@ def connect() -> World:
     if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
         raise ValueError("--max-restarts: restarted processes would look for each other at the addresses of the dead ones, which torchrun "
                          "(PyTorch 2.13) keeps; start it with\n  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts ...")
-    if torch.cuda.is_available():
+    if dist.get_node_local_rank() < torch.cuda.device_count():       # with fewer cards than processes, --device cpu still works
         torch.cuda.set_device(dist.get_node_local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     # The control group waits for rank 0 while it grows a checkpoint or prepares a corpus: hours, for a large one.
@@ -240,15 +242,17 @@ def leave(world: World, code: int):
     if world.control is not None:
         if code == 0:
             dist.barrier(world.control)
+        elif world.rank > 0:
+            time.sleep(1)                        # torchrun stops all when one has failed: let rank 0 say why
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 def arrange(world: World, layout: Layout, device: torch.device) -> World:
-    """The same world with its mesh, once all processes agree on a layout."""
+    """The same world with its layout and mesh, once all processes agree on one. Alone there is nothing to shard."""
     if world.control is None:
-        return world
+        return dataclasses.replace(world, layout=dataclasses.replace(layout, shard_optimizer=False))
     mesh = init_device_mesh(device.type, (layout.pp, layout.dp, layout.tp), mesh_dim_names=("pp", "dp", "tp"))
     return dataclasses.replace(world, layout=layout, mesh=mesh)
 
@@ -299,6 +303,15 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def dress(part: FLM, layout: Layout, compiled: bool):
+    """What each block gets, alone as among others: activation checkpointing, torch.compile."""
+    for block in part.layers.values():
+        if layout.activation_checkpointing:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        if compiled:
+            block.compile()
+
+
 def build(config: FLMConfig, world: World, device: torch.device, weights: torch.dtype, arithmetic: torch.dtype,
           compiled: bool = False) -> list[FLM]:
     """The parts of the model that lie on this process, one per pipeline stage it holds: allocated, cut and wrapped, not filled.
@@ -310,11 +323,7 @@ def build(config: FLMConfig, world: World, device: torch.device, weights: torch.
         if layout.tp > 1:
             tensor_parallel(part, mesh["tp"], layout.sequence_parallel)
         part.to_empty(device=device)             # and ties the head again, which cutting it has untied
-        for block in part.layers.values():
-            if layout.activation_checkpointing:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-            if compiled:
-                block.compile()
+        dress(part, layout, compiled)
         if layout.sharded:
             policy = MixedPrecisionPolicy(arithmetic, torch.float32) if arithmetic != weights else MixedPrecisionPolicy()
             for module in (*part.layers.values(), part):             # what no block holds is one group, the tied ends in it
@@ -333,8 +342,10 @@ class Worker:
         tied = "head.weight" if self.config.tie_embeddings else None
         self.named = [("embedding.weight" if name == tied else name, p) for part in parts for name, p in part.named_parameters()]
         if world.layout.dp > 1 and not world.layout.sharded:
-            self.ddp = DistributedDataParallel(parts[0], process_group=world.mesh["dp"].get_group(), broadcast_buffers=False,
-                                               gradient_as_bucket_view=True)
+            with warnings.catch_warnings():      # PyTorch 2.13 calls this name old; the new one sends buffers around at the start
+                warnings.simplefilter("ignore", FutureWarning)
+                self.ddp = DistributedDataParallel(parts[0], process_group=world.mesh["dp"].get_group(), broadcast_buffers=False,
+                                                   gradient_as_bucket_view=True)
         self._tie()
 
     def _tie(self):
@@ -412,24 +423,28 @@ class Worker:
                     module.reshard()
 
     def _pipeline(self, x, y, n: int, loss) -> torch.Tensor:
+        """A step of the pipeline. Its schedule is kept for training; an evaluation's holds activations, and goes with it."""
         training = torch.is_grad_enabled()
-        if (n, loss, training) not in self.schedules:
+        schedule, losses = self.schedules.get(n) if training else None, []
+        if schedule is None:
             layout, group = self.world.layout, self.world.mesh["pp"].get_group()
             stages = [PipelineStage(part, i, layout.stages, self.device, group=group) for part, i in zip(self.parts, layout.stage_ids(self.world.at("pp")))]
             scaled = (lambda logits, y: loss(logits, y) * self.scale) if training else loss
             schedule = get_schedule_class(layout.schedule)(
                 stages if layout.stages > layout.pp else stages[0], n_microbatches=n, loss_fn=scaled, scale_grads=False)
-            if not training and layout.stages > layout.pp:           # ZBV fails in eval() unless it has no backward actions
+            if training:
+                self.schedules[n] = schedule
+            elif layout.stages > layout.pp:      # ZBV fails in eval() unless it has no backward actions
                 forward = ("FORWARD", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
                 schedule.pipeline_order_with_comms = {rank: [action for action in actions if action.computation_type.name in forward]
                                                       for rank, actions in schedule.pipeline_order_with_comms.items()}
-            self.schedules[n, loss, training] = schedule
-        schedule, losses = self.schedules[n, loss, training], []
         first, last = self.parts[0].embedding is not None, self.world.last
         (schedule.step if training else schedule.eval)(*([x] if first else []), **({"target": y, "losses": losses} if last else {}),
                                                        return_outputs=False)
         if not training:
             self._reshard()
+            for stage in stages:
+                stage.clear_runtime_states()
         total = sum(local(value.detach()) for value in losses) if last else torch.zeros((), device=self.device)
         return total / self.scale if training and last else total
 

@@ -25,11 +25,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import inspect
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -160,6 +162,8 @@ def violations(s: Settings) -> list[str]:
     limits(("lr", "clip"), sys.float_info.min, sys.float_info.max, "a number above 0")
     limits(("weight_decay", "warmup"), 0, sys.float_info.max, "0 or above")
     limits(("min_lr", "teacher_fraction"), 0, 1, "between 0 and 1")
+    if s.trace and s.compile:
+        problems.append("--trace: what a compiled block says cannot be told: leave --compile out")
     return problems
 
 
@@ -371,9 +375,9 @@ def evaluate(worker: parallel.Worker, corpus: data.Corpus, rows: int, micro: int
 
     def labels_right(logits, y):                 # the other emoji in the label's place would cost more
         wide, y = (logits if logits.dtype == torch.float64 else logits.float()).flatten(0, 1), y.flatten()
-        cost, swapped = (torch.nn.functional.cross_entropy(wide, target, ignore_index=IGNORE, reduction="none")
+        cost, swapped = (parallel.local(torch.nn.functional.cross_entropy(wide, target, ignore_index=IGNORE, reduction="none"))
                          for target in (y, torch.where(y == angry, devil, torch.where(y == devil, angry, y))))
-        return torch.stack([parallel.local(z) for z in (cost.sum(), ((cost < swapped) & ((y == angry) | (y == devil))).sum())])
+        return torch.stack([cost.sum(), ((cost < swapped) & ((y == angry) | (y == devil))).sum()])
 
     for signal_name in ("language", "teacher"):
         n_rows = corpus.n_rows("val", signal_name)
@@ -389,8 +393,8 @@ def evaluate(worker: parallel.Worker, corpus: data.Corpus, rows: int, micro: int
         found = worker.run(tokens, targets, size, score=None if signal_name == "language" else labels_right)
         known = targets[targets != IGNORE]
         once = world.at("tp") == world.at("pp") == 0
-        nats, right = [float(v) * (world.at("tp") == 0) for v in found.flatten()] if signal_name == "teacher" else \
-            [found.item() * (world.at("tp") == 0), 0.0]
+        values = found.flatten().tolist() if world.last and world.at("tp") == 0 else []
+        nats, right = (values + [0.0, 0.0])[:2]
         nats, right, count, length, labels = world.sum(nats, right, *(once * int(v) for v in (
             len(known), lengths[known].sum(), ((known == angry) | (known == devil)).sum())))
         if signal_name == "language":
@@ -651,11 +655,18 @@ def group_by(everyone: list[dict], key: str) -> list[tuple]:
 
 def agree_on_machine(world: parallel.World, device: str, dtype: str) -> Machine:
     """Rank 0 chooses the arithmetic; utilisation is against all processes' rates together."""
-    if world.control is not None:
-        dtype = world.told(str(pick_machine(device, dtype).dtype).removeprefix("torch.") if world.rank == 0 else None)
-    machine = pick_machine(device, dtype)
     if world.control is None:
+        return pick_machine(device, dtype)
+
+    def mine(dtype):
+        machine, cards = pick_machine(device, dtype), torch.cuda.device_count()
+        if machine.device.type == "cuda" and (machine.device.index is not None or world.neighbours > cards):
+            raise ValueError(f"--device {device}: {world.neighbours} processes on this machine take a GPU each, and it has {cards}: ask torchrun for "
+                             f"--nproc-per-node {cards} with --device cuda, or give --device cpu")
         return machine
+
+    dtype = world.told(world.together(lambda: str(mine(dtype).dtype).removeprefix("torch.") if world.rank == 0 else None))
+    machine = world.together(mine, dtype)
     peak, n = world.sum(machine.peak, 1)
     return dataclasses.replace(machine, peak=peak, why=f"{n:.0f} processes, rank 0 on {machine.why}")
 
@@ -669,7 +680,7 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
     the samples seen. So N steps straight are k steps, a stop and N-k more, bit for bit on a CPU with as many threads, and on
     CUDA with --deterministic. Another layout computes the same up to rounding."""
     same_arguments(world, settings, resume)
-    s, stages = (settings, resumed_stages(settings)) if resume else world.together(resolve, settings)
+    s, stages = (settings, world.together(resumed_stages, settings)) if resume else world.together(resolve, settings)
     processes = len(world.gather(None))
     layout = plan_layout(s, stages, processes)
     folder = Path(s.out) if resume else world.told(world.together(run_folder, s))
@@ -732,6 +743,14 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
     def held_out(worker):
         return evaluate(worker, corpus, s.eval_rows, s.eval_batch or parallel.micro_rows(layout, s.batch_size, s.micro_batch))
 
+    def drop():
+        """Let go of the worker before there is another: a pipeline's schedules and their stages hold each other."""
+        nonlocal worker, optimizer
+        worker = optimizer = None
+        gc.collect()
+        if machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def grown():
         """The next stage's model, which computes what this one does; its held-out loss before and after, both in full precision."""
         nonlocal worker, optimizer, growth
@@ -741,24 +760,26 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
             model, optimizer, growth = grow.grow(
                 worker.parts[0], stage["config"], optimizer, seed=s.seed, growths=(growth or {"growths": 0})["growths"] + 1,
                 start=samples, ramp=stage["ramp"], layers=stage["layers"], moments=stage["moments"])
-            for block in model.layers.values() if s.compile else ():
-                block.compile()
+            parallel.dress(model, layout, s.compile)
             worker = parallel.Worker([model], world, machine.dtype)
             worker.set_masks(growth, growth_mask(growth, samples))
             return before, held_out(parallel.Worker(worker.parts, world, exact.dtype))
         # Several processes: over the disk, one layer at a time, as the paper's own growth between its stages had to be.
-        path, out = folder / f"step-{step:08d}", folder / "grown"
+        path, out, config = folder / f"step-{step:08d}", folder / "grown", worker.config
         if exact != machine:
-            worker, optimizer = equip(worker.config, path, exact)
-        before, worker, optimizer = held_out(worker), None, None     # frees what they hold
+            drop()
+            worker, optimizer = equip(config, path, exact)
+        before = held_out(worker)
+        drop()
         if world.rank == 0:
             shutil.rmtree(out, ignore_errors=True)
         world.together(lambda: world.rank == 0 and grow.apply(path, stage["config"], out, seed=s.seed, layers=stage["layers"],
                                                               ramp=stage["ramp"], moments=stage["moments"]))
-        growth = read_info(out)["growth"]
+        growth = world.together(read_info, out)["growth"]
         worker, optimizer = equip(stage["config"], out, exact)
         after = held_out(worker)
         if exact != machine:
+            drop()
             worker, optimizer = equip(stage["config"], out)
         world.together(lambda: world.rank == 0 and shutil.rmtree(out))
         return before, after
@@ -770,9 +791,8 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
         raise OSError(f"cannot make the run's folder {folder}: {error.strerror}; choose another (--out)") from error
     with contextlib.ExitStack() as stack:
         world.together(lambda: world.rank == 0 and stack.enter_context(sole_writer(folder)))
-        if resume and world.rank == 0:
-            cut_log(folder / "metrics.jsonl", step, k)
-            write_run(folder, s, stages, machine, corpus)
+        if resume:
+            world.together(lambda: world.rank == 0 and (cut_log(folder / "metrics.jsonl", step, k), write_run(folder, s, stages, machine, corpus)))
         print(describe_run(folder, s, stages, machine, layout, corpus, samples, resume))
         result, saved, move = {}, step, None
         if not resume:
@@ -834,7 +854,8 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
         except OSError as error:                 # a full disk under the log, a closed terminal: keep what can be kept
             if saved != step and world.control is None:
                 save()
-            raise OSError(f"{error}\nsaved at step {saved if world.control else step}; to go on: python train.py --resume "
+            command = "torchrun ... train.py" if world.control else "python train.py"
+            raise OSError(f"{error}\nsaved at step {saved if world.control else step}; to go on: {command} --resume "
                           f"{shlex.quote(str(folder))}") from error
         if saved != step:
             save()
@@ -963,7 +984,7 @@ def make_parser() -> argparse.ArgumentParser:
             group = parser.add_argument_group(GROUPS[field.name])
         text, extra = field.metadata["help"], {k: v for k, v in field.metadata.items() if k != "help"}
         if field.type == "bool":
-            group.add_argument(flag(field.name), action="store_true", help=text)
+            group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
         elif field.type.startswith("tuple"):
             group.add_argument(flag(field.name), nargs="+", help=text, **extra)
         else:
@@ -1030,7 +1051,8 @@ def eval_only(checkpoint: str, given: dict, world=parallel.World()) -> dict:
     else:
         info = world.together(read_info, path)
         config, n = FLMConfig.from_dict(info["config"]), len(world.gather(None))
-        layout = plan_layout(s, [{"config": config, "batch_size": s.batch_size}], n)
+        rows = (s.dp or max(1, n // (s.tp * s.pp))) * s.pp * parallel.SCHEDULES[s.schedule]      # an evaluation fills up what is missing
+        layout = plan_layout(dataclasses.replace(s, micro_batch=1), [{"config": config, "batch_size": rows}], n)
         world = parallel.arrange(world, layout, machine.device)
         worker = world.together(allocate, config, machine, world)
         world.together(read_tensors, path, {"model": dict(reversed(worker.named))})
@@ -1038,7 +1060,7 @@ def eval_only(checkpoint: str, given: dict, world=parallel.World()) -> dict:
     corpus = open_corpus(s.data or (recorded_corpus(run) if run else None), s.tokenizer if run or "tokenizer" in given else info["tokenizer"],
                          s.tokenizer_file, worker.config)
     same_tokens(corpus, info, path)
-    result = evaluate(worker, corpus, s.eval_rows, s.eval_batch or s.micro_batch or s.batch_size)
+    result = evaluate(worker, corpus, s.eval_rows, s.eval_batch or (1 if s.pp > 1 else s.micro_batch or s.batch_size))
     print(f"{path}, on {corpus.path}, in {str(machine.dtype).removeprefix('torch.')}: {describe(result)}")
     return result
 
@@ -1086,7 +1108,7 @@ def main(argv=None, world=parallel.World()) -> int:
     if "auto_resume" in modes:
         if "out" not in given:
             raise ValueError("--auto-resume goes on with the run in --out if there is one: add --out DIR")
-        if any(path.suffix != ".tmp" for path in Path(given["out"]).glob("step-*")):
+        if world.told(any(path.suffix != ".tmp" for path in Path(given["out"]).glob("step-*"))):
             modes["resume"] = given.pop("out")
     settings = world.together(resumed, modes["resume"], given) if "resume" in modes else Settings(**given)
     result = train(settings, resume="resume" in modes, world=world)
@@ -1137,10 +1159,14 @@ def run() -> int:
         say(error)
         code = 1
     except RuntimeError as error:                # PyTorch has no class of its own for a CPU that runs out of memory
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if world.control is not None and re.search("Connection (closed|reset) by peer", str(error)):
+            code = 1                             # another rank has failed, and says why
+        elif not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        print("train.py: out of memory: try a smaller --micro-batch or --eval-batch, or a smaller model", file=sys.stderr)
-        code = 2
+        else:
+            print(f"train.py: {f'rank {world.rank}: ' if world.control else ''}out of memory: try a smaller --micro-batch or --eval-batch, or a smaller model",
+                  file=sys.stderr)
+            code = 2
     except KeyboardInterrupt:                    # before the first step, or a second Ctrl-C
         say("interrupted; what was saved before is whole")
         code = 130

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+import data  # noqa: E402
 import muP  # noqa: E402
 import parallel  # noqa: E402
 import train  # noqa: E402
@@ -38,6 +39,32 @@ def batch(step: int, teacher: bool):
             targets[row, :row // 4] = IGNORE
         targets[3] = IGNORE                      # and a row without any
     return tokens, targets
+
+
+class Rows:
+    """A held-out corpus of 13 language rows and 9 teacher rows, each of which supervises two labels."""
+    seq_len, tokenizer = 16, data.get_tokenizer("bytes")
+
+    def n_rows(self, split, signal):
+        return 13 if signal == "language" else 9
+
+    def rows(self, split, signal, start, count):
+        g = torch.Generator().manual_seed(start + 1000 * (signal == "teacher"))
+        tokens = torch.randint(256, (count, 17), generator=g)
+        targets = tokens[:, 1:].clone()
+        if signal == "teacher":
+            labels = [self.tokenizer.encode_ordinary(data.EMOJI[k])[-1] for k in (0, 1)]
+            targets[:] = IGNORE
+            targets[:, 4], targets[:, 11] = labels[start % 2], labels[start // 2 % 2]
+        return tokens[:, :-1], targets
+
+
+def evaluate(world, micro) -> dict:
+    """train.evaluate of a model with untrained, not small, weights."""
+    config = CONFIG.replace(vocab_size=288, init_std=0.5)
+    worker = parallel.Worker(parallel.build(config, world, PLAIN.device, torch.float64, torch.float64), world, torch.float64)
+    worker.init_weights(3)
+    return train.evaluate(worker, Rows(), 100, micro)
 
 
 def steps(world, config=CONFIG, micro=None, teacher=False, growth=None, dtype="float64", compiled=False, arithmetic=None, load=None, save=None,
@@ -119,7 +146,7 @@ def main():
     results = {}
     for name, layout, options in pickle.loads((folder / "cases.pickle").read_bytes()):
         world = parallel.arrange(alone, layout, torch.device("cpu"))
-        results[name] = steps(world, **options)
+        results[name] = (evaluate if "evaluate" in name else steps)(world, **options)
     if rank == 0:
         (folder / "results.pickle").write_bytes(pickle.dumps(results))
     dist.barrier(alone.control)

@@ -84,6 +84,17 @@ LOADS = {
 }
 
 
+EVALUATIONS = {
+    "evaluate dp2": (2, Layout(dp=2), dict(micro=2)),
+    "evaluate dp2 sharded": (2, Layout(dp=2, shard_optimizer=True), dict(micro=5)),
+    "evaluate tp2": (2, Layout(tp=2, sequence_parallel=True), dict(micro=3)),
+    "evaluate pp2": (2, Layout(pp=2), dict(micro=1)),
+    "evaluate zbv": (2, Layout(pp=2, schedule="ZBVZeroBubble"), dict(micro=2)),
+    "evaluate dp2 pp2": (4, Layout(dp=2, pp=2, schedule="Interleaved1F1B"), dict(micro=2)),
+    "evaluate tp2 pp2": (4, Layout(tp=2, pp=2), dict(micro=4)),
+}
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Every case of the tables, run by three groups of processes, the eight first: their checkpoints are the others' food."""
@@ -96,7 +107,7 @@ def results(tmp_path_factory):
     load = {name: (n, layout, options | dict(load=str(saved), growth=GROWTH, first=3)) for name, (n, layout, options) in LOADS.items()}
     after = {"grown": (4, Layout(tp=2, pp=2), dict(config=BIGGER, load=str(grown), growth="of the checkpoint", first=3, micro=2))}
     for size in (2, 4):
-        found |= spawn(folder / str(size), size, of(size, CASES) + of(size, load) + of(size, after))
+        found |= spawn(folder / str(size), size, of(size, CASES) + of(size, load) + of(size, after) + of(size, EVALUATIONS))
     return found
 
 
@@ -132,6 +143,15 @@ def test_a_layout_computes_what_one_process_does(results, alone, name):
     for found, expected in ((grads, ref_grads), (weights, ref_weights)) if exact else ():
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-8, atol=1e-10 * max(1.0, value.abs().max().item()), msg=lambda m: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_all_ranks_evaluate(results, name):
+    """train.evaluate on rows that no layout divides: losses, bits per byte, counts and the share of right labels are those of one
+    process. Relative 1e-10; right labels are counted, so they are equal."""
+    expected, found = distributed.evaluate(parallel.World(), 4), results[name]
+    assert expected["val_tokens"] == 13 * 16 and expected["teacher_labels"] == 18 and 0 < expected["teacher_accuracy"] < 1
+    assert found == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("name", LOADS)
@@ -225,15 +245,16 @@ def workshop(tmp_path_factory):
     (folder / "text").mkdir()
     for i in range(20):
         (folder / "text" / f"{i}.txt").write_text(f"document {i}: " + "the cat sat on the mat. " * 20)
-    data.prepare({"text": sorted((folder / "text").iterdir())}, folder / "tokens", data.get_tokenizer("bytes"))
+    (folder / "teacher.jsonl").write_text("".join(json.dumps({"text": "t", "proposition": f"{i}", "label": i % 2}) + "\n" for i in range(400)))
+    data.prepare({"text": sorted((folder / "text").iterdir())}, folder / "tokens", data.get_tokenizer("bytes"), teacher=[folder / "teacher.jsonl"])
     (folder / "accident.py").write_text(ACCIDENT)
     return folder
 
 
-def torchrun(workshop, size, script, *words, launcher=(), out=None, **environment):
+def torchrun(workshop, size, script, *words, launcher=(), out=None, dtype="float64", **environment):
     """Returns (exit code, output) of train.py on so many processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *launcher, str(script), *map(str, words),
-               "--data", str(workshop / "tokens"), "--device", "cpu", "--dtype", "float64", "--steps", "6", "--batch-size", "8", "--save-every", "2",
+               "--data", str(workshop / "tokens"), "--device", "cpu", "--dtype", dtype, "--steps", "6", "--batch-size", "8", "--save-every", "2",
                "--eval-rows", "4", "--keep", "9", *SIZE, *(["--out", str(out)] if out else [])]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240, cwd=workshop,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
@@ -260,6 +281,26 @@ def test_a_killed_rank_is_restarted(workshop, what, tmp_path):
         assert torch.equal(p, q), name
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(steps)) == list(range(1, 7)) and steps == sorted(steps)
+
+
+def test_a_run_grows_moves_and_is_evaluated(workshop, tmp_path):
+    """A run with a teacher signal grows under tp 2 x pp 2 in bf16, with the same held-out loss in full precision before and after; its checkpoint
+    is evaluated by two processes and by one, the same but for rounding, and the run goes on in one process."""
+    stages = [{"config": {"n_layers": 2, "d_model": 16}}, {"config": {"n_layers": 4, "d_model": 32}, "start": 16, "ramp": 16}]
+    (tmp_path / "stages.json").write_text(json.dumps(stages))
+    run = tmp_path / "run"
+    code, output = torchrun(workshop, 4, Path(parallel.__file__).with_name("train.py"), "--tp", 2, "--pp", 2, "--sequence-parallel", "--stages",
+                            tmp_path / "stages.json", "--teacher-fraction", 0.25, "--eval-every", 3, out=run, dtype="bfloat16")
+    assert code == 0, output
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    grown, = (line for line in log if "grown" in line)
+    assert grown["loss_after"] == pytest.approx(grown["loss_before"], rel=1e-6) and "teacher_accuracy" in log[-1]
+    alone = train.eval_only(str(run), {"device": "cpu", "dtype": "float32"})
+    both = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(Path(parallel.__file__).with_name("train.py")),
+                           "--eval-only", str(run), "--tp", "2", "--device", "cpu", "--dtype", "float32"], capture_output=True, text=True, timeout=240)
+    assert train.describe(alone) in both.stdout, both.stdout + both.stderr
+    s = train.resumed(str(run), dict(steps=8, tp=1, pp=1, dp=1, sequence_parallel=False))
+    assert train.train(s, resume=True)["step"] == 8
 
 
 def test_a_number_that_is_not_finite_stops_everyone(workshop, tmp_path):
