@@ -59,7 +59,7 @@ def option(default, help: str, **extra):
 class Settings:
     """Every option of a run, as plain JSON values. None means: the preset's recipe decides (see RECIPES)."""
     # what to train
-    preset: str = option("demo", "the model: demo, flm-proxy, flm-16b, flm-51b or flm-101b")
+    preset: str = option("demo", "the model: demo, iq-demo, flm-proxy, flm-16b, flm-51b or flm-101b")
     model: tuple[str, ...] = option((), "change fields of the model, as in --model d_model=384 n_heads=6",
                                     metavar="FIELD=VALUE")
     mup: str = option("on", "the maximal update parametrization; off: the standard one", choices=("on", "off"))
@@ -112,6 +112,7 @@ DEMO_STAGES = [                                  # the paper's recipe in miniatu
 # "flm-...": the paper's Table 1 (steps inferred: tokens / batch). The others: ours, found by trying.
 RECIPES = {
     "demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800, "stages": DEMO_STAGES},
+    "iq-demo": {"steps": 3000, "batch_size": 8, "lr": 3e-3, "warmup": 1600},
     **{stage["preset"]: {"steps": round(stage["tokens"] / stage["batch_size"] / 2048),
                          **{k: stage[k] for k in ("batch_size", "lr", "warmup")}} for stage in grow.PAPER_STAGES},
 }
