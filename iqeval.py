@@ -793,8 +793,8 @@ def table(results: dict, context: int) -> str:
 # 9. A corpus to learn the tasks from: the prompts with their answers as language signal, and as teacher signal the proposition that an
 #    answer is right, with a wrong answer of the right form in half of them (section 2.2). Weights in documents; copying first.
 
-MIX = {"head-tail": 4, "full-repeating": 4, "head-slicing": 4, "replace-lowercase": 4, "key-retrieval": 4, "replace-word": 2, "single-fact": 3,
-       "two-facts": 1, "counting-en": 1, "counting-zh": 1, **{name: 1 for name, task in TASKS.items() if task.make and task.kind == "symbolic"}}
+MIX = {"head-tail": 10, "full-repeating": 10, "head-slicing": 10, "replace-lowercase": 8, "key-retrieval": 5, "replace-word": 2, "single-fact": 4,
+       "two-facts": 1, "counting-en": 2, "counting-zh": 2, **{name: 0.5 for name in GENERATED if TASKS[name].kind == "symbolic"}}
 
 
 def corpus(documents: int, seed: int, split: str = "train", progress=lambda n: None) -> tuple[list, list]:
@@ -1015,7 +1015,7 @@ def main(argv=None) -> int:
     p = command("make", make_command, "write and prepare a corpus to learn the tasks from", "python iqeval.py make --split train --out corpora/iq")
     p.add_argument("--out", required=True, metavar="DIR", help="the folder to make; must not exist, or be empty")
     p.add_argument("--split", choices=SPLITS, default="train", help="which queries; a model trained on eval has seen the answers (default %(default)s)")
-    p.add_argument("--documents", type=int, default=40_000, metavar="N", help="texts, and as many propositions (default %(default)s)")
+    p.add_argument("--documents", type=int, default=60_000, metavar="N", help="texts, and as many propositions (default %(default)s)")
     p = command("export", export_command, "write items and task files for lm-evaluation-harness", "python iqeval.py export --out items --tasks head-tail")
     p.add_argument("--tasks", nargs="*", metavar="TASK", help="only these (default: all that are generated, and those of --data)")
     p.add_argument("--out", required=True, metavar="DIR", help="the folder for TASK.jsonl and TASK.yaml")
