@@ -116,8 +116,8 @@ class Task:
                 content, value = draw()
                 if split_of(family, content) == split:
                     found.setdefault(content, value)
-                if len(found) == k:
-                    return list(found.items())
+                    if len(found) == k:
+                        return list(found.items())
             raise ValueError(f"{self.name} with {knobs} has too few different {split} queries for its examples: make it harder")
 
         for _ in range(TRIES + 2 * n):
@@ -173,7 +173,8 @@ def classification(rng, language: str, instruction: str, words: dict, shots: lis
     drawn = symbols(rng, len(words), instruction + "".join("".join(lines) for lines, _ in body))
     shown = dict(zip(words, drawn if labels == "symbols" else words.values()))
     blocks = ["\n".join([*lines, f"{label} {shown[k]}"]) for lines, k in body[:-1]] + ["\n".join([*body[-1][0], label])]
-    prompt = f"{instruction} {choose.format(either.join(shown.values()))}\n\n" + "\n\n".join(blocks)
+    listed = rng.sample(list(words), len(words))             # in no fixed order, else it would tell what a symbol stands for
+    prompt = f"{instruction} {choose.format(either.join(shown[k] for k in listed))}\n\n" + "\n\n".join(blocks)
     return prompt, shown[query[1]], list(shown.values()), shown
 
 

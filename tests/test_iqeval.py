@@ -262,10 +262,11 @@ def test_words_and_symbols_label_the_same_items(name):
 
 @pytest.mark.parametrize("name", SYMBOLIC)
 def test_classes_are_balanced_and_shown_equally(name):
-    """Each class has its two examples in the prompt, in no fixed place, and is the answer about half of the time."""
+    """Each class has its two examples in the prompt, in no fixed place nor order of the instruction, and is the answer about half of the time."""
     items = TASKS[name].generate(200, 5)
     assert all(item.prompt.count(label) == 3 for item in items for label in item.labels)       # the instruction, two examples
     assert abs(sum(item.facts["class"] == "yes" for item in items) - 100) < 3.3 * math.sqrt(50)
+    assert 60 < sum(item.prompt.index(item.labels[0]) < item.prompt.index(item.labels[1]) for item in items) < 140
     shots = [item.prompt.split("\n\n", 1)[1] for item in items]
     assert 60 < sum(shot.index(item.labels[0]) < shot.index(item.labels[1]) for shot, item in zip(shots, items)) < 140
 
