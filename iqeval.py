@@ -79,18 +79,19 @@ class Task:
     chance: float                  # what a blind guess of the right form scores
     make: Callable | None = None   # make(rng, ask, **knobs) -> prompt, answer, labels, facts; None: read from a file
     knobs: dict = field(default_factory=dict)      # the difficulty, with its defaults
-    least: dict = field(default_factory=dict)      # the smallest value of a knob, where it is not 1
+    limits: dict = field(default_factory=dict)     # (smallest, largest) value of a knob, where it is not (1, 100,000)
     paper: dict = field(default_factory=dict)      # published accuracy in percent by model (tables 7 to 11)
 
     def settings(self, difficulty: dict) -> dict:
         """The knobs, changed by `difficulty`. Raises ValueError with everything that is wrong with it."""
-        problems = [f"{self.name} has no knob {name!r}: it has {', '.join(self.knobs) or 'none'}" for name in difficulty if name not in self.knobs]
+        problems = [f"{self.name} has no knob {name!r}: it has {', '.join(self.knobs) or 'none'}"
+                    for name in difficulty if name not in self.knobs]
         for name in self.knobs.keys() & difficulty.keys():
-            value, low = difficulty[name], self.least.get(name, 1)
+            value, (low, high) = difficulty[name], self.limits.get(name, (1, 100_000))
             if name == "labels" and value not in ("symbols", "words"):
                 problems.append(f"{self.name}: labels = {value!r} must be symbols or words")
-            elif name != "labels" and (type(value) is not int or value < low):
-                problems.append(f"{self.name}: {name} = {value!r} must be a whole number, at least {low}")
+            elif name != "labels" and (type(value) is not int or not low <= value <= high):
+                problems.append(f"{self.name}: {name} = {value!r} must be a whole number from {low:,} to {high:,}")
         if problems:
             raise ValueError("\n".join(problems))
         return self.knobs | difficulty
@@ -127,8 +128,8 @@ class Task:
                 items.append(Item(self.name, prompt, answer, tuple(labels), facts))
             if len(items) == n:
                 return items
-        raise ValueError(f"{self.name} with {knobs} has only {len(items)} different {split} queries, not {n}: ask for fewer items, "
-                         f"or make it harder")
+        raise ValueError(f"{self.name} with {knobs} has only {len(items)} different {split} queries, not {n}: ask for fewer "
+                         f"items, or make it harder")
 
 
 def letters(rng, low: int, high: int, alphabet: str = string.ascii_lowercase) -> str:
@@ -139,8 +140,8 @@ def invented(rng, n: int, chinese: bool = False) -> list[str]:
     """n different words that mean nothing."""
     found = {}
     while len(found) < n:
-        word = "".join(rng.sample("布达格莫塔苏兰菲普克罗卡", 2)) if chinese else rng.choice("bdfgklmnprstvwz") + rng.choice("aeiou") + rng.choice("bdfgklmnprtvxz")
-        found[word] = None
+        parts = rng.sample("布达格莫塔苏兰菲普克罗卡", 2) if chinese else map(rng.choice, ("bdfgklmnprstvwz", "aeiou", "bdfgklmnprtvxz"))
+        found["".join(parts)] = None
     return list(found)
 
 
@@ -203,14 +204,16 @@ def entailment(language):
 
     def make(rng, ask, labels, shots, chain):
         def draw(k):
-            kinds, person = invented(rng, 2 * chain + 2, chinese), rng.choice(["小明", "小红", "小刚"] if chinese else ["Tom", "Ann", "Bob"])
+            kinds = invented(rng, 2 * chain + 2, chinese)
+            person = rng.choice(["小明", "小红", "小刚"] if chinese else ["Tom", "Ann", "Bob"])
             one, other = kinds[:chain + 1], kinds[chain + 1:]
             rules = [(a, b) for line in (one, other) for a, b in zip(line, line[1:])]
             rng.shuffle(rules)
             goal = (one if k == "yes" else other)[-1]
             if chinese:
                 return [("文本", "".join(f"{a}都是{b}。" for a, b in rules) + f"{person}是{one[0]}。"), ("断言", f"{person}是{goal}。")]
-            return [("Text", "".join(f"Every {a} is a {b}. " for a, b in rules) + f"{person} is a {one[0]}."), ("Claim", f"{person} is a {goal}.")]
+            return [("Text", "".join(f"Every {a} is a {b}. " for a, b in rules) + f"{person} is a {one[0]}."),
+                    ("Claim", f"{person} is a {goal}.")]
         return classified(rng, ask, language, instruction, words, draw, shots, labels)
     return make
 
@@ -219,7 +222,7 @@ def comparison(language):
     """Who is taller? The text has one order; the claim names two of its people."""
     chinese = language == "zh"
     words = {"yes": "对", "no": "错"} if chinese else {"yes": "true", "no": "false"}
-    names = ["小安", "小白", "小陈", "小丁", "小方", "小郭", "小何", "小江"] if chinese else ["Ann", "Bob", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal"]
+    names = "小安 小白 小陈 小丁 小方 小郭 小何 小江".split() if chinese else "Ann Bob Cid Dee Eve Fay Gus Hal".split()
     instruction = "断言对不对?" if chinese else "Is the claim true?"
 
     def make(rng, ask, labels, shots, people):
@@ -249,7 +252,8 @@ def sense(language):
             second = first if k == "yes" else (b if first == a else a)
             if chinese:
                 return [("规则", f"{a}{word}是动物,{b}{word}是工具。"), ("例句", f"我看见{first}{word}。他有{second}{word}。")]
-            return [("Rule", f"A {a} {word} is an animal, a {b} {word} is a tool."), ("Text", f"I see a {first} {word}. He has a {second} {word}.")]
+            return [("Rule", f"A {a} {word} is an animal, a {b} {word} is a tool."),
+                    ("Text", f"I see a {first} {word}. He has a {second} {word}.")]
         return classified(rng, ask, language, instruction, words, draw, shots, labels)
     return make
 
@@ -270,7 +274,7 @@ def counting(language):
         lead = f"Let's count from {first} to {last}: " if language == "en" else f"让我们从{first}数到{last}: "
         skipped = rng.randrange(3, len(run))
         return (lead + ", ".join(run[:3]) + ",", ", ".join(run[3:]), (),
-                {"query": content, "first": first, "last": last, "wrong": ", ".join(run[3:skipped] + run[skipped + 1:]) or run[-2]})
+                {"query": content, "first": first, "last": last, "wrong": ", ".join(run[3:skipped] + run[skipped + 1:])})
     return make
 
 
@@ -283,9 +287,11 @@ def replace_lowercase(rng, ask, length):
     def draw():
         text = letters(rng, 3, length, string.ascii_letters)
         return text, text
-    texts = [text for text, _ in ask(draw, 5)]
-    prompt = "For the following text, please modify all uppercase letters to lowercase.\n" + examples([(t, t.lower()) for t in texts[:4]], texts[4])
-    return prompt, texts[4].lower(), (), {"query": texts[4], "wrong": texts[0].lower() if texts[0].lower() != texts[4].lower() else texts[4].lower() + "a"}
+    *shots, query = [text for text, _ in ask(draw, 5)]
+    prompt = ("For the following text, please modify all uppercase letters to lowercase.\n"
+              + examples([(text, text.lower()) for text in shots], query))
+    wrong = shots[0].lower() if shots[0].lower() != query.lower() else query.lower() + "a"
+    return prompt, query.lower(), (), {"query": query, "wrong": wrong}
 
 
 def replace_word(rng, ask, words):
@@ -300,8 +306,9 @@ def replace_word(rng, ask, words):
     found = ask(draw, 5)
     done = [" ".join(new if word == old else word for word in sentence) for _, (sentence, old, new) in found]
     blocks = [f"{shown(*value)} -> {result}" for (_, value), result in zip(found[:4], done)]
-    prompt = ("In the following sentence, replace the specified word with the target word.\n" + "\n".join([*blocks, shown(*found[4][1])]) + " ->")
     sentence, old, new = found[4][1]
+    prompt = ("In the following sentence, replace the specified word with the target word.\n"
+              + "\n".join([*blocks, shown(sentence, old, new)]) + " ->")
     return prompt, done[4], (), {"query": found[4][0], "sentence": sentence, "old": old, "new": new,
                                  "wrong": " ".join(sentence) if old != new else done[0]}
 
@@ -354,9 +361,10 @@ def key_retrieval(rng, ask, keys, length):
     hidden = {name: key}
     for other in rng.sample([h for h in HOLDERS if h != name], rng.randint(1, keys) - 1):
         hidden[other] = rng.choice([k for k in (rng.randint(1, 50_000) for _ in range(9)) if k not in hidden.values()])
-    noise = []
-    while sum(map(len, noise)) + min(map(len, NOISE)) <= length:
-        noise.append(rng.choice([n for n in NOISE if sum(map(len, noise)) + len(n) <= length]))
+    noise, room = [], length
+    while fitting := [sentence for sentence in NOISE if len(sentence) <= room]:
+        noise.append(rng.choice(fitting))
+        room -= len(noise[-1])
     places = sorted(rng.sample(range(len(noise) + len(hidden)), len(hidden)))
     for place, holder in zip(places, rng.sample(list(hidden), len(hidden))):
         noise.insert(place, f"The key of {holder} is {hidden[holder]}. Remember {hidden[holder]}. ")
@@ -379,7 +387,9 @@ def story(rng, statements: int, supports: int):
         person = rng.choice(PEOPLE)
         take = [t for t in THINGS if t not in held and lies.get(t, at.get(person)) == at.get(person)]
         drop = [t for t, holder in held.items() if holder == person]
-        doing = rng.choice(["move", "move"] + ["take"] * bool(take) + ["drop"] * bool(drop)) if supports == 2 and person in at else "move"
+        doing = "move"
+        if supports == 2 and person in at:
+            doing = rng.choice(["move", "move"] + ["take"] * bool(take) + ["drop"] * bool(drop))
         if doing == "move":
             at[person] = rng.choice([p for p in PLACES if p != at.get(person)])
             sentences.append(f"{person} {rng.choice(MOVES)} the {at[person]}.")
@@ -436,9 +446,10 @@ def published(*scores) -> dict:
     return dict(zip(MODELS, scores) if len(scores) == 3 else zip(MODELS[1:], scores))
 
 
+COUNTABLE = {"digits": (1, 15), "numbers": (5, 100_000)}
 TASKS = {task.name: task for task in [
     *(Task(f"{name}-{language}", "symbolic", language, "2 per label", 300, "likelihood", 1 / 2, make(language),
-           {"labels": "symbols", "shots": 2} | knob, {"people": 2})
+           {"labels": "symbols", "shots": 2} | knob, {"people": (2, 8), "chain": (1, 20)})
       for name, make, knob in (("entailment", entailment, {"chain": 1}), ("comparison", comparison, {"people": 3}), ("sense", sense, {}))
       for language in ("en", "zh")),
     *(Task(name, "symbolic", language, "2 per label", count, "likelihood", 1 / classes, None, {"labels": "symbols", "shots": 2},
@@ -448,16 +459,25 @@ TASKS = {task.name: task for task in [
           ("rte", "en", 277, 2, (48.38, 47.65, 48.38)), ("wsc", "en", 103, 2, (37.86, 56.31, 38.83)),
           ("afqmc", "zh", 300, 2, (33.33, 38.33)), ("csl", "zh", 208, 2, (53.85, 55.29)),
           ("ocnli", "zh", 300, 3, (34.00, 27.33)), ("cluewsc2020", "zh", 300, 2, (38.67, 47.33)))),
-    Task("counting-en", "rules", "en", "0", 148, "exact", 0, counting("en"), {"digits": 5, "numbers": 26}, {"numbers": 5}, published(82.43, 60.81, 69.59)),
-    Task("counting-zh", "rules", "zh", "0", 152, "exact", 0, counting("zh"), {"digits": 5, "numbers": 26}, {"numbers": 5}),
-    Task("replace-lowercase", "rules", "en", "4", 300, "exact", 0, replace_lowercase, {"length": 10}, {"length": 3}, published(80.67, 69.67, 64.00)),
-    Task("replace-word", "rules", "en", "4", 300, "exact", 0, replace_word, {"words": 5}, {"words": 3}, published(95.00, 84.00, 95.67)),
-    Task("head-tail", "patterns", "en", "5", 100, "exact", 0, head_tail, {"length": 8, "ends": 3}, {"length": 2}, published(61, 38, 52)),
-    Task("full-repeating", "patterns", "en", "5", 100, "exact", 0, full_repeating, {"length": 8}, {"length": 2}, published(92, 70, 79)),
-    Task("head-slicing", "patterns", "en", "5", 100, "exact", 0, head_slicing, {"length": 8}, {"length": 3}, published(57, 51, 63)),
-    Task("key-retrieval", "interference", "en", "0", 300, "number", 1 / 50_000, key_retrieval, {"keys": 3, "length": 300}, {"length": 0}, published(92.67, 77.67, 89.00)),
-    Task("single-fact", "interference", "en", "3", 300, "exact", 1 / 6, stories(1), {"sentences": 5}, {"sentences": 2}, published(78.33, 56.33, 59.00)),
-    Task("two-facts", "interference", "en", "3", 300, "exact", 1 / 6, stories(2), {"sentences": 5}, {"sentences": 3}, published(39.33, 26.67, 32.33)),
+    Task("counting-en", "rules", "en", "0", 148, "exact", 0, counting("en"), {"digits": 5, "numbers": 26}, COUNTABLE,
+         published(82.43, 60.81, 69.59)),
+    Task("counting-zh", "rules", "zh", "0", 152, "exact", 0, counting("zh"), {"digits": 5, "numbers": 26}, COUNTABLE),
+    Task("replace-lowercase", "rules", "en", "4", 300, "exact", 0, replace_lowercase, {"length": 10}, {"length": (3, 100_000)},
+         published(80.67, 69.67, 64.00)),
+    Task("replace-word", "rules", "en", "4", 300, "exact", 0, replace_word, {"words": 5}, {"words": (3, 100_000)},
+         published(95.00, 84.00, 95.67)),
+    Task("head-tail", "patterns", "en", "5", 100, "exact", 0, head_tail, {"length": 8, "ends": 3}, {"length": (2, 100_000)},
+         published(61, 38, 52)),
+    Task("full-repeating", "patterns", "en", "5", 100, "exact", 0, full_repeating, {"length": 8}, {"length": (2, 100_000)},
+         published(92, 70, 79)),
+    Task("head-slicing", "patterns", "en", "5", 100, "exact", 0, head_slicing, {"length": 8}, {"length": (3, 100_000)},
+         published(57, 51, 63)),
+    Task("key-retrieval", "interference", "en", "0", 300, "number", 1 / 50_000, key_retrieval, {"keys": 3, "length": 300}, {"keys": (1, len(HOLDERS)), "length": (0, 100_000)},
+         published(92.67, 77.67, 89.00)),
+    Task("single-fact", "interference", "en", "3", 300, "exact", 1 / 6, stories(1), {"sentences": 5}, {"sentences": (2, 100_000)},
+         published(78.33, 56.33, 59.00)),
+    Task("two-facts", "interference", "en", "3", 300, "exact", 1 / 6, stories(2), {"sentences": 5}, {"sentences": (3, 100_000)},
+         published(39.33, 26.67, 32.33)),
 ]}
 GENERATED = [name for name, task in TASKS.items() if task.make]
 
@@ -466,7 +486,8 @@ def find_task(name: str) -> Task:
     """Raises ValueError with the nearest names."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4)
-        raise ValueError(f"no task is called {name!r}: " + (f"did you mean {' or '.join(near)}? " if near else "") + f"There are {', '.join(TASKS)}")
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"no task is called {name!r}: {hint}There are {', '.join(TASKS)}")
     return TASKS[name]
 
 
@@ -533,8 +554,8 @@ def read_dataset(name: str, path) -> list[tuple]:
         if name == "ocnli" and label == "-":            # its annotators did not agree: left out, as its authors advise
             continue
         if not any(type(label) is type(known) and label == known for known in words):
-            wrong.append(f"the field 'label' must be one of {', '.join(json.dumps(known) for known in words)}, but is "
-                         + (json.dumps(label, ensure_ascii=False)[:40] if "label" in row else "missing (a test set has none: take the validation set)"))
+            found = json.dumps(label, ensure_ascii=False)[:40] if "label" in row else "missing (a test set has none: take the validation set)"
+            wrong.append(f"the field 'label' must be one of {', '.join(json.dumps(known) for known in words)}, but is {found}")
         if wrong:
             problems.append(f"{path}, line {number}: " + "; ".join(wrong))
         else:
@@ -559,10 +580,11 @@ def read_babi(name: str, path) -> list[tuple]:
         if len(parts) == 1:
             sentences[count] = text.strip()
         elif len(parts) != 3 or not all(part.strip() for part in parts):
-            problems.append(f"{place}: a question needs three fields with tabs between: question, answer, supporting lines; it has {len(parts)}")
+            problems.append(f"{place}: a question needs three fields with tabs between: question, answer, supporting lines; "
+                            f"it has {len(parts)}")
         elif len(parts[2].split()) != supports:
-            problems.append(f"{place}: the field of supporting lines has {len(parts[2].split())} of them, {name} has {supports}: this is "
-                            f"another of bAbI's tasks")
+            problems.append(f"{place}: the field of supporting lines has {len(parts[2].split())} of them, {name} has {supports}: "
+                            f"this is another of bAbI's tasks")
         elif missing := [s for s in parts[2].split() if s not in sentences]:
             problems.append(f"{place}: the field of supporting lines names line {missing[0]}, which is not in the story")
         else:
@@ -575,7 +597,7 @@ def read_items(name: str, path, n: int, seed: int, **difficulty) -> list[Item]:
     """Up to n items of a dataset's file, the examples of each from its other rows. Raises ValueError."""
     task = find_task(name)
     if name not in DATASETS and name not in ("single-fact", "two-facts"):
-        raise ValueError(f"{name} has no dataset: those that are read from files are {', '.join(DATASETS)}, single-fact and two-facts")
+        raise ValueError(f"{name} has no dataset: files are read for {', '.join(DATASETS)}, single-fact and two-facts")
     if n < 1:
         raise ValueError(f"{n} items of {name}: ask for at least 1")
     rng, items = random.Random(f"{name} file {seed}"), []
@@ -597,8 +619,9 @@ def read_items(name: str, path, n: int, seed: int, **difficulty) -> list[Item]:
         shots = [rows[j] for found in by_class.values() for j in rng.sample([j for j in found if j != i], knobs["shots"])]
         rng.shuffle(shots)
         prompt, answer, options, shown = classification(rng, task.language, instruction, words, shots, rows[i], knobs["labels"])
-        items.append(Item(name, prompt, answer, tuple(options), {"query": " ".join(text for _, text in rows[i][0]), "class": rows[i][1],
-                                                                "wrong": rng.choice([o for o in options if o != answer])}))
+        facts = {"query": " ".join(text for _, text in rows[i][0]), "class": rows[i][1], "mapping": [[k, v] for k, v in shown.items()],
+                 "wrong": rng.choice([option for option in options if option != answer])}
+        items.append(Item(name, prompt, answer, tuple(options), facts))
     return items
 
 
@@ -624,7 +647,8 @@ class OurModel:
 
     def complete(self, prompts: list[list[int]], new: int) -> list[str]:
         """Greedy continuations of up to `new` tokens, each up to its first line end."""
-        rows = generate(self.model, prompts, new, temperature=0, stop=self.stop, allowed=self.allowed, capacity=max(map(len, prompts)) + new)
+        rows = generate(self.model, prompts, new, temperature=0, stop=self.stop, allowed=self.allowed,
+                        capacity=max(map(len, prompts)) + new)
         return [self.tokenizer.decode(row, errors="replace") for row in rows]
 
     @torch.inference_mode()
@@ -729,9 +753,10 @@ def answer_all(model, items: list[Item], batch_size: int = 64, progress=lambda n
         if likelihood:                     # prompt and label are encoded together: a tokenizer may join what meets
             ends = [model.encode(f"{item.prompt} {label}")[len(prompt):] for label in item.labels]
             if nothing := [label for label, end in zip(item.labels, ends) if not label.strip() or not end]:
-                raise ValueError(f"{item.task}: the label {nothing[0]!r} tokenizes to nothing, so it has no likelihood: choose other labels")
+                raise ValueError(f"{item.task}: the label {nothing[0]!r} tokenizes to nothing, so it has no likelihood: choose "
+                                 f"other labels")
             options.append(ends)
-    room = [max(map(len, options[i])) if likelihood else len(f" {item.answer}".encode()) + 1 for i, item in enumerate(items)]
+    room = [max(map(len, ends)) for ends in options] if likelihood else [len(f" {item.answer}".encode()) + 1 for item in items]
     need = [len(prompt) + r for prompt, r in zip(prompts, room)]
     fitting = sorted((i for i in range(len(items)) if need[i] <= model.context), key=lambda i: need[i])
     for begin in range(0, len(fitting), batch_size):
@@ -751,7 +776,8 @@ def answer_all(model, items: list[Item], batch_size: int = 64, progress=lambda n
 def score(items: list[Item], answers: list) -> list:
     """True, False, or None for an item without an answer."""
     metric = TASKS[item_family(items[0])].metric
-    return [None if text is None else (text if metric == "likelihood" else said(metric, text)) == item.answer for item, text in zip(items, answers)]
+    return [None if text is None else (text if metric == "likelihood" else said(metric, text)) == item.answer
+            for item, text in zip(items, answers)]
 
 
 def evaluate(model, suite: dict[str, list[Item]], batch_size: int = 64, progress=lambda n: None) -> dict:
@@ -765,7 +791,8 @@ def evaluate(model, suite: dict[str, list[Item]], batch_size: int = 64, progress
         results[name] = {"n": n, "right": right, "accuracy": right / n if n else None, "interval": interval(right, n) if n else None,
                          "chance": 1 / len(items[0].labels) if items[0].labels else TASKS[item_family(items[0])].chance,
                          "left_out": len(items) - n, "shortest": min(need), "longest": max(need),
-                         "items": [{"answer": item.answer, "said": text, "right": mark} for item, text, mark in zip(items, answers, marks)]}
+                         "items": [{"answer": item.answer, "said": text, "right": mark}
+                                   for item, text, mark in zip(items, answers, marks)]}
     if not any(result["n"] for result in results.values()):
         raise ValueError(f"no item fits the model's context of {model.context} tokens:\n  " + "\n  ".join(
             f"{name}: the shortest needs {r['shortest']} tokens, {r['shortest'] - model.context} too many" for name, r in results.items())
@@ -783,10 +810,14 @@ def table(results: dict, context: int) -> str:
         lines += ["", f"{title:<38}{'items':>7}{'ours':>8}  {'95% interval':<15}{'chance':>7} |" + "".join(f"{m:>10}" for m in MODELS)]
         for name in names:
             r, paper = results[name], {} if name.endswith("-words") else TASKS[name].paper
-            ours = f"{100 * r['accuracy']:>8.1f}  {100 * r['interval'][0]:>5.1f} to {100 * r['interval'][1]:>5.1f} " if r["n"] else f"{'-':>8}  {'':<15}"
+            ours = f"{'-':>8}  {'':<15}"
+            if r["n"]:
+                low, high = (100 * end for end in r["interval"])
+                ours = f"{100 * r['accuracy']:>8.1f}  {low:>5.1f} to {high:>5.1f} "
             lines.append(f"  {name:<36}{r['n']:>7}{ours}{100 * r['chance']:>7.1f} |"
                          + "".join(f"{paper[m]:>10.2f}" if m in paper else f"{'-':>10}" for m in MODELS))
-    long = [f"  {name}: {r['left_out']} of {r['n'] + r['left_out']} items, the longest needs {r['longest']}" for name, r in results.items() if r["left_out"]]
+    long = [f"  {name}: {r['left_out']} of {r['n'] + r['left_out']} items, the longest needs {r['longest']}"
+            for name, r in results.items() if r["left_out"]]
     return "\n".join(lines[1:] + ([f"\nlonger than the context of {context} tokens, so left out:"] + long if long else []))
 
 
@@ -794,8 +825,9 @@ def table(results: dict, context: int) -> str:
 # 9. A corpus to learn the tasks from: the prompts with their answers as language signal, and as teacher signal the proposition that an
 #    answer is right, with a wrong answer of the right form in half of them (section 2.2). Weights in documents; copying first.
 
-MIX = {"head-tail": 10, "full-repeating": 10, "head-slicing": 10, "replace-lowercase": 8, "key-retrieval": 5, "replace-word": 2, "single-fact": 4,
-       "two-facts": 1, "counting-en": 2, "counting-zh": 2, **{name: 0.5 for name in GENERATED if TASKS[name].kind == "symbolic"}}
+MIX = {"head-tail": 10, "full-repeating": 10, "head-slicing": 10, "replace-lowercase": 8, "key-retrieval": 5, "replace-word": 2,
+       "single-fact": 4, "two-facts": 1, "counting-en": 2, "counting-zh": 2,
+       **{name: 0.5 for name in GENERATED if TASKS[name].kind == "symbolic"}}
 
 
 def corpus(documents: int, seed: int, split: str = "train", progress=lambda n: None) -> tuple[list, list]:
@@ -810,7 +842,8 @@ def corpus(documents: int, seed: int, split: str = "train", progress=lambda n: N
         random.Random(f"halves {seed}").shuffle(items)
         language += [{"text": f"{item.prompt} {item.answer}\n"} for item in items[:n]]
         for i, item in enumerate(items[n:2 * n]):
-            teacher.append({"text": item.prompt, "proposition": f"Answer: {item.answer if i % 2 else item.facts['wrong']}", "label": i % 2})
+            proposed = item.answer if i % 2 else item.facts["wrong"]
+            teacher.append({"text": item.prompt, "proposition": f"Answer: {proposed}", "label": i % 2})
         progress(n)
     for part in (language, teacher):        # one source after the other would make val and train differ
         random.Random(f"corpus {seed}").shuffle(part)
@@ -847,9 +880,9 @@ def export(suite: dict[str, list[Item]], out) -> list[Path]:
     written = []
     for name, items in suite.items():
         metric, file = TASKS[name.removesuffix("-words")].metric, out / f"iq_{name.replace('-', '_')}.jsonl"
-        file.write_text("".join(json.dumps({"prompt": item.prompt, "answer": item.answer, "labels": list(item.labels),
-                                            "gold": item.labels.index(item.answer) if item.labels else -1}, ensure_ascii=False) + "\n"
-                                for item in items), encoding="utf-8")
+        rows = [{"prompt": item.prompt, "answer": item.answer, "labels": list(item.labels),
+                 "gold": item.labels.index(item.answer) if item.labels else -1} for item in items]
+        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         lines = [f"task: {file.stem}", "dataset_path: json", "dataset_kwargs:", "  data_files:", f"    test: {json.dumps(str(file.absolute()))}",
                  "test_split: test", 'doc_to_text: "{{prompt}}"', 'target_delimiter: " "', "num_fewshot: 0"]
         if metric == "likelihood":
@@ -877,7 +910,9 @@ def make_suite(args) -> dict[str, list[Item]]:
     problems, suite = [], {}
     pairs, files = parse_pairs(args.set, "--set", "KNOB=VALUE"), parse_pairs(args.data, "--data", "TASK=FILE")
     knobs = {k: int(v) if re.fullmatch(r"-?\d+", v) else v for k, v in pairs.items()}
-    names = [*(args.tasks or ([] if args.tasks == [] else GENERATED)), *files]
+    names = [*(GENERATED if args.tasks is None else args.tasks), *files]
+    if not names:
+        problems.append("no task is chosen: name some after --tasks, or leave --tasks out for all")
     for name in dict.fromkeys(names):
         try:
             find_task(name)
@@ -897,7 +932,10 @@ def make_suite(args) -> dict[str, list[Item]]:
             options = here | ({"labels": labels} if labels else {})
             name, n = task.name + ("-words" if options.get("labels") == "words" else ""), args.items or task.count
             try:
-                items = read_items(task.name, files[task.name], n, args.seed, **options) if task.name in files else task.generate(n, args.seed, **options)
+                if task.name in files:
+                    items = read_items(task.name, files[task.name], n, args.seed, **options)
+                else:
+                    items = task.generate(n, args.seed, **options)
                 suite[name] = [item._replace(task=name) for item in items]
             except ValueError as error:
                 problems.append(str(error))
@@ -910,15 +948,17 @@ def run(args) -> int:
         raise ValueError("give a CHECKPOINT of train.py, or --hf NAME_OR_PATH, and not both")
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: must be at least 1")
+    if Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir():
+        raise ValueError(f"--out {args.out}: must be the name of a file in a folder that is there")
     suite, device = make_suite(args), pick_device(args.device)
     model = HuggingFaceModel(args.hf, device) if args.hf else OurModel(args.checkpoint, device, args.tokenizer_file)
     with tqdm(total=sum(map(len, suite.values())), unit="items", dynamic_ncols=True) as bar:
         results = evaluate(model, suite, args.batch_size, bar.update)
         seconds = bar.format_dict["elapsed"]
     print(table(results, model.context))
-    Path(args.out).write_text(json.dumps({"model": args.hf or args.checkpoint, "context": model.context, "seed": args.seed, "set": args.set,
-                                          "seconds": round(seconds, 1), "torch": torch.__version__, "tasks": results}, ensure_ascii=False, indent=1) + "\n",
-                              encoding="utf-8")
+    report = {"model": args.hf or args.checkpoint, "context": model.context, "seed": args.seed, "set": args.set,
+              "seconds": round(seconds, 1), "torch": torch.__version__, "tasks": results}
+    Path(args.out).write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(f"\n{sum(r['n'] for r in results.values()):,} items in {seconds:.0f} s; every answer is in {args.out}")
     return 0
 
@@ -933,8 +973,8 @@ def list_tasks() -> str:
 
 
 def shown_items(args) -> list[Item]:
-    args.tasks, args.set = [args.task], args.set + ([] if any(w.startswith("labels=") for w in args.set) or find_task(args.task).kind != "symbolic" else ["labels=symbols"])
-    return next(iter(make_suite(args).values()))
+    args.tasks = [args.task]
+    return next(iter(make_suite(args).values()))        # of a symbolic task's two variants the one with symbols
 
 
 def show(args) -> int:
@@ -963,12 +1003,13 @@ def play(args) -> int:
     chance = TASKS[args.task].chance
     if asked:
         low, high = interval(right, asked)
-        print(f"{right} of {asked} right: {100 * right / asked:.0f}%, with 95% confidence between {100 * low:.0f} and {100 * high:.0f}; chance is {100 * chance:.1f}")
+        print(f"{right} of {asked} right: {100 * right / asked:.0f}%, with 95% confidence between {100 * low:.0f} and "
+              f"{100 * high:.0f}; chance is {100 * chance:.1f}")
     return 0
 
 
 def make_command(args) -> int:
-    with tqdm(total=sum(max(1, round(args.documents * w / sum(MIX.values()))) for w in MIX.values()), unit="documents", dynamic_ncols=True) as bar:
+    with tqdm(total=args.documents, unit="documents", dynamic_ncols=True) as bar:
         meta = make(args.out, args.documents, args.seed, args.split, bar.update)
     tokens, labels = meta["sources"][0]["train"]["tokens"], meta["teacher"]["train"]["documents"]
     print(f"{args.out}: {tokens:,} tokens of text and {labels:,} propositions to train on, from the {args.split} split. Next:\n"
@@ -987,21 +1028,27 @@ def export_command(args) -> int:
 
 def main(argv=None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="iqeval.py", description="The IQ evaluation of FLM-101B (section 5): tasks that memory cannot answer.",
-                                     formatter_class=raw, epilog="begin with:\n    python iqeval.py show\n    python iqeval.py play head-tail")
+    parser = argparse.ArgumentParser(
+        prog="iqeval.py", description="The IQ evaluation of FLM-101B (section 5): tasks that memory cannot answer.",
+        formatter_class=raw, epilog="begin with:\n    python iqeval.py show\n    python iqeval.py play head-tail")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name, function, help, example, items=None, **defaults):
-        p = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", formatter_class=raw, epilog="example:\n    " + example)
-        p.set_defaults(function=function, **defaults)
+    def command(name, function, help, example, items=None):
+        p = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", formatter_class=raw,
+                                epilog="example:\n    " + example)
+        p.set_defaults(function=function)
         p.add_argument("--seed", type=int, default=0, help="the same seed makes the same items (default %(default)s)")
         if name != "make":
-            p.add_argument("--items", type=int, default=items, metavar="N", help=f"items of each task (default: {items or 'the paper' + chr(39) + 's count'})")
-            p.add_argument("--set", nargs="+", default=[], metavar="KNOB=VALUE", help="the difficulty of the tasks that have that knob, as in --set length=4 (python iqeval.py show)")
-            p.add_argument("--data", nargs="+", default=[], metavar="TASK=FILE", help="read a task's items from the original dataset's file, as in --data boolq=BoolQ/val.jsonl")
+            p.add_argument("--items", type=int, default=items, metavar="N",
+                           help=f"items of each task (default: {items or 'as many as in the paper'})")
+            p.add_argument("--set", nargs="+", default=[], metavar="KNOB=VALUE",
+                           help="the difficulty of the tasks that have that knob, as in --set length=4 (python iqeval.py show)")
+            p.add_argument("--data", nargs="+", default=[], metavar="TASK=FILE",
+                           help="read a task's items from the original dataset's file, as in --data boolq=BoolQ/val.jsonl")
         return p
 
-    p = command("run", run, "score a model, with the paper's figures beside it", "python iqeval.py run runs/iq-demo --tasks head-tail single-fact --items 50")
+    p = command("run", run, "score a model, with the paper's figures beside it",
+                "python iqeval.py run runs/iq-demo --tasks head-tail single-fact --items 50")
     p.add_argument("checkpoint", nargs="?", help="a run folder (its newest checkpoint), a step folder, or a file from train.py --export")
     p.add_argument("--hf", metavar="NAME_OR_PATH", help="a Hugging Face causal language model instead; needs transformers")
     p.add_argument("--tasks", nargs="*", metavar="TASK", help="only these (default: all that are generated, and those of --data)")
@@ -1013,11 +1060,14 @@ def main(argv=None) -> int:
                                  ("play", play, "answer the items of a task yourself")):
         p = command(name, function, help, f"python iqeval.py {name} single-fact --set sentences=3", items=3 if name == "show" else 10)
         p.add_argument("task", metavar="TASK", nargs="?" if name == "show" else None, help="its name")
-    p = command("make", make_command, "write and prepare a corpus to learn the tasks from", "python iqeval.py make --split train --out corpora/iq")
+    p = command("make", make_command, "write and prepare a corpus to learn the tasks from",
+                "python iqeval.py make --split train --out corpora/iq")
     p.add_argument("--out", required=True, metavar="DIR", help="the folder to make; must not exist, or be empty")
-    p.add_argument("--split", choices=SPLITS, default="train", help="which queries; a model trained on eval has seen the answers (default %(default)s)")
+    p.add_argument("--split", choices=SPLITS, default="train",
+                   help="which queries; a model trained on eval has seen the answers (default %(default)s)")
     p.add_argument("--documents", type=int, default=60_000, metavar="N", help="texts, and as many propositions (default %(default)s)")
-    p = command("export", export_command, "write items and task files for lm-evaluation-harness", "python iqeval.py export --out items --tasks head-tail")
+    p = command("export", export_command, "write items and task files for lm-evaluation-harness",
+                "python iqeval.py export --out items --tasks head-tail")
     p.add_argument("--tasks", nargs="*", metavar="TASK", help="only these (default: all that are generated, and those of --data)")
     p.add_argument("--out", required=True, metavar="DIR", help="the folder for TASK.jsonl and TASK.yaml")
     args = parser.parse_args(argv)
