@@ -203,10 +203,32 @@ def test_the_corpus_of_make_holds_no_evaluation_item():
         for seed in range(3):
             assert not any(item.prompt in text for item in TASKS[name].generate(20, seed))
     assert abs(sum(row["label"] for row in teacher) / len(teacher) - 0.5) < 0.05
-    for row in teacher:
-        name = next((n for n, t in (("patterns", "Input:"), ("keys", "Keys are")) if row["text"].startswith(t)), None)
-        if name == "keys":
-            assert (solve_keys(row["text"]) == row["proposition"].removeprefix("Answer: ")) == bool(row["label"])
+
+
+def holds(text, claim):
+    """Whether a proposition of the teacher signal is true, by the solvers above."""
+    kind, _, rest = claim.partition(": ")
+    if kind == "Repeated":
+        return rest == text * 2
+    if kind == "Begins":
+        return text.startswith(rest)
+    if kind == "In lowercase":
+        return rest == text.lower()
+    if "has the key" in claim:
+        return re.fullmatch(r"(\w+) has the key (\d+)\.", claim).groups() in re.findall(r"The key of (\w+) is (\d+)\.", text)
+    if "is in the" in claim:
+        who, place = re.fullmatch(r"(?:The )?(\w+) is in the (\w+)\.", claim).groups()
+        return interpret(re.findall(r"[^.]+\.", text.replace(". ", ".")), f"Where is {who}?") == place
+    return solve_comparison(text, claim) if "taller" in claim else solve_entailment(text, claim)
+
+
+def test_propositions_are_labelled_by_an_independent_judge():
+    """Each of the teacher signal's labels follows from its text and its claim; both occur for every kind of claim."""
+    seen = set()
+    for row in iqeval.corpus(1500, 1)[1]:
+        assert holds(row["text"], row["proposition"]) == bool(row["label"]), row
+        seen.add((re.sub(r"[^a-z ]", "", row["proposition"].split(":")[0])[-12:-4], row["label"]))
+    assert len(seen) >= 16
 
 
 @settings(max_examples=20)
@@ -654,3 +676,56 @@ def test_mistakes_from_outside(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr and "did you mean single-fact" in done.stderr and len(done.stderr.splitlines()) < 20
     piped = subprocess.run(f"{sys.executable} iqeval.py show two-facts --items 300 | head -1", cwd=ROOT, capture_output=True, text=True, shell=True)
     assert piped.stderr == "" and piped.stdout.startswith("---")
+
+
+# ---- The exercises of tutorials/06-iq.md: a docstring states the answer, the code checks it ------------------------------
+
+def test_06_exercise_1_any_key():
+    """One to three keys, equally likely: (1 + 1/2 + 1/3) / 3 = 11/18 = 61% for naming any of them. With `keys=8` it is 34%."""
+    for keys, expected in ((3, 11 / 18), (8, sum(1 / k for k in range(1, 9)) / 8)):
+        items = TASKS["key-retrieval"].generate(1500, 1, keys=keys, length=0)
+        rng = random.Random(0)
+        right = sum(rng.choice(re.findall(r"is (\d+)\.", item.prompt)) == item.answer for item in items)
+        assert right / 1500 == pytest.approx(expected, abs=0.04)
+    assert round(11 / 18, 2) == 0.61 and round(expected, 2) == 0.34
+
+
+def test_06_exercise_2_three_items():
+    """55.29 against 53.85 of 208 items: 115 against 112, three items. To tell two such accuracies apart it takes
+    2 * 1.96^2 p (1 - p) / d^2 = about 9,160 items each."""
+    a, b = round(0.5529 * 208), round(0.5385 * 208)
+    assert (a, b) == (115, 112) and (round(100 * a / 208, 2), round(100 * b / 208, 2)) == (55.29, 53.85)
+    p, d = (a + b) / 416, (a - b) / 208
+    assert round(2 * 1.96 ** 2 * p * (1 - p) / d ** 2, -1) == 9_160
+
+
+def test_06_exercise_3_the_last_place():
+    """Naming the last place of a story is right in about 54% of the default items. In long stories the asked person is the last mover
+    one time in four, and else there by accident one time in six: 1/4 + 3/4 * 1/6 = 37.5%."""
+    for sentences, expected in ((5, 0.54), (80, 0.375)):
+        items = TASKS["single-fact"].generate(800, 2, sentences=sentences)
+        lazy = [re.search(r"(\w+)\.$", item.facts["sentences"][-1])[1] for item in items]
+        assert sum(x == item.answer for x, item in zip(lazy, items)) / 800 == pytest.approx(expected, abs=0.055)
+
+
+def test_06_exercise_4_the_shorter_label():
+    """To a model that finds all bytes equally likely, "entailment" (10 letters) is likelier than "not entailment" (14), whatever the
+    text: it says so always, and is right half of the time because the classes are balanced. Symbols are of one length: no label wins."""
+    class Uniform(Answers):
+        def likelihoods(self, prompts, options):
+            return torch.tensor([[-len(o) * math.log(256) for o in row] for row in options])
+
+    model = Uniform({}, None)
+    words, symbols = (TASKS["entailment-en"].generate(100, 0, labels=labels) for labels in ("words", "symbols"))
+    assert set(iqeval.answer_all(model, words)[0]) == {"entailment"}
+    assert all(len({len(label) for label in item.labels}) == 1 for item in symbols)
+
+
+def test_06_exercise_5_too_few():
+    """There are 26^2 strings of two letters, and the hash gives the evaluation split about a fifth of them: 130 or so, not 200."""
+    import itertools
+    mine = [a + b for a, b in itertools.product(string.ascii_lowercase, repeat=2) if iqeval.split_of("full-repeating", a + b) == "eval"]
+    assert 100 < len(mine) < 170
+    assert len(TASKS["full-repeating"].generate(90, 0, length=2)) == 90
+    with pytest.raises(ValueError, match="different eval queries, not 200"):
+        TASKS["full-repeating"].generate(200, 0, length=2)
