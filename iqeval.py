@@ -55,7 +55,7 @@ class Item(NamedTuple):
     prompt: str
     answer: str
     labels: tuple       # what can be chosen from, where the score is a log-likelihood; else empty
-    facts: dict         # JSON values to check the answer with: "query" is what the split goes by, "wrong" a wrong answer of the right form
+    facts: dict         # JSON values to check the answer with; "query" decides the split, "wrong" is a wrong answer of the same form
 
 
 SPLITS = ("train", "eval")
@@ -86,7 +86,7 @@ class Task:
         """The knobs, changed by `difficulty`. Raises ValueError with everything that is wrong with it."""
         problems = [f"{self.name} has no knob {name!r}: it has {', '.join(self.knobs) or 'none'}"
                     for name in difficulty if name not in self.knobs]
-        for name in self.knobs.keys() & difficulty.keys():
+        for name in [name for name in self.knobs if name in difficulty]:
             value, (low, high) = difficulty[name], self.limits.get(name, (1, 100_000))
             if name == "labels" and value not in ("symbols", "words"):
                 problems.append(f"{self.name}: labels = {value!r} must be symbols or words")
@@ -347,7 +347,8 @@ def head_slicing(rng, ask, length):
 #    twice, noise, the question; at most 3 keys. The two tasks on stories are those of bAbI 1 and 2 (arXiv 1502.05698) with "3 shots";
 #    the simulator is ours, with sentences a little shorter, so that three stories and a fourth fit a small model.
 
-NOISE = ("The rain fell on the hill. ", "A boat lay in the bay. ", "They went up and down. ", "The road was long. ", "No bird sang. ", "It was late. ")
+NOISE = ("The rain fell on the hill. ", "A boat lay in the bay. ", "They went up and down. ", "The road was long. ",
+         "No bird sang. ", "It was late. ")
 HOLDERS = ("Amber", "Basil", "Coral", "Dylan", "Elias", "Flora", "Giles", "Hazel")
 
 
@@ -472,7 +473,8 @@ TASKS = {task.name: task for task in [
          published(92, 70, 79)),
     Task("head-slicing", "patterns", "en", "5", 100, "exact", 0, head_slicing, {"length": 8}, {"length": (3, 100_000)},
          published(57, 51, 63)),
-    Task("key-retrieval", "interference", "en", "0", 300, "number", 1 / 50_000, key_retrieval, {"keys": 3, "length": 300}, {"keys": (1, len(HOLDERS)), "length": (0, 100_000)},
+    Task("key-retrieval", "interference", "en", "0", 300, "number", 1 / 50_000, key_retrieval,
+         {"keys": 3, "length": 300}, {"keys": (1, len(HOLDERS)), "length": (0, 100_000)},
          published(92.67, 77.67, 89.00)),
     Task("single-fact", "interference", "en", "3", 300, "exact", 1 / 6, stories(1), {"sentences": 5}, {"sentences": (2, 100_000)},
          published(78.33, 56.33, 59.00)),
@@ -554,7 +556,9 @@ def read_dataset(name: str, path) -> list[tuple]:
         if name == "ocnli" and label == "-":            # its annotators did not agree: left out, as its authors advise
             continue
         if not any(type(label) is type(known) and label == known for known in words):
-            found = json.dumps(label, ensure_ascii=False)[:40] if "label" in row else "missing (a test set has none: take the validation set)"
+            found = "missing (a test set has none: take the validation set)"
+            if "label" in row:
+                found = json.dumps(label, ensure_ascii=False)[:40]
             wrong.append(f"the field 'label' must be one of {', '.join(json.dumps(known) for known in words)}, but is {found}")
         if wrong:
             problems.append(f"{path}, line {number}: " + "; ".join(wrong))
@@ -613,8 +617,8 @@ def read_items(name: str, path, n: int, seed: int, **difficulty) -> list[Item]:
         return items
     knobs, rows, (instruction, _, words) = task.settings(difficulty), read_dataset(name, path), DATASETS[name]
     by_class = {k: [i for i, (_, label) in enumerate(rows) if label == k] for k in words}
-    refuse([f"{path} has {len(found)} rows with the label {json.dumps(k)}: {knobs['shots']} examples and a query need {knobs['shots'] + 1}"
-            for k, found in by_class.items() if len(found) <= knobs["shots"]])
+    refuse([f"{path} has {len(found)} rows with the label {json.dumps(k)}: {knobs['shots']} examples and a query need "
+            f"{knobs['shots'] + 1}" for k, found in by_class.items() if len(found) <= knobs["shots"]])
     for i in rng.sample(range(len(rows)), min(n, len(rows))):
         shots = [rows[j] for found in by_class.values() for j in rng.sample([j for j in found if j != i], knobs["shots"])]
         rng.shuffle(shots)
@@ -840,7 +844,8 @@ def proposition(item: Item, holds: bool) -> dict:
     if TASKS[item.task].kind == "symbolic":
         return {"text": facts["fields"]["Text"], "proposition": facts["fields"]["Claim"], "label": int(facts["class"] == "yes")}
     if item.task == "key-retrieval":
-        text, claim = " ".join(f"The key of {name} is {key}." for name, key in facts["keys"].items()), f"{facts['asked']} has the key {answer}."
+        text = " ".join(f"The key of {name} is {key}." for name, key in facts["keys"].items())
+        claim = f"{facts['asked']} has the key {answer}."
     elif "question" in facts:
         who = facts["question"].removeprefix("Where is ").removesuffix("?")
         text, claim = " ".join(facts["sentences"]), f"{who[0].upper()}{who[1:]} is in the {answer}."
@@ -901,14 +906,16 @@ def export(suite: dict[str, list[Item]], out) -> list[Path]:
         rows = [{"prompt": item.prompt, "answer": item.answer, "labels": list(item.labels),
                  "gold": item.labels.index(item.answer) if item.labels else -1} for item in items]
         file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        lines = [f"task: {file.stem}", "dataset_path: json", "dataset_kwargs:", "  data_files:", f"    test: {json.dumps(str(file.absolute()))}",
+        lines = [f"task: {file.stem}", "dataset_path: json", "dataset_kwargs:", "  data_files:",
+                 f"    test: {json.dumps(str(file.absolute()))}",
                  "test_split: test", 'doc_to_text: "{{prompt}}"', 'target_delimiter: " "', "num_fewshot: 0"]
         if metric == "likelihood":
             lines += ["output_type: multiple_choice", "doc_to_choice: labels", "doc_to_target: gold", "metric_list:", "  - metric: acc",
                       "    aggregation: mean", "    higher_is_better: true"]
         else:
             found = "\\\\d+" if metric == "number" else "^[^\\\\S\\\\n]*([^\\\\n]*)"
-            lines += ["output_type: generate_until", 'doc_to_target: "{{answer}}"', "generation_kwargs:", '  until: ["\\n"]', "  do_sample: false",
+            lines += ["output_type: generate_until", 'doc_to_target: "{{answer}}"', "generation_kwargs:", '  until: ["\\n"]',
+                      "  do_sample: false",
                       f"  max_gen_toks: {budget(items)}", "filter_list:", "  - name: first", "    filter:", "      - function: regex",
                       f'        regex_pattern: "{found}"', "      - function: take_first", "metric_list:", "  - metric: exact_match",
                       "    aggregation: mean", "    higher_is_better: true"]
