@@ -156,6 +156,8 @@ def _flm(n_layers, d_model, n_heads, vocab_size=100352, max_seq_len=2048, head_d
 PRESETS = {
     # For a laptop: bytes (256 and the end-of-text token, padded to a multiple of 32).
     "demo": _flm(6, 256, 4, vocab_size=288, max_seq_len=256, head_dim=64),
+    # For the IQ evaluation's tasks (iqeval.py): small and narrow, but with a context for few-shot prompts in bytes.
+    "iq-demo": _flm(4, 128, 4, vocab_size=288, max_seq_len=768, head_dim=32),
     # The paper: width 256, 2 heads, under 100M parameters, everything else as in the 16B model (section 3).
     "flm-proxy": _flm(48, 256, 2),
     # The paper prints no shape for its 16B and 51B models. These are OURS: the sizes fit, heads of 128 as in the

@@ -64,7 +64,7 @@ def option(default, help: str, **extra):
 class Settings:
     """Every option of a run, as plain JSON values. None means: the preset's recipe decides (see RECIPES)."""
     # what to train
-    preset: str = option("demo", "the model: demo, flm-proxy, flm-16b, flm-51b or flm-101b")
+    preset: str = option("demo", "the model: demo, iq-demo, flm-proxy, flm-16b, flm-51b or flm-101b")
     model: tuple[str, ...] = option((), "change fields of the model, as in --model d_model=384 n_heads=6",
                                     metavar="FIELD=VALUE")
     mup: str = option("on", "the maximal update parametrization; off: the standard one", choices=("on", "off"))
@@ -128,6 +128,7 @@ DEMO_STAGES = [                                  # the paper's recipe in miniatu
 # "flm-...": the paper's Table 1 (steps inferred: tokens / batch). The others: ours, found by trying.
 RECIPES = {
     "demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800, "stages": DEMO_STAGES},
+    "iq-demo": {"steps": 3200, "batch_size": 8, "lr": 3e-3, "warmup": 1600},
     **{stage["preset"]: {"steps": round(stage["tokens"] / stage["batch_size"] / 2048),
                          **{k: stage[k] for k in ("batch_size", "lr", "warmup")}} for stage in grow.PAPER_STAGES},
 }
@@ -678,7 +679,7 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
 
     A run is a function of its settings: batches of (seed, samples seen), new weights of (seed, name, growths), masks of
     the samples seen. So N steps straight are k steps, a stop and N-k more, bit for bit on a CPU with as many threads, and on
-    CUDA with --deterministic. Another layout computes the same up to rounding."""
+    CUDA with --deterministic. Another layout computes the same up to rounding, in bf16 up to bf16's."""
     same_arguments(world, settings, resume)
     s, stages = (settings, world.together(resumed_stages, settings)) if resume else world.together(resolve, settings)
     processes = len(world.gather(None))

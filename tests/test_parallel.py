@@ -245,7 +245,7 @@ def workshop(tmp_path_factory):
     (folder / "text").mkdir()
     for i in range(20):
         (folder / "text" / f"{i}.txt").write_text(f"document {i}: " + "the cat sat on the mat. " * 20)
-    (folder / "teacher.jsonl").write_text("".join(json.dumps({"text": "t", "proposition": f"{i}", "label": i % 2}) + "\n" for i in range(400)))
+    (folder / "teacher.jsonl").write_text("".join(json.dumps({"text": f"t{i}", "proposition": f"{i}", "label": i % 2}) + "\n" for i in range(400)))
     data.prepare({"text": sorted((folder / "text").iterdir())}, folder / "tokens", data.get_tokenizer("bytes"), teacher=[folder / "teacher.jsonl"])
     (folder / "accident.py").write_text(ACCIDENT)
     return folder
