@@ -1,4 +1,5 @@
 """Many processes compute what one does. The processes are spawned here, on gloo and the CPU; tests/distributed.py is what they run."""
+import dataclasses
 import json
 import os
 import pickle
@@ -354,6 +355,23 @@ def test_two_runs_do_not_share_a_folder(workshop, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"run is being written by another run .process {os.getpid()} on "):
             train.train(train.resumed("run", {}), resume=True)
     assert train.train(train.resumed("run", {}), resume=True)["step"] == 2
+
+
+def test_activation_checkpointing_in_one_process(workshop, tmp_path, monkeypatch):
+    """--activation-checkpointing counts without torchrun too, before a growth in the run and after it: every block is computed again in every
+    step, and the weights are bit for bit those of a run without it."""
+    monkeypatch.chdir(tmp_path)
+    stages = [{"config": {"n_layers": 2, "d_model": 16}}, {"config": {"n_layers": 3}, "start": 4, "ramp": 4}]
+    Path("stages.json").write_text(json.dumps(stages))
+    s = train.Settings(model=tuple(SIZE[1:]), data=str(workshop / "tokens"), steps=2, batch_size=4, eval_rows=2, eval_every=9, device="cpu", dtype="float64",
+                       stages="stages.json", out="plain")
+    train.train(s)
+    calls, real = [], parallel.checkpoint
+    monkeypatch.setattr(parallel, "checkpoint", lambda *args, **options: calls.append(torch.is_grad_enabled()) or real(*args, **options))
+    train.train(dataclasses.replace(s, activation_checkpointing=True, out="again"))
+    assert sum(calls) == 2 + 3                   # the two blocks of step 1, the three of step 2; evaluations keep no gradient
+    for (name, p), q in zip(last_weights("again").items(), last_weights("plain").values(), strict=True):
+        assert torch.equal(p, q), name
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(1, 64), st.integers(1, 8), st.sampled_from(sorted(parallel.SCHEDULES)), st.booleans())
