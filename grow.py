@@ -40,13 +40,7 @@ import dataclasses
 import json
 import math
 import os
-import shutil
-import signal
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -54,8 +48,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from tqdm import tqdm
 
 import muP
-from flm import (FLM, FLMConfig, PRESETS, find_checkpoint, forward_flops, growth_mask, parse_fields, preset, read_info, read_tensors,
-                 write_checkpoint)
+import console
+from checkpoint import find_checkpoint, read_info, read_tensors, write_checkpoint
+from flm import FLM, FLMConfig, PRESETS, growth_mask, parse_fields, preset
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,20 +285,6 @@ def grow(model: FLM, new_config: FLMConfig, optimizer: torch.optim.AdamW | None 
     return grown, larger, record
 
 
-def set_mask(model: FLM, c: float):
-    """Set the mask of a growing model to c in [0, 1]. The masks themselves tell what is new, by entries below 1, so the
-    model needs no memory of its growth; at c = 1 they are removed, and it is an ordinary model, for good. (Training calls
-    model.set_masks(record, c), which also puts masks on a model that has just been loaded.)
-    Raises ValueError for another c, or where nothing grows."""
-    growing = masked(model)
-    if not growing:
-        raise ValueError("this model is not growing: it has no mask to set (model.set_masks(record, c) puts a growth's masks on)")
-    if not 0 <= c <= 1:
-        raise ValueError(f"a growth mask of {c}: must lie in [0, 1]")
-    for module in growing:
-        module.mask = None if c == 1 else module.mask.masked_fill(module.mask < 1, c)
-
-
 def g_stack(model: FLM, times: int, optimizer: torch.optim.AdamW | None = None, *, start: int = 0, growths: int = 1):
     """G_stack ("Stacking Your Transformers", arXiv 2405.15319): the whole stack `times` times over and no mask. It does NOT
     preserve the function; the comparison that every reader asks for. Returns what `grow` returns, with c = 1."""
@@ -334,7 +315,7 @@ def file_backed(size: tuple[int, ...], dtype: torch.dtype, folder: Path) -> torc
         return torch.from_file(file.name, shared=True, size=n, dtype=dtype).view(size)
 
 
-def apply(checkpoint, new_config: FLMConfig, out, *, seed: int = 0, layers="stack", ramp: int | None = None, moments: str = "zeros",
+def grow_checkpoint(checkpoint, new_config: FLMConfig, out, *, seed: int = 0, layers="stack", ramp: int | None = None, moments: str = "zeros",
           finish_ramp: bool = False, draw=muP.initial_value) -> dict:
     """Grow a CHECKPOINT (see flm.find_checkpoint) into the folder `out`; returns the new checkpoint's info. The same tensors,
     bit for bit, as `grow` makes. Options as there; ramp, in samples, is by default a tenth of the samples seen (ours).
@@ -387,282 +368,9 @@ def apply(checkpoint, new_config: FLMConfig, out, *, seed: int = 0, layers="stac
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. The plan
 
-# The paper's three stages. lr (at the stage's start), warmup (samples), days, tokens: its Table 1. batch_size (rows of 2048
-# tokens), tp, pp, dp, tflops (per GPU, while training): its Table 2. (Table 1's "4.31M tokens" for the last batch is not 2160 rows,
-# which are 4.42M.) The shapes behind the presets flm-16b and flm-51b are OURS, as are layers and ramp: the paper prints none.
-PAPER_STAGES = [
-    {"name": "16B", "preset": "flm-16b", "lr": 4e-4, "warmup": 4_608_000, "batch_size": 2304, "tokens": 245.37e9, "days": 9.63,
-     "tp": 2, "pp": 1, "dp": 96, "tflops": 162},
-    {"name": "51B", "preset": "flm-51b", "lr": 3.4e-4, "warmup": 230_400, "batch_size": 2304, "tokens": 39.64e9, "days": 5.37,
-     "tp": 4, "pp": 2, "dp": 24, "tflops": 160, "layers": "stack", "ramp": 230_400},
-    {"name": "101B", "preset": "flm-101b", "lr": 2e-4, "warmup": 230_400, "batch_size": 2160, "tokens": 26.54e9, "days": 6.54,
-     "tp": 4, "pp": 4, "dp": 12, "tflops": 165, "layers": "stack", "ramp": 230_400},
-]
-PAPER_BUDGET = 100_000                           # dollars: the paper's title
-PAPER_SCRATCH_DAYS = 76.74                       # its own estimate of 101B throughout (section 2.3)
-STAGE_FIELDS = {"name", "preset", "config", "start", "ramp", "layers", "moments", "lr", "warmup", "batch_size", "steps", "tokens", "days", "tp", "pp", "dp",
-                "gpus", "tflops"}
-STAGE_NUMBERS = {"lr", "tokens", "days", "tflops"}                                       # above 0; the other numbers are whole
-
-
-def read_stages(stages: list[dict]) -> list[dict]:
-    """Check a schedule; returns it with each stage's "config" as an FLMConfig, and with "start", "ramp" and "layers" filled in.
-
-    A stage: {"preset": name, and/or "config": {fields}} is its model (fields not named are the preset's, or the stage's before),
-    "tokens" or the next stage's "start" (in samples) its length; STAGE_FIELDS are all the keys. Training reads lr, warmup,
-    batch_size, layers, moments and ramp, the plan days, gpus (or tp, pp, dp) and tflops.
-    Raises ValueError naming all that is wrong with the first bad stage (the later ones build on it): unknown keys, impossible
-    values, a shrinking target, a start that goes backwards, or that lies in the ramp of the stage before."""
-    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
-        raise ValueError('a schedule is a list of stages, such as [{"preset": "flm-16b", "tokens": 245.37e9}, ...]')
-    result = []
-    for i, given in enumerate(stages):
-        before = result[-1] if result else None
-        stage = {"name": given.get("preset", f"stage {i + 1}"), "layers": "stack", "moments": "zeros", "ramp": 0, **given}
-        problems = [f"unknown key {key!r}; there are {', '.join(sorted(STAGE_FIELDS))}" for key in given if key not in STAGE_FIELDS]
-        for key in STAGE_FIELDS & {*stage} - {"name", "preset", "config", "layers", "moments"}:
-            value, kind = stage[key], (int, float) if key in STAGE_NUMBERS else int
-            if not isinstance(value, kind) or isinstance(value, bool) or not (0 < value < math.inf or value == 0 and key in ("start", "ramp", "warmup")):
-                problems.append(f"{key} = {value!r}: must be a {'number' if key in STAGE_NUMBERS else 'whole number'} above 0")
-        try:
-            base = preset(stage["preset"]).to_dict() if "preset" in stage else before["config"].to_dict() if before else {}
-            stage["config"] = FLMConfig.from_dict(base | dict(stage.get("config", {})))
-            if before:
-                prepare(before["config"], stage["config"], stage["layers"], stage["moments"], 0, 0, 1)
-        except (ValueError, TypeError) as error:
-            problems.append(str(error))
-        if not problems and not before and stage.setdefault("start", 0):
-            problems.append(f"starts at sample {stage['start']:,}; the first stage starts at 0")
-        if not problems and before:
-            if "start" not in stage and "tokens" in before:
-                stage["start"] = before["start"] + round(before["tokens"] / before["config"].max_seq_len)
-            if "start" not in stage:
-                problems.append("needs a start in samples, or the stage before it its tokens")
-            elif stage["start"] <= before["start"]:
-                problems.append(f"starts at sample {stage['start']:,}, which is not after stage {i}'s start, {before['start']:,}")
-            elif stage["start"] < before["start"] + before["ramp"]:
-                problems.append(f"starts at sample {stage['start']:,}, before stage {i}'s ramp is over, at {before['start'] + before['ramp']:,}")
-            else:
-                before.setdefault("tokens", (stage["start"] - before["start"]) * before["config"].max_seq_len)
-        if problems:
-            raise ValueError(f"this schedule does not work: stage {i + 1} ({stage['name']})\n  " + "\n  ".join(problems))
-        result.append(stage)
-    return result
-
-
-def narayanan_flops(L: int, C: int, V: int, T: int, tokens: float, factor: float = 72) -> float:
-    """Floating point operations of training on `tokens`, by the formula that the paper uses (section 4; Narayanan et al.
-    2104.04473, equation 3): 72 without recomputation, 96 with all of it, 84 with an error of 12 where that is not known.
-
-    The bracket was made for 96, where it counts the head, never recomputed, at 96/16 VC = 6 VC a token, as many as are multiplied; with
-    72 it counts 4.5 VC, so 3 * flm.forward_flops, which counts what is multiplied, is larger than the 72-form by 1.5 VC a token."""
-    return factor * tokens * L * C * C * (1 + T / (6 * C) + V / (16 * L * C))
-
-
-def plan(stages: list[dict] | None = None, price: float | None = None) -> dict:
-    """What a schedule costs, by stage and in total, and the same tokens at the final size throughout. Plain JSON.
-
-    stages: see read_stages; none: the paper's. Each needs tokens, gpus (or tp, pp, dp), and days or tflops. price: dollars per
-    GPU-hour, by default what makes the paper's budget. "scratch" takes the last stage's rate; "flop" counts what is
-    multiplied, without recomputation; "tflops" is that over the stage's days, so it counts every pause too."""
-    ours, paper = stages is None, sum(24 * s["days"] * s["tp"] * s["pp"] * s["dp"] for s in PAPER_STAGES)
-    price = PAPER_BUDGET / paper if price is None else price
-    if not 0 < price < math.inf:
-        raise ValueError(f"a price of {price} dollars per GPU-hour: must be above 0")
-    rows, problems = [], []
-    for stage in read_stages(PAPER_STAGES if ours else stages):
-        config, gpus = stage["config"], stage.get("gpus", stage.get("tp", 0) * stage.get("pp", 0) * stage.get("dp", 0))
-        if "tokens" not in stage or not gpus or not ("days" in stage or "tflops" in stage):
-            problems.append(f"{stage['name']}: needs tokens, gpus (or tp, pp and dp), and days or tflops (per GPU)")
-            continue
-        flop = 3 * forward_flops(config, config.max_seq_len) * stage["tokens"]
-        days = stage["days"] if "days" in stage else flop / (gpus * stage["tflops"] * 1e12 * 86400)
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in FLM(config).parameters())
-        rows.append({"name": stage["name"], "n_layers": config.n_layers, "d_model": config.d_model, "n_heads": config.n_heads, "d_ff": config.d_ff,
-                     "parameters": parameters, "tokens": stage["tokens"], "days": days, "gpus": gpus, "gpu_hours": 24 * days * gpus,
-                     "dollars": 24 * days * gpus * price, "flop": flop, "tflops": flop / (days * 86400 * gpus) / 1e12,
-                     "narayanan_72": narayanan_flops(config.n_layers, config.d_model, config.vocab_size, config.max_seq_len, stage["tokens"])})
-    if problems:
-        raise ValueError("this schedule cannot be costed:\n  " + "\n  ".join(problems))
-    last, summed = rows[-1], ("tokens", "days", "gpu_hours", "dollars", "flop", "narayanan_72")
-    total = {key: sum(row[key] for row in rows) for key in summed}
-    scratch = {key: last[key] * total["tokens"] / last["tokens"] for key in summed}
-    return {"stages": rows, "total": total, "scratch": scratch, "price": price,
-            "saving": {"days": 1 - total["days"] / scratch["days"], "times": scratch["days"] / total["days"],
-                       "flop": 1 - total["flop"] / scratch["flop"], "flop_times": scratch["flop"] / total["flop"]},
-            "sources": {"tokens": "the paper, Table 1" if ours else "the schedule",
-                        "days": "the paper, Table 1" if ours else "the schedule, or ours from its tflops",
-                        "gpus": "the paper, Table 2" if ours else "the schedule",
-                        "shapes": "101B: the paper; 16B and 51B: ours" if ours else "the schedule",
-                        "parameters, flop, tflops, narayanan_72": "ours, from the shapes",
-                        "gpu_hours, scratch, saving": "ours, from days, tokens and GPUs",
-                        "dollars": "ours: the price per GPU-hour " + ("that makes the paper's $100K" if price == PAPER_BUDGET / paper else "given")},
-            **({"paper_scratch_days": PAPER_SCRATCH_DAYS, "paper_zettaflop": 52.76,
-                "paper_tflops": {stage["name"]: stage["tflops"] for stage in PAPER_STAGES}} if ours else {})}
-
-
-def show_plan(p: dict) -> str:
-    """The plan as a table; what is marked * is ours."""
-    heads = ("stage", "parameters*", "tokens", "days", "GPUs", "GPU-hours*", "dollars*", "zettaFLOP*", "TFLOP/s per GPU*")
-
-    def row(name, r, parameters="", gpus="", rate=""):
-        return (name, parameters, f"{r['tokens'] / 1e9:.2f} B", f"{r['days']:.2f}", gpus, f"{r['gpu_hours']:,.0f}", f"{r['dollars']:,.0f}",
-                f"{r['flop'] / 1e21:.2f}", rate)
-
-    table = [heads, *(row(r["name"], r, f"{r['parameters'] / 1e9:.2f} B", str(r["gpus"]), f"{r['tflops']:.0f}") for r in p["stages"]),
-             row("grown", p["total"]), row(f"{p['stages'][-1]['name']} throughout*", p["scratch"])]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(line[1:], widths[1:]))]).rstrip() for line in table]
-    s = p["saving"]
-    lines += ["", f"growth saves {s['days']:.0%} of the days ({s['times']:.2f} times fewer) and {s['flop']:.0%} of the FLOPs ({s['flop_times']:.2f} times fewer)*, "
-              f"at ${p['price']:.4f} per GPU-hour", "", "where the numbers come from:"]
-    lines += [f"  {what}: {where}" for what, where in p["sources"].items()]
-    if "paper_scratch_days" in p:
-        lines += [f"beside the paper's own: {p['paper_scratch_days']} days for 101B throughout (ours: {p['scratch']['days']:.2f}, from the last stage's tokens per day); "
-                  f"{p['paper_zettaflop']} zettaFLOP",
-                  f"in all (ours: {p['total']['narayanan_72'] / 1e21:.2f} by its formula's 72-form, {p['total']['flop'] / 1e21:.2f} with the head in full); "
-                  + ", ".join(f"{v} ({k})" for k, v in p["paper_tflops"].items()) + " TFLOP/s per GPU while",
-                  "training, where ours divides by all the days of a stage."]
-    return "\n".join(lines)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. Is it worth it? The same size from scratch and by growth: runs of train.py, each with a full cosine of its own.
-
-BENCH = ["--model", "n_layers=8", "d_model=32", "n_heads=1", "head_dim=32", "d_ff=128", "max_seq_len=128", "mup_base_width=32", "init_std=0.05",
-         "--lr", "0.016", "--batch-size", "8", "--warmup", "400", "--eval-rows", "512", "--threads", "1", "--dtype", "float32"]
-SCHEDULES = {                                    # start, ramp and warm-up in shares of the run, as in train.py's DEMO_STAGES
-    "small": [{"config": {"n_layers": 2}}],      # never grown: what the final size has to beat
-    "early": [{"config": {"n_layers": 2}}, {"config": {"n_layers": 8}, "start": 0.3, "ramp": 0.1, "warmup": 0.02}],
-    "once": [{"config": {"n_layers": 2}}, {"config": {"n_layers": 8}, "start": 0.5, "ramp": 0.1, "warmup": 0.02}],
-}
-
-
-def shares(stages: list[dict], samples: int) -> list[dict]:
-    """A schedule in shares of a run as one in samples, for train.py --stages. Raises ValueError for what is no share."""
-    wrong = [f"{key} = {stage[key]!r}" for stage in stages for key in ("start", "ramp", "warmup") if key in stage
-             and not (isinstance(stage[key], (int, float)) and 0 <= stage[key] < 1)]
-    if wrong:
-        raise ValueError(f"a schedule of the bench is in shares of its run, from 0 to 1, whatever its length; this one has {', '.join(wrong)}")
-    return [{k: round(v * samples) if k in ("start", "ramp", "warmup") else v for k, v in stage.items()} for stage in stages]
-
-
-def bench_plan(args) -> list[dict]:
-    """Every run of the bench: {"name", "budget", "seed", "steps", "folder", "options", "stages", "tflop"}. A schedule's run has the steps
-    whose FLOPs are those of `budget` steps from scratch. Raises ValueError for what train.py would refuse, before anything runs."""
-    import train                                 # only here: train.py itself imports this module
-
-    def resolve(options):
-        given = vars(train.make_parser().parse_args(options))
-        return train.resolve(train.Settings(**given | {"model": tuple(given["model"])}))
-
-    settings, (whole,) = resolve([*BENCH, *args.train, "--steps", str(min(args.steps + (args.at or []))), "--stages", "none"])
-    final, cost = whole["config"], lambda config: forward_flops(config, config.max_seq_len)
-    schedules, runs, out = {"scratch": None}, [], Path(args.out)
-    for word in args.stages:
-        try:
-            stages = SCHEDULES[word] if word in SCHEDULES else json.loads(Path(word).read_text())
-            schedules |= stages if isinstance(stages, dict) else {Path(word).stem: stages}
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"--stages {word}: neither one of {', '.join(SCHEDULES)} nor a readable JSON file ({error})") from error
-    out.mkdir(parents=True, exist_ok=True)
-    for name, stages in schedules.items():
-        for budget in args.steps if name == "scratch" else args.at or [min(args.steps)]:
-            steps, file = budget, "none"
-            if stages is not None:
-                stages = [{**stages[0], "config": final.to_dict() | stages[0].get("config", {})}, *stages[1:]]
-                plan = read_stages(shares(stages, 10 ** 6))
-                ends = [*(stage["start"] for stage in plan[1:]), 10 ** 6]
-                mean = sum(cost(stage["config"]) * (end - stage["start"]) for stage, end in zip(plan, ends)) / 10 ** 6
-                steps, file = max(2 * len(plan), round(budget * cost(final) / mean)), str(out / f"{name}-{budget}.json")
-                Path(file).write_text(json.dumps(shares(stages, steps * settings.batch_size), indent=1) + "\n")
-            for seed in args.seeds:
-                folder = out / f"{name}-{budget}-seed{seed}"
-                options = [*BENCH, *args.train, "--steps", str(steps), "--seed", str(seed), "--stages", file, "--out", str(folder),
-                           "--eval-every", str(steps), "--save-every", str(steps), "--keep", "1"]
-                s, planned = resolve(options)
-                if (folder / "cost.json").exists():
-                    there = train.read_run(folder)
-                    changed = [k for k, v in dataclasses.asdict(s).items() if k not in ("out", "threads", "stages") and getattr(there[0], k) != v != "auto"]
-                    if changed or there[1] != planned:
-                        raise ValueError(f"{folder} is a run of another bench ({', '.join(changed) or 'other stages'}): choose another --out")
-                runs.append({"name": name, "budget": budget, "seed": seed, "steps": steps, "folder": folder, "options": options, "stages": planned,
-                             "tflop": train.training_flops(planned, planned[-1]["end"]) / 1e12})
-    train.open_corpus(settings.data, settings.tokenizer, settings.tokenizer_file, final)     # prepared once, before any run
-    return runs
-
-
-def bench_run(run: dict) -> dict:
-    """Train where that is not done yet (a run that was interrupted begins again); returns what the run says of itself: its held-out loss, the
-    losses around each growth, its seconds. cost.json, written last, says that it is whole. Raises ValueError with train.py's last words."""
-    import resource                              # not on Windows, where all the rest works
-
-    folder, log = run["folder"], run["folder"].with_suffix(".log")
-    if not (folder / "cost.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        with open(log, "w") as output:
-            code = subprocess.call([sys.executable, str(Path(__file__).with_name("train.py")), *run["options"]], stdin=subprocess.DEVNULL,
-                                   stdout=output, stderr=subprocess.STDOUT)
-        if code:
-            last = "\n  ".join(log.read_text(errors="replace").strip().splitlines()[-4:])
-            raise ValueError(f"{folder.name}: train.py ended with code {code}, its last words (all of them are in {log}):\n  {last}")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        (folder / "cost.json").write_text(json.dumps({"cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
-                                                      "wall_seconds": round(time.perf_counter() - start, 1)}))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((folder / "cost.json").read_text()) | {
-        "loss": [line["val_loss"] for line in lines if "val_loss" in line][-1],
-        "growths": [[line["loss_before"], line["loss_after"]] for line in lines if "grown" in line]}
-
-
-def speed_up(scratch: dict[float, float], flop: float, loss: float) -> tuple[float | None, bool]:
-    """(the FLOPs that training from scratch needs for `loss`, over `flop`; whether that is extrapolated). scratch: {FLOPs: loss} of two runs
-    or more. Between two of them loss is a straight line in log FLOPs; beyond the ends the nearest line goes on. None where there is no line,
-    or one on which more training is worse."""
-    points = sorted(scratch.items())
-    if len(points) < 2 or not all(b < a for (_, a), (_, b) in zip(points, points[1:])):
-        return None, True
-    i = next((i for i, (_, b) in enumerate(points[1:-1]) if loss >= b), len(points) - 2)
-    (f, a), (g, b) = points[i:i + 2]
-    return f * (g / f) ** ((a - loss) / (a - b)) / flop, not points[-1][1] <= loss <= points[0][1]
-
-
-def bench(args) -> dict[tuple, dict]:
-    """Run all, print the table, write bench.json and the plot."""
-    def times(value):
-        return "-" if value is None else f"{value:.2f}"
-
-    def describe(stages):
-        return " -> ".join(f"{stage['config'].n_layers}x{stage['config'].d_model}" + (
-            f" at {stage['start'] / stages[-1]['end']:.0%}, ramp {stage['ramp'] / stages[-1]['end']:.0%}" if stage["start"] else "") for stage in stages)
-
-    rows: dict[tuple, dict] = {}
-    for run in tqdm(bench_plan(args), unit="run", dynamic_ncols=True):
-        row = rows.setdefault((run["name"], run["budget"]), {k: run[k] for k in ("name", "budget", "steps", "tflop")} | {"stages": describe(run["stages"])})
-        for key, value in bench_run(run).items():
-            row.setdefault(key, {})[run["seed"]] = value
-    scratch = [row for row in rows.values() if row["name"] == "scratch"]
-    for row in rows.values():
-        row |= {"mean": {key: statistics.mean(row[key].values()) for key in ("loss", "cpu_seconds", "wall_seconds")}}
-    for row in rows.values():
-        row["speed_up"], row["extrapolated"] = speed_up({r["tflop"]: r["mean"]["loss"] for r in scratch}, row["tflop"], row["mean"]["loss"])
-        row["by_seed"] = {seed: speed_up({r["tflop"]: r["loss"][seed] for r in scratch}, row["tflop"], loss)[0] for seed, loss in row["loss"].items()}
-
-    print(f"\n{'run':22}{'steps':>6}{'TFLOP':>8}{'CPU s':>7}{'wall s':>7}{'loss':>8}{'speed-up':>10}{'by seed' if len(args.seeds) > 1 else '':>14}   stages")
-    for row in sorted(rows.values(), key=lambda row: (row["name"] != "scratch", row["budget"], row["mean"]["loss"])):
-        seeds = " to ".join(times(value) for value in sorted(row["by_seed"].values(), key=lambda v: v or 0)[::len(args.seeds) - 1]) if len(args.seeds) > 1 else ""
-        print(f"{row['name'] + ' ' + str(row['budget']):22}{row['steps']:6}{row['tflop']:8.2f}{row['mean']['cpu_seconds']:7.0f}{row['mean']['wall_seconds']:7.0f}"
-              f"{row['mean']['loss']:8.4f}{times(row['speed_up']):>9}{'*' if row['extrapolated'] else ' '}{seeds:>14}   {row['stages']}")
-    print(f"loss: held out, nats per token, mean of {len(args.seeds)} seed(s). speed-up: the FLOPs that scratch training needs for that loss, over those spent,\n"
-          "by straight lines in log FLOPs between the scratch runs; * where a line is extended. Seconds: the whole process. Stages: layers x width, in shares of the run.")
-    muP.write_json(Path(args.out) / "bench.json", {"options": [*BENCH, *args.train], "torch": torch.__version__, "rows": list(rows.values())})
-    if args.plot:
-        muP.plot(args.plot, 2, [("one size, several ways", label, "held-out loss", {
-            name: zip(*sorted((row["mean"].get(key, row["tflop"]), row["mean"]["loss"]) for row in rows.values() if row["name"] == name))
-            for name in dict.fromkeys(row["name"] for row in rows.values())}) for label, key in (("TFLOP", "tflop"), ("CPU seconds", "cpu_seconds"))])
-    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -715,47 +423,7 @@ def main(argv=None) -> int:
     p.add_argument("--moments", default="zeros", choices=("zeros", "mean"), help="new entries of AdamW's exp_avg_sq: zeros, or the old ones' mean "
                    "(default %(default)s)")
     p.add_argument("--finish-ramp", action="store_true", help="grow a checkpoint in mid-ramp: sets its mask to 1 first, which changes what it computes")
-    p = commands.add_parser("plan", help="what a schedule of growth costs and saves",
-                            description="Tokens, FLOPs, days, GPU-hours and dollars of each stage, and the saving against training the final size throughout. "
-                            "With no arguments: the paper's schedule.", epilog="example: python grow.py plan --schedule stages.json --price 2.5")
-    p.add_argument("--schedule", metavar="FILE.json", help='a list of stages: [{"preset": "flm-16b", "tokens": 245.37e9, "gpus": 192, "days": 9.63}, ...]; '
-                   '"tflops" (per GPU) in place of "days"; "config": {"n_layers": 12} in place of, or on top of, "preset"')
-    p.add_argument("--price", type=float, metavar="DOLLARS", help="per GPU-hour (default: what makes the paper's $100K of its 99 thousand hours)")
-    p.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    p = commands.add_parser("bench", help="how much sooner does a grown model get to the same loss?", formatter_class=argparse.RawDescriptionHelpFormatter,
-                            description="Train one size from scratch with several budgets, and by growth, each a run of train.py with its own full cosine, one\n"
-                            "after the other. Stop it at any time: the same command goes on, and does not run finished runs again.\n"
-                            "What follows -- goes to train.py, for every run; without it: " + " ".join(BENCH),
-                            epilog="examples:\n  python grow.py bench --seeds 0 1 2 --plot runs/bench.png\n  python grow.py bench --stages mine.json --at 2000 4000 -- --data corpora/mine")
-    p.add_argument("--out", default="runs/bench", metavar="DIR", help="a folder for the runs and bench.json (default %(default)s)")
-    p.add_argument("--steps", type=int, nargs="+", default=[2000, 4000], help="budgets from scratch (default 2000 4000)")
-    p.add_argument("--at", type=int, nargs="+", metavar="STEPS", help="budgets of the schedules, in steps from scratch that cost as much (default: the smallest)")
-    p.add_argument("--stages", nargs="+", default=list(SCHEDULES), metavar="SCHEDULE", help="one of " + ", ".join(SCHEDULES) + ", or a JSON file: stages as train.py's, "
-                   "but start, ramp and warmup in shares of the run; or several, {name: stages} (default: those named)")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0], help="of weights and data; their mean is shown (default 0)")
-    p.add_argument("--plot", metavar="FILE", help="draw it, as .png, .pdf or .svg (needs matplotlib)")
-    argv = sys.argv[1:] if argv is None else list(argv)
-    end = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:end])
-    args.train = argv[end + 1:]
-    if args.train and args.command != "bench":
-        raise ValueError(f"-- {' '.join(args.train)}: only bench hands options on to train.py")
-    if args.command == "bench":
-        if args.plot:
-            muP.pyplot()                         # a missing matplotlib shows now, not after an hour
-        bench(args)
-        return 0
-    if args.command == "plan":
-        stages = None
-        if args.schedule:
-            try:
-                stages = json.loads(Path(args.schedule).read_text())
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{args.schedule} is not JSON: {error}") from error
-        result = plan(stages, args.price)
-        print(json.dumps(result, indent=1) if args.json else show_plan(result))
-        return 0
-
+    args = parser.parse_args(argv)
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc keeps freed blocks under 32 MB for later, and PyTorch's aligned ones fit no second time: a heap that grows with
         # every tensor. -3 is M_MMAP_THRESHOLD: blocks from 64 KB go back to the system. Slower for training, so only here.
@@ -763,7 +431,7 @@ def main(argv=None) -> int:
     path = find_checkpoint(args.checkpoint)
     before = read_info(path) if path.is_dir() else {"config": None}
     new = target_config(args.to, FLMConfig.from_dict(before["config"])) if path.is_dir() else None
-    info = apply(path, new, args.out, seed=args.seed, layers=parse_layers(args.layers), ramp=args.ramp, moments=args.moments, finish_ramp=args.finish_ramp)
+    info = grow_checkpoint(path, new, args.out, seed=args.seed, layers=parse_layers(args.layers), ramp=args.ramp, moments=args.moments, finish_ramp=args.finish_ramp)
     record = info["growth"]
     if growth_mask(before["growth"], before["samples"]) < 1:
         print(f"{path} was in mid-ramp; its mask is now 1, so the grown model computes something else: python train.py --eval-only has the loss of either")
@@ -773,14 +441,5 @@ def main(argv=None) -> int:
           + ("it computes what the old one did" if record["ramp"] else "a ramp of 0, so there is no mask, and the function jumps"))
     return 0
 
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)    # as Ctrl-C: the bench's run in hand ends with it
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        print(f"grow.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ngrow.py: stopped; nothing half done is left that counts, and the same command of bench goes on", file=sys.stderr)
-        sys.exit(130)
+    console.run(main)

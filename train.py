@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import dataclasses
 import gc
-import inspect
 import json
 import math
 import os
@@ -49,8 +48,11 @@ import data
 import grow
 import muP
 import parallel
-from flm import (FLM, FLMConfig, IGNORE, find_checkpoint, forward_flops, growth_mask, load_model, parse_fields,
-                 pick_device, preset, read_info, read_tensors, sample, why, write_checkpoint)
+from checkpoint import (export_weights, find_checkpoint, load_model, pick_device, read_info, read_tensors,
+                        write_checkpoint)
+from flm import FLM, FLMConfig, IGNORE, forward_flops, growth_mask, parse_fields, preset
+from sample import continue_texts
+from schedule import RECIPES, learning_rate, plan_stages, training_flops
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,26 +114,13 @@ class Settings:
     schedule: str = option("1F1B", "the pipeline's order of work", choices=tuple(parallel.SCHEDULES))
     sequence_parallel: bool = option(False, "cut the sequence, too, among the --tp processes")
     shard_optimizer: bool = option(False, "cut weights, gradients and moments among the --dp processes (always so with --tp or --pp)")
-    trace: bool = option(False, "narrate every send, receive and collective, for the classroom")
 
 
 # What may change when a run is resumed; everything else is fixed by the run.
 LAYOUT = {"dp", "tp", "pp", "schedule", "sequence_parallel", "shard_optimizer", "activation_checkpointing"}
 CHANGEABLE = {"steps", "lr", "min_lr", "clip", "data", "tokenizer_file", "eval_every", "eval_rows", "eval_batch", "save_every",
-              "keep", "device", "threads", "compile", "deterministic", "micro_batch", "trace"} | LAYOUT
+              "keep", "device", "threads", "compile", "deterministic", "micro_batch"} | LAYOUT
 
-DEMO_STAGES = [                                  # the paper's recipe in miniature; starts in shares of the run
-    {"config": {"n_layers": 2}},
-    {"config": {"n_layers": 4}, "start": 0.55, "ramp": 0.08, "layers": "stack", "warmup": 0.02},
-    {"config": {"n_layers": 6}, "start": 0.78, "ramp": 0.08, "layers": "stack", "warmup": 0.02},
-]
-# "flm-...": the paper's Table 1 (steps inferred: tokens / batch). The others: ours, found by trying.
-RECIPES = {
-    "demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800, "stages": DEMO_STAGES},
-    "iq-demo": {"steps": 4000, "batch_size": 8, "lr": 2e-3, "warmup": 1000},
-    **{stage["preset"]: {"steps": round(stage["tokens"] / stage["batch_size"] / 2048),
-                         **{k: stage[k] for k in ("batch_size", "lr", "warmup")}} for stage in grow.PAPER_STAGES},
-}
 RECIPES["flm-proxy"] = RECIPES["flm-16b"]        # what the paper's search on the proxy was for
 
 
@@ -139,7 +128,6 @@ ARITHMETIC = {"device", "threads", "dtype"}
 USABLE = {                                       # the options that the other modes of train.py read
     "eval_only": ARITHMETIC | {"data", "tokenizer", "tokenizer_file", "eval_rows", "eval_batch"} | LAYOUT,
     "benchmark": ARITHMETIC | {"preset", "model", "mup", "seed", "batch_size", "micro_batch", "compile"} | LAYOUT,
-    "dry_run": {"preset", "model", "mup", "stages", "batch_size", "micro_batch", "dtype"} | LAYOUT,
     "export": set(),
 }
 
@@ -163,8 +151,6 @@ def violations(s: Settings) -> list[str]:
     limits(("lr", "clip"), sys.float_info.min, sys.float_info.max, "a number above 0")
     limits(("weight_decay", "warmup"), 0, sys.float_info.max, "0 or above")
     limits(("min_lr", "teacher_fraction"), 0, 1, "between 0 and 1")
-    if s.trace and s.compile:
-        problems.append("--trace: what a compiled block says cannot be told: leave --compile out")
     return problems
 
 
@@ -221,75 +207,6 @@ def plan_layout(s: Settings, stages: list[dict], processes: int) -> parallel.Lay
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Stages. Everything is counted in samples: rows of T tokens, whatever the batch size.
-
-def plan_stages(s: Settings, config: FLMConfig, seen: int = 0) -> list[dict]:
-    """The run's stages from small to large; one where nothing grows. grow.read_stages has the fields; what it leaves open is
-    filled in: "lr" (at the stage's start; None: the cosine just goes on), "warmup", "batch_size", and "end". A stage begins
-    with the first whole step at or after its "start". seen: samples that a checkpoint brings along, from which all counts.
-    Raises ValueError with all violations."""
-    total = s.steps * s.batch_size
-    if s.stages == "paper":
-        given = grow.PAPER_STAGES
-    elif s.stages not in (None, "none"):
-        try:
-            given = json.loads(Path(s.stages).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{s.stages} is not JSON: {error}") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--stages {s.stages}: cannot be read ({error}); give a JSON file of stages, paper or none") from error
-    elif s.stages is None and "stages" in RECIPES[s.preset] and not s.model and not s.init_from:
-        given = [{k: round(v * total) if k in ("start", "ramp", "warmup") else v for k, v in stage.items()}
-                 for stage in RECIPES[s.preset]["stages"]]
-    else:
-        given = [{}]
-    if isinstance(given, list) and given and isinstance(given[0], dict) and "preset" not in given[0] \
-            and isinstance(given[0].get("config", {}), dict):
-        given = [{**given[0], "config": config.to_dict() | given[0].get("config", {})}, *given[1:]]
-    stages = grow.read_stages(given)
-    for i, stage in enumerate(stages):
-        stage.setdefault("lr", None if i else s.lr)
-        stage.setdefault("warmup", 0 if i else s.warmup)
-        stage.setdefault("batch_size", s.batch_size)
-        if i:
-            before = stages[i - 1]
-            steps = -(-(stage["start"] - before["start"]) // before["batch_size"])
-            before["end"] = stage["start"] = before["start"] + steps * before["batch_size"]
-    last = stages[-1]
-    last["end"] = last["start"] + round(last["tokens"] / last["config"].max_seq_len) if s.stages == "paper" else total
-    if last["end"] <= last["start"]:
-        raise ValueError(f"the last stage starts at sample {last['start']:,}, but {s.steps} steps of {s.batch_size} end at "
-                         f"sample {total:,}: ask for more --steps")
-    return [{**stage, "start": stage["start"] + seen, "end": stage["end"] + seen} for stage in stages]
-
-
-def learning_rate(s: Settings, stages: list[dict], samples: int) -> float:
-    """At the end of the step that brings the run to `samples`: a straight warm-up, then half a cosine that ends with the last
-    sample at min_lr of the peak.
-
-    The paper's stages "approximately inherit the previous learning rate and adhere to the same schedule" (section 2.4): a
-    stage without an "lr" leaves the cosine alone, one with a lower "lr" makes it slower or faster, so that it comes by there at
-    the stage's start, and one with the same or a higher "lr" sets it back to there. Each stage may warm up again."""
-    named = [stage for stage in stages if stage["lr"] is not None]
-    peak, floor = max(stage["lr"] for stage in named), s.min_lr
-
-    def phase(lr):                               # where on the cosine, from 0 to 1, that learning rate is
-        share = (lr / peak - floor) / (1 - floor) if floor < 1 else 1.0
-        return math.acos(max(-1.0, min(1.0, 2 * share - 1))) / math.pi
-
-    i = max(i for i, stage in enumerate(named) if i == 0 or stage["start"] < samples)
-    begin, a, end, b = named[i]["start"] + (0 if i else named[0]["warmup"]), phase(named[i]["lr"]), stages[-1]["end"], 1.0
-    if i + 1 < len(named) and phase(named[i + 1]["lr"]) > a:
-        end, b = named[i + 1]["start"], phase(named[i + 1]["lr"])
-    done = min(1.0, max(0.0, (samples - begin) / max(1, end - begin)))
-    lr = peak * (floor + (1 - floor) * (1 + math.cos(math.pi * (a + (b - a) * done))) / 2)
-    stage = [stage for stage in stages if stage["start"] < samples][-1]
-    return lr * min(1.0, (samples - stage["start"]) / max(1, stage["warmup"]))
-
-
-def training_flops(stages: list[dict], samples: int) -> int:
-    """Floating point operations of the model on the way to `samples`: three forward passes' worth."""
-    return sum(3 * forward_flops(st["config"], st["config"].max_seq_len) * st["config"].max_seq_len
-               * (min(samples, st["end"]) - st["start"]) for st in stages if st["start"] < samples)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -730,10 +647,6 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
         log.write(json.dumps({"step": step, "samples": samples, **values}) + "\n")
         log.flush()
 
-    def tell(line):                              # every rank narrates, on the screen that else is rank 0's alone
-        sys.__stdout__.write(line + "\n")
-        sys.__stdout__.flush()
-
     def held_out(worker):
         return evaluate(worker, corpus, s.eval_rows, s.eval_batch or parallel.micro_rows(layout, s.batch_size, s.micro_batch))
 
@@ -767,7 +680,7 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
         drop()
         if world.rank == 0:
             shutil.rmtree(out, ignore_errors=True)
-        world.together(lambda: world.rank == 0 and grow.apply(path, stage["config"], out, seed=s.seed, layers=stage["layers"],
+        world.together(lambda: world.rank == 0 and grow.grow_checkpoint(path, stage["config"], out, seed=s.seed, layers=stage["layers"],
                                                               ramp=stage["ramp"], moments=stage["moments"]))
         growth = world.together(read_info, out)["growth"]
         worker, optimizer = equip(stage["config"], out, exact)
@@ -800,7 +713,7 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
         log = stack.enter_context(open(folder / "metrics.jsonl" if world.rank == 0 else os.devnull, "a"))
         asked = stack.enter_context(stop_on_signal())
         bar = stack.enter_context(tqdm(total=todo, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5,
-                                       disable=world.rank > 0 or s.trace))
+                                       disable=world.rank > 0))
         try:
             while step < todo and step != stop_at and not any(world.sum(len(asked))):
                 if k + 1 < len(stages) and samples >= stages[k + 1]["start"]:
@@ -817,8 +730,7 @@ def train(settings: Settings, *, resume: bool = False, stop_at: int | None = Non
                 tokens, targets = corpus.batch(s.seed, samples, B, rank=world.at("dp"), ranks=layout.dp, teacher_fraction=s.teacher_fraction)
                 once = world.at("tp") == world.at("pp") == 0
                 count, = world.sum(once * int((targets != IGNORE).sum()))
-                with parallel.trace(worker, step + 1, tell) if s.trace else contextlib.nullcontext():
-                    nats = worker.gradients(tokens, targets, parallel.micro_rows(layout, B, s.micro_batch), max(1, count))
+                nats = worker.gradients(tokens, targets, parallel.micro_rows(layout, B, s.micro_batch), max(1, count))
                 try:
                     lr = learning_rate(s, stages, samples + B)
                     loss, norm = update(worker, optimizer, s.clip, lr, nats, max(1, count))
@@ -937,33 +849,6 @@ def benchmark(settings: Settings, world=parallel.World(), rounds: int = 5) -> di
             "machine": machine.why, "torch": torch.__version__}
 
 
-# What --dry-run assumes of a cluster, as parallel.rehearse has it: GiB of a GPU, FLOP/s, the share of them that is reached, bytes/s.
-CLUSTER = {name: field.default for name, field in inspect.signature(parallel.rehearse).parameters.items()
-           if field.kind is field.KEYWORD_ONLY and isinstance(field.default, (int, float))}
-
-
-def dry_run(settings: Settings, words: list[str]) -> dict:
-    """Rehearse a step of the last stage on a cluster that is not there; prints the report."""
-    cluster, problems = {}, []
-    for word in words:
-        name, _, value = word.partition("=")
-        try:
-            cluster[name] = float(value)
-            if name not in CLUSTER or not 0 < cluster[name] < math.inf:
-                raise ValueError
-        except ValueError:
-            problems.append(f"--dry-run {word}: give FIELD=NUMBER with a number above 0; fields are {', '.join(CLUSTER)}")
-    if problems:
-        raise ValueError("\n".join(problems))
-    s, stages = resolve(settings)
-    layout = plan_layout(s, stages[-1:], (s.dp or 1) * s.tp * s.pp)
-    result = parallel.rehearse(stages[-1]["config"], layout, stages[-1]["batch_size"], s.micro_batch, **cluster,
-                               arithmetic=getattr(torch, "bfloat16" if s.dtype == "auto" else s.dtype),
-                               weights=torch.float64 if s.dtype == "float64" else torch.float32)
-    print(parallel.describe_rehearsal(result))
-    return result
-
-
 GROUPS = {"preset": "what to train", "data": "on what", "steps": "how", "out": "watching and keeping",
           "device": "on which machine", "dp": "on how many processes"}         # the first option of each
 
@@ -998,9 +883,6 @@ def make_parser() -> argparse.ArgumentParser:
                        help="print the held-out loss of a checkpoint (on --data, or its run's own)")
     modes.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "FILE"), help="write a checkpoint's weights into one file")
     modes.add_argument("--benchmark", action="store_true", help="time training steps; prints one JSON object")
-    modes.add_argument("--dry-run", nargs="*", metavar="FIELD=VALUE",
-                       help="rehearse a step of --dp x --tp x --pp GPUs on this machine: memory, traffic, time, and whether it fits; fields: "
-                       + ", ".join(f"{k}={v:g}" for k, v in CLUSTER.items()))
     return parser
 
 
@@ -1059,35 +941,16 @@ def eval_only(checkpoint: str, given: dict, world=parallel.World()) -> dict:
     return result
 
 
-def export(checkpoint: str, file: str):
-    """One file that torch.load(weights_only=True) reads: {"info": ..., "model": {name: tensor}}."""
-    model, info = load_model(checkpoint)
-    if Path(file).is_dir():
-        raise ValueError(f"{file} is a folder: give the name of a file")
-    tmp = Path(file + ".tmp")
-    try:
-        torch.save({"info": {k: v for k, v in info.items() if k != "files"},
-                    "model": {k: p.detach() for k, p in model.named_parameters()}}, tmp)
-        tmp.replace(file)
-    except (OSError, RuntimeError) as error:
-        tmp.unlink(missing_ok=True)
-        raise OSError(f"could not write {file}: {why(error)}") from error
-    print(f"wrote {file}: python flm.py sample {shlex.quote(file)} --prompt TEXT")
-
-
 def main(argv=None, world=parallel.World()) -> int:
     given = vars(make_parser().parse_args(argv))
     if "model" in given:
         given["model"] = tuple(given["model"])
-    modes = {k: given.pop(k) for k in ("resume", "auto_resume", "eval_only", "export", "benchmark", "dry_run") if k in given}
+    modes = {k: given.pop(k) for k in ("resume", "auto_resume", "eval_only", "export", "benchmark") if k in given}
     for mode, usable in USABLE.items():
         if mode in modes and (extra := sorted(set(given) - usable)):
             raise ValueError(f"{flag(mode)} makes no use of {', '.join(map(flag, extra))}: leave it out")
     if "benchmark" in modes:
         print(json.dumps(benchmark(Settings(**given), world), indent=1))
-        return 0
-    if "dry_run" in modes:
-        dry_run(Settings(**given), modes["dry_run"])
         return 0
     if "eval_only" in modes:
         eval_only(modes["eval_only"], given, world)
@@ -1095,7 +958,7 @@ def main(argv=None, world=parallel.World()) -> int:
     if "export" in modes:
         if world.control:
             raise ValueError("--export works alone: run it without torchrun")
-        export(*modes["export"])
+        export_weights(*modes["export"])
         return 0
 
     start = time.perf_counter()
@@ -1121,7 +984,7 @@ def main(argv=None, world=parallel.World()) -> int:
     elif world.rank == 0:
         print(f"done in {time.perf_counter() - start:.0f} s. A sample, from the start of a new document:\n")
         model, info = load_model(result["folder"])
-        sample(model, info, [""], max_new_tokens=min(400, model.config.max_seq_len - 1), temperature=0.8, stream=sys.stdout,
+        continue_texts(model, info, [""], max_new_tokens=min(400, model.config.max_seq_len - 1), temperature=0.8, stream=sys.stdout,
                tokenizer_file=settings.tokenizer_file)
     print(f"\nWhat next?\n"
           f"  let it continue your words      python flm.py sample {folder} --prompt \"def \"\n"

@@ -1,4 +1,4 @@
-"""Run what the documents show: python tests/run_docs.py README.md tutorials/*.md
+"""Run what the documents show: python .ci/run_documents.py README.md tutorials/*.md
 
 Works in a scratch copy of the repository, in the order given. A ```sh block's lines are commands (a block with a here-document is one); a file's ```python blocks
 are one program. A comment on the line above a block says what runs in its place:
