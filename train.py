@@ -595,8 +595,11 @@ LOCK_MARK = (
 def replace_file(path: Path, text: str):
     """Write a file whole or not at all."""
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text)
-    tmp.replace(path)
+    try:
+        tmp.write_text(text)
+        tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def read_run(folder) -> tuple[Settings, list[Stage]]:
@@ -1477,7 +1480,7 @@ def train_and_tell(given: dict, modes: dict, world: World, run_class: type[Run])
         return 0
     print(f"done in {time.perf_counter() - start:.0f} s")
     if world.rank == 0 and settings.tp == settings.pp == 1:
-        print("a sample, from the start of a new document:\n")
+        print("A sample, from the start of a new document:\n")
         model, info = load_model(result["folder"])
         continue_texts(
             model,
