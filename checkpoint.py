@@ -1,11 +1,33 @@
-"""checkpoint.py - a model and its optimizer on disk."""
-from __future__ import annotations
+"""checkpoint.py - a model and its optimizer on disk: whole or not there, from any layout to any.
+
+A run folder holds a step folder for each checkpoint:
+
+    runs/demo/step-00000200/checkpoint.json     configuration, samples, growth record: plain JSON
+                            .metadata           which piece of which tensor lies where
+                            __0_0.distcp        the pieces that process 0 held
+
+PyTorch's distributed checkpoint (DCP) writes the tensors: each process writes the pieces that it
+holds, and each process reads the pieces that it needs. So the layout (parallel.py) that writes and
+the layout that reads need not agree. A growth (grow.py) reads and writes the same folders.
+
+Security: .metadata is a pickle. Trust a step folder as you trust code. `export_weights` writes one
+file that holds no code; pass that file around.
+
+Read it from top to bottom:
+
+    1. the folders of a run    their names, which are whole, which may be removed
+    2. writing                 write_checkpoint; why a write failed
+    3. reading                 read_info, read_tensors
+    4. training                AdamW's moments beside the weights
+    5. one model               load_model, export_weights, pick_device
+"""
 
 import json
 import os
+import re
 import shlex
-import shutil
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -13,184 +35,407 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from console import refuse
 from flm import FLM, FLMConfig, growth_mask
 
+FORMAT = 1  # version of the step folder that this code reads and writes
 
-FORMAT = 1         # version of the checkpoint folder that this code reads and writes
+# ----------------------------------------------------------------------------------------------
+# 1. The folders of a run
 
-
-def why(error: BaseException) -> str:
-    """The reason of a failed write in one line: PyTorch's writers hide a full disk behind errors of their own."""
-    cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-    while cause.__context__ is not None and not isinstance(cause, OSError):
-        cause = cause.__context__
-    return isinstance(cause, OSError) and cause.strerror or (str(cause).strip() or repr(cause)).splitlines()[-1]
+PARTS = re.compile(r"checkpoint\.json|\.metadata(\.tmp)?|__\d+_\d+\.distcp")  # files of ours
+LEFTOVER = re.compile(r"step-\d{8,}(\.old)?\.tmp")  # of a process that was killed while it wrote
 
 
-def write_checkpoint(folder: Path, tensors: dict, info: dict, group=None) -> Path:
-    """Write {"model": {name: tensor}, ...} and `info` (JSON values) as a checkpoint folder.
+def step_of(name: str) -> int | None:
+    """The step that the name of a step folder stands for; None for any other name.
 
-    Written to folder.tmp, then renamed: a folder without .tmp is whole, whatever happened. Raises OSError where it
-    cannot be written (a full disk), after removing the half that was.
+    >>> [step_of(name) for name in ("step-00000200", "step-123456789")]
+    [200, 123456789]
+    >>> [step_of(name) for name in ("step-200", "step-best", "step-00000200.tmp")]
+    [None, None, None]
+    """
+    match = re.fullmatch(r"step-(\d{8,})", name)
+    return int(match[1]) if match else None
 
-    group: a process group of all processes, each of which calls this with its pieces (DTensors) of the tensors, on a file
-    system that all of them see. Each writes a file, rank 0 does the rest, and nobody goes on before the folder is whole."""
-    tmp, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old.tmp")
 
-    def on_rank_0(action):
-        """A failure of rank 0 is everybody's: else the others would wait for it."""
-        failure = [None]
-        if group is None or dist.get_rank() == 0:
-            try:
-                action()
-            except OSError as error:
-                failure = [error]
-        if group is not None:
-            dist.broadcast_object_list(failure, src=0, group=group)
-        if failure[0] is not None:
-            raise failure[0]
+def written_steps(run: Path) -> list[Path]:
+    """The step folders of a run, oldest first. Each was whole once, and may be damaged today."""
+    steps = [path for path in run.glob("step-*") if step_of(path.name) is not None]
+    steps = [path for path in steps if (path / "checkpoint.json").is_file()]
+    return sorted(steps, key=lambda path: step_of(path.name))
 
-    def begin():
-        for half in (tmp, old):
-            shutil.rmtree(half, ignore_errors=True)
-        tmp.mkdir(parents=True)
 
-    def finish():
-        files = {p.name: p.stat().st_size for p in sorted(tmp.iterdir())}
-        with open(tmp / "checkpoint.json", "w") as file:
-            json.dump({"format": FORMAT, **info, "files": files}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        if folder.exists():                      # the same step again: the old one goes only when the new one is there
-            folder.rename(old)
-        tmp.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-
+def is_whole(folder: Path) -> bool:
     try:
-        on_rank_0(begin)
-        with warnings.catch_warnings():          # "distributed is uninitialized": yes, and no_dist says so
-            warnings.simplefilter("ignore")
-            dcp.save(tensors, checkpoint_id=tmp, no_dist=group is None, process_group=group)
-        on_rank_0(finish)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise OSError(f"could not write the checkpoint {folder}: {why(error)}") from error
-    return folder
+        read_info(folder)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def list_checkpoints(run) -> list[Path]:
+    """The whole checkpoints of a run, oldest first: folders with the exact name of a step (see
+    step_of) in which no file is missing or cut off. Anything else in the run is not looked at."""
+    return [path for path in written_steps(Path(run)) if is_whole(path)]
 
 
 def find_checkpoint(path) -> Path:
-    """What CHECKPOINT on a command line means: a step folder, the newest one of a run folder, or a file of weights.
-    Raises ValueError that says what is there instead."""
+    """What CHECKPOINT on a command line means: a step folder, the newest one of a run folder, or a
+    file of weights.
+
+    The newest step folder of a run may be damaged. It is returned all the same, and read_info says
+    what is wrong: training must not go back to an older one in silence. Raises ValueError where
+    there is no checkpoint."""
     path = Path(path)
     if path.is_file() or (path / "checkpoint.json").is_file():
         return path
     if not path.is_dir():
         raise ValueError(f"no checkpoint at {path}: there is no such file or folder")
-    steps = sorted(p for p in path.glob("step-*") if p.suffix != ".tmp" and (p / "checkpoint.json").is_file())
+    steps = written_steps(path)
     if not steps:
-        raise ValueError(f"no checkpoint in {path}: expected a run folder with step-... folders, one of those, or a file "
-                         f"written by train.py --export")
+        raise ValueError(
+            f"no checkpoint in {path}: expected a run folder with step folders such as "
+            "step-00000200, one of those, or a file written by train.py --export"
+        )
     return steps[-1]
 
 
-INFO = ("config", "dtype", "tokenizer", "samples", "growth")     # what load_model needs
+def remove_parts(folder: Path):
+    """Remove the files of a checkpoint, and its folder if it then is empty. Other files stay.
+    checkpoint.json goes first: without it the rest is no checkpoint, if this process is killed."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for file in sorted(folder.iterdir(), key=lambda file: file.name != "checkpoint.json"):
+        if PARTS.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def remove_old_checkpoints(run, keep: int):
+    """Keep the `keep` newest whole checkpoints of a run, at least one, and remove the older ones,
+    and what a killed process left half written. Nothing else in the run is touched."""
+    for folder in list_checkpoints(run)[: -max(1, keep)]:
+        remove_parts(folder)
+    for folder in Path(run).glob("step-*.tmp"):
+        if LEFTOVER.fullmatch(folder.name):
+            remove_parts(folder)
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. Writing
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """The error and what lies behind it: DCP collects the errors of all ranks in one of its own,
+    and PyTorch's writers hide a full disk, or Ctrl-C, behind a second error."""
+    is_dcp, found = isinstance(error, CheckpointException), []
+    for cause in [first for first, _ in error.failures.values()] if is_dcp else [error]:
+        while cause is not None:
+            found.append(cause)
+            cause = cause.__context__
+    return found
+
+
+def failure_reason(error: BaseException) -> str:
+    """Why a write failed, in one line: the operating system's words, if it was the cause."""
+    found = causes(error)
+    for cause in found:
+        if isinstance(cause, OSError) and cause.strerror:
+            return f"{cause.strerror}: {cause.filename}" if cause.filename else cause.strerror
+    return (str(found[-1]).strip() or repr(found[-1])).splitlines()[-1]
+
+
+def failed_write(what: str, error: BaseException) -> BaseException:
+    """The exception to raise after a failed write: OSError, but Ctrl-C stays Ctrl-C."""
+    if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
+        return KeyboardInterrupt()
+    return OSError(f"could not write {what}: {failure_reason(error)}")
+
+
+def is_rank_0(group) -> bool:
+    """group None: this process is the only one."""
+    return group is None or dist.get_rank() == 0
+
+
+def run_on_rank_0(group, action: Callable, *args):
+    """Call `action` on rank 0 alone. If it fails, its OSError is raised on every rank: otherwise
+    the others would wait for rank 0 for ever."""
+    failure = [None]
+    if is_rank_0(group):
+        try:
+            action(*args)
+        except OSError as error:
+            failure = [error]
+    if group is not None:
+        dist.broadcast_object_list(failure, src=0, group=group)
+    if failure[0] is not None:
+        raise failure[0]
+
+
+def make_empty(folder: Path):
+    """An empty folder, in place of what a killed process left under that name."""
+    remove_parts(folder)
+    folder.mkdir(parents=True)
+
+
+def finish(tmp: Path, folder: Path, info: dict):
+    """Write checkpoint.json into `tmp`, then rename `tmp` to `folder`. A checkpoint that stands
+    there already, of the same step, goes away only when the new one is in its place."""
+    files = {path.name: path.stat().st_size for path in sorted(tmp.iterdir())}
+    with open(tmp / "checkpoint.json", "w") as file:
+        json.dump({"format": FORMAT, **info, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    old = folder.with_name(folder.name + ".old.tmp")
+    remove_parts(old)
+    if folder.exists():
+        folder.rename(old)
+    tmp.rename(folder)
+    remove_parts(old)
+
+
+def write_checkpoint(folder: Path, tensors: dict, info: dict, group=None) -> Path:
+    """Write a step folder; returns it.
+
+    tensors: {"model": {name: tensor}, "optimizer": {name: tensor}}; see training_tensors.
+    info: JSON values; INFO names those that every checkpoint needs.
+    group: a process group of all ranks. Each rank calls this with its pieces (DTensors) of the
+    tensors, on a file system that all of them see; no rank returns before the folder is whole.
+
+    Everything is written to FOLDER.tmp, which is then renamed. So a folder without .tmp is whole,
+    whenever the process was killed. Raises OSError where the folder cannot be written (a full
+    disk), after removing the half that was."""
+    tmp = folder.with_name(folder.name + ".tmp")
+    try:
+        run_on_rank_0(group, make_empty, tmp)
+        with (
+            warnings.catch_warnings()
+        ):  # that torch.distributed is not initialized: no_dist says it
+            warnings.simplefilter("ignore")
+            dcp.save(tensors, checkpoint_id=tmp, no_dist=group is None, process_group=group)
+        run_on_rank_0(group, finish, tmp, folder, info)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise failed_write(f"the checkpoint {folder}", error) from error
+    finally:
+        if is_rank_0(group):  # after a success there is no such folder
+            remove_parts(tmp)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Reading
+
+INFO = ("config", "dtype", "tokenizer", "samples", "growth")  # what load_model needs
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def check_info(path: Path, info: dict, needed=INFO):
-    missing = [key for key in needed if key not in info]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: it was edited, or not written by train.py")
-    if info["dtype"] not in ("float32", "float64", "bfloat16", "float16"):
-        raise ValueError(f"{path}: unknown dtype {info['dtype']!r}")
+    problems = [f"{key} is missing" for key in needed if key not in info]
+    if info.get("dtype", "float32") not in DTYPES:
+        problems.append(f"dtype {info['dtype']!r} is none of {', '.join(DTYPES)}")
+    refuse(problems, f"{path} was edited, or not written by train.py:")
+
+
+def damaged_files(folder: Path, sizes: dict[str, int]) -> list[str]:
+    """What is wrong with the files of a step folder. sizes: {name: bytes} when it was written."""
+    problems = []
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name}: {size:,} bytes expected, missing")
+        elif file.stat().st_size != size:
+            problems.append(f"{name}: {size:,} bytes expected, {file.stat().st_size:,} found")
+    return problems
 
 
 def read_info(path: Path) -> dict:
-    """checkpoint.json of a step folder, after checking that the folder is whole and of this format."""
+    """checkpoint.json of a step folder: what write_checkpoint got as `info`, "format" and "files".
+    Raises ValueError where the folder is damaged or of another format."""
+    file = path / "checkpoint.json"
     try:
-        info = json.loads((path / "checkpoint.json").read_text())
+        info = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path / 'checkpoint.json'} is not readable JSON ({error}): the checkpoint was cut off or edited")
-    if not isinstance(info, dict) or info.get("format") != FORMAT:
-        raise ValueError(f"{path / 'checkpoint.json'} has checkpoint format {info.get('format') if isinstance(info, dict) else None!r}, "
-                         f"this code reads {FORMAT}: use the version of this repository that wrote it")
-    check_info(path / "checkpoint.json", info, ("files", *INFO))
-    broken = [f"{name}: {size:,} bytes expected, " + (f"{(path / name).stat().st_size:,} found" if (path / name).is_file() else "missing")
-              for name, size in info["files"].items() if not (path / name).is_file() or (path / name).stat().st_size != size]
-    if broken:
-        raise ValueError(f"{path} is cut off or damaged:\n  " + "\n  ".join(broken) + f"\nto go on from the checkpoint before it, remove this one: rm -r {shlex.quote(str(path))}")
+        raise ValueError(f"{file} is not readable JSON ({error}): it was cut off or edited")
+    version = info.get("format") if isinstance(info, dict) else None
+    if version != FORMAT:
+        raise ValueError(
+            f"{file} has checkpoint format {version!r}, this code reads {FORMAT}: use the version "
+            "of this repository that wrote it"
+        )
+    check_info(file, info, ("files", *INFO))
+    refuse(
+        damaged_files(path, info["files"]),
+        f"{path} is cut off or damaged. To go on from the checkpoint before it, remove this one:\n"
+        f"  rm -r {shlex.quote(str(path))}\nWhat is wrong:",
+    )
     return info
 
 
 def read_tensors(path: Path, tensors: dict):
-    """Fill {"model": {name: tensor}, ...} in place from a step folder. Raises ValueError where names or shapes differ."""
+    """Fill {"model": {name: tensor}, ...} in place from a step folder that any layout wrote.
+    Raises ValueError where a name or a shape differs."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(tensors, checkpoint_id=path, no_dist=True)
     except CheckpointException as error:
-        raise ValueError(f"{path} does not hold these tensors: {str(error).strip().splitlines()[-1]}") from error
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{path} does not hold these tensors: {reason}") from error
 
 
-def load_model(path, device="cpu") -> tuple[FLM, dict]:
-    """The model of a CHECKPOINT (see find_checkpoint), its growth masks in place, and its info:
-    {"config", "tokenizer", "samples", "growth", ...}."""
-    path = find_checkpoint(path)
-    if path.is_file():
-        try:
-            blob = torch.load(path, map_location="cpu", weights_only=True)
-            info, weights = blob["info"], blob["model"]
-        except Exception as error:               # torch.load fails in many ways on a file that is no such file
-            raise ValueError(f"{path} is not a file of weights written by train.py --export, or it was cut off "
-                             f"({type(error).__name__})") from error
-        check_info(path, info)
-    else:
-        info, weights = read_info(path), None
+def stored_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """{"model.norm.weight": (shape, dtype), ...} of a step folder, without reading the tensors."""
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {key: (meta.size, meta.properties.dtype) for key, meta in stored.items()}
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Training: AdamW's moments beside the weights
+
+Named = list[tuple[str, torch.nn.Parameter]]  # (name, parameter), as Worker.named of parallel.py
+
+
+def training_tensors(named: Named, optimizer: torch.optim.AdamW) -> dict[str, dict]:
+    """What a checkpoint holds of this process: {"model": {"layers.0.attn.o.weight": tensor, ...},
+    "optimizer": {"layers.0.attn.o.weight.exp_avg": tensor, ...}}.
+
+    Before the first step AdamW has no state. It is made here, of zeros as AdamW would make it, so
+    that a checkpoint can be read into it. A tied embedding may come twice; it is taken once."""
+    tensors = {"model": {}, "optimizer": {}}
+    for name, parameter in named:
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        if name not in tensors["model"]:
+            tensors["model"][name] = parameter
+            tensors["optimizer"] |= {f"{name}.{key}": value for key, value in state.items()}
+    return tensors
+
+
+@torch.no_grad()
+def read_training(named: Named, optimizer: torch.optim.AdamW, path: Path):
+    """Read weights and moments of a checkpoint, written in any layout, into these parameters and
+    this optimizer. Raises ValueError as read_tensors does."""
+    tensors = training_tensors(named, optimizer)
+    read_tensors(path, tensors)
+    for name, parameter in named:
+        first = tensors["model"][name]
+        if first is not parameter:  # the other end of a tied embedding
+            parameter.copy_(first)
+            for key, value in optimizer.state[parameter].items():
+                value.copy_(tensors["optimizer"][f"{name}.{key}"])
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. One model
+
+
+def read_exported(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(info, {name: tensor}) of a file that export_weights wrote. Raises ValueError for another."""
+    try:
+        blob = torch.load(file, map_location="cpu", weights_only=True)
+        info, weights = blob["info"], blob["model"]
+    except Exception as error:  # torch.load fails in many ways on a file that is no such file
+        raise ValueError(
+            f"{file} is not a file of weights written by train.py --export, or it was cut off "
+            f"({type(error).__name__})"
+        ) from error
+    check_info(file, info)
+    return info, weights
+
+
+def copy_weights(model: FLM, weights: dict[str, torch.Tensor], file: Path):
+    """Fill the model. Raises ValueError with every tensor that is missing or of another shape."""
+    if model.config.tie_embeddings and "embedding.weight" in weights:
+        weights = {**weights, "head.weight": weights["embedding.weight"]}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{file} does not hold the weights of its configuration: {error}"
+        ) from None
+
+
+def read_model(path: Path, device="cpu") -> tuple[FLM, dict]:
+    """load_model for a step folder or a file, whatever its numbers are."""
+    info, weights = read_exported(path) if path.is_file() else (read_info(path), None)
     with torch.device("meta"):
         model = FLM(FLMConfig.from_dict(info["config"]))
     model = model.to(getattr(torch, info["dtype"])).to_empty(device=device)
-    parameters = dict(model.named_parameters())
     if weights is None:
-        read_tensors(path, {"model": parameters})
+        read_tensors(path, {"model": dict(model.named_parameters())})
     else:
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        wrong = [f"{name}: shape {tuple(p.shape)} expected, found {found.get(name, 'nothing')}"
-                 for name, p in parameters.items() if found.get(name) != tuple(p.shape)]
-        if wrong:
-            raise ValueError(f"{path} does not hold the weights of its configuration:\n  " + "\n  ".join(wrong))
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
+        copy_weights(model, weights, path)
     model.set_masks(info["growth"], growth_mask(info["growth"], info["samples"]))
     return model, info
 
 
-def pick_device(name: str) -> torch.device:
-    """auto, cpu or cuda[:n]. Raises ValueError for a device that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"unknown device {name!r}: use auto, cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not supported: use auto, cpu or cuda")
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {name!r} asked for, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
-                         f"devices: use --device cpu, or install a CUDA build of PyTorch")
-    return device
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether no number in the tensors is infinite or NaN. After a run diverged, some are."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def export_weights(checkpoint: str, file: str):
-    """One file that torch.load(weights_only=True) reads: {"info": ..., "model": {name: tensor}}."""
+def sound_checkpoint(run) -> Path | None:
+    """The newest whole checkpoint of a run whose weights are finite: the one to go back to after
+    the run diverged. None where there is none."""
+    for path in reversed(list_checkpoints(run)):
+        if all_finite(read_model(path)[0].parameters()):
+            return path
+    return None
+
+
+def load_model(path, device="cpu") -> tuple[FLM, dict]:
+    """The model of a CHECKPOINT (see find_checkpoint), its growth masks in place, and its info:
+    {"config", "tokenizer", "samples", "growth", ...}. Only the checkpoint itself is read: other
+    files beside it do not matter.
+
+    Raises ValueError for what is no whole checkpoint, and for weights that are not finite numbers;
+    then it names the checkpoint to use."""
+    path = find_checkpoint(path)
+    model, info = read_model(path, device)
+    if not all_finite(model.parameters()):
+        sound = sound_checkpoint(path.parent)
+        advice = f"use {sound}" if sound else "train again with a smaller --lr, a longer --warmup"
+        raise ValueError(f"{path} holds weights that are not finite: the run diverged; {advice}")
+    return model, info
+
+
+def export_weights(checkpoint, file):
+    """Write the weights of a CHECKPOINT into one file, which torch.load(weights_only=True) reads:
+    {"info": ..., "model": {name: tensor}}. Raises OSError where it cannot be written."""
     model, info = load_model(checkpoint)
-    if Path(file).is_dir():
+    file = Path(file)
+    if file.is_dir():
         raise ValueError(f"{file} is a folder: give the name of a file")
-    tmp = Path(file + ".tmp")
+    info = {key: value for key, value in info.items() if key != "files"}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tmp = file.with_name(f".{file.name}.exporting")
     try:
-        torch.save({"info": {k: v for k, v in info.items() if k != "files"},
-                    "model": {k: p.detach() for k, p in model.named_parameters()}}, tmp)
+        with open(tmp, "wb") as stream:  # a stream of Python's: PyTorch's own hides a full disk
+            torch.save({"info": info, "model": weights}, stream)
         tmp.replace(file)
     except (OSError, RuntimeError) as error:
+        raise failed_write(str(file), error) from error
+    finally:
         tmp.unlink(missing_ok=True)
-        raise OSError(f"could not write {file}: {why(error)}") from error
-    print(f"wrote {file}: python flm.py sample {shlex.quote(file)} --prompt TEXT")
+    print(f"wrote {file}: python sample.py {shlex.quote(str(file))} --prompt TEXT")
+
+
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:n. Raises ValueError for a device that is not there."""
+    count = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"unknown device {name!r}: use auto, cpu or cuda")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"device {name!r} asked for, but PyTorch {torch.__version__} sees {count} CUDA "
+            "devices: use --device cpu, or install a CUDA build of PyTorch"
+        )
+    return device

@@ -1,22 +1,37 @@
-"""parallel.py - one model on many processes: data, tensor, sequence and pipeline parallelism (FLM-101B, arXiv 2309.03852,
-section 2.4 and Table 2: 24 servers of 8 GPUs, 3D parallelism, sequence parallelism and a distributed optimizer).
+"""parallel.py - one model on many ranks: data, tensor, sequence and pipeline parallelism.
 
-    torchrun --standalone --nproc-per-node 8 train.py --dp 2 --tp 2 --pp 2       a training run on eight processes
-    python train.py --preset flm-101b --tp 4 --pp 4 --dp 12 --dry-run            the paper's cluster, rehearsed on one CPU
-    python parallel.py draw --pp 4 --micro-batches 8                             who computes what, when
+FLM-101B was trained on 24 servers of 8 GPUs with 3D parallelism, sequence parallelism and a
+distributed optimizer (arXiv 2309.03852, section 2.4 and Table 2). Here:
 
-The model in flm.py does not know any of this. Everything here is applied to it from outside, by PyTorch's own engine:
+    torchrun --standalone --nproc-per-node 8 train.py --dp 2 --tp 2 --pp 2
 
-    1. Layout, check       how many processes do what, and every reason why a layout cannot work
-    2. World               this process among the others: the mesh, and sums of plain numbers
-    3. tensor parallelism  a table from module name to style; sequence parallelism is the same table with another placement
-    4. Worker              this process's share of the model: its layers, its shard of the optimizer, its part of a step
-    5. drawing, tracing    the timetable of a pipeline and its bubble; who says what to whom
-    6. the rehearsal       one process of each pipeline stage of a large cluster, without the cluster
+The model in flm.py knows nothing of this. This file applies a layout to it from outside, with
+PyTorch's own engine:
 
-Letters as in flm.py. dp, tp and pp are the numbers of processes along the three axes of the mesh; a process is (pp, dp, tp),
-and neighbours in rank are neighbours in tp, where the traffic is heaviest.
+    1. Layout              how many ranks do what; every reason why a layout cannot work
+    2. World               this rank among the others: the mesh, sums of plain numbers
+    3. tensor parallelism  a table from module name to placement
+    4. build_parts         this rank's share of the model, cut and wrapped
+    5. Worker              what a rank does in a step
+
+A rank is one process, usually with one GPU. The ranks form a mesh with three axes: pp, dp, tp.
+With --pp 2 --dp 2 --tp 2:
+
+                   dp 0                    dp 1
+             tp 0       tp 1         tp 0       tp 1
+          +----------+----------+ +----------+----------+
+    pp 0  |  rank 0  |  rank 1  | |  rank 2  |  rank 3  |  embedding, first half of the layers
+          +----------+----------+ +----------+----------+
+    pp 1  |  rank 4  |  rank 5  | |  rank 6  |  rank 7  |  second half, final LayerNorm, head, loss
+          +----------+----------+ +----------+----------+
+
+    along tp (ranks 0 and 1)  each rank holds a shard of every matrix: collectives in every block
+    along dp (ranks 0 and 2)  each rank has other rows of the batch: one sum of gradients a step
+    along pp (ranks 0 and 4)  each rank has other layers: hidden states go down, gradients go up
+
+Neighbours in rank are neighbours along tp, where the traffic is heaviest. Letters as in flm.py.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -28,6 +43,7 @@ import platform
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,440 +52,644 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
+from torch.distributed.tensor import (
+    DTensor,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    loss_parallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import muP
 from flm import FLM, FLMConfig, loss_sum
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Layouts
 
-# Pipeline schedule -> how many stages of the pipeline one process holds.
-SCHEDULES = {"1F1B": 1, "GPipe": 1, "Interleaved1F1B": 2, "InterleavedZeroBubble": 2, "ZBVZeroBubble": 2}
+# Pipeline schedule -> how many pipeline stages one rank holds.
+PIPELINE_SCHEDULES = {"1F1B": 1, "GPipe": 1, "Interleaved1F1B": 2}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model lies on dp * tp * pp processes."""
-    dp: int = 1                              # copies of the model, each with its own rows of the batch
-    tp: int = 1                              # cuts of every matrix
-    pp: int = 1                              # cuts of the stack of layers
-    sequence_parallel: bool = False          # tp also cuts the sequence where tensor parallelism leaves it whole
-    shard_optimizer: bool = False            # weights, gradients and AdamW's moments cut over dp as well
-    schedule: str = "1F1B"
-    activation_checkpointing: bool = False   # keep a block's input alone, compute the rest again in the backward pass
+    """How a model lies on dp * tp * pp ranks."""
+
+    dp: int = 1  # copies of the model, each with its own rows of the batch
+    tp: int = 1  # shards of every matrix
+    pp: int = 1  # groups of layers
+    sequence_parallel: bool = False  # between the cut matrices, each tp rank holds T/tp positions
+    shard_optimizer: bool = False  # weights, gradients and AdamW's moments are cut over dp
+    schedule: str = "1F1B"  # the pipeline schedule
+    activation_checkpointing: bool = False  # keep a block's input; compute the rest again
 
     @property
     def size(self) -> int:
+        """Number of ranks."""
         return self.dp * self.tp * self.pp
 
     @property
-    def stages(self) -> int:
-        """Stages of the pipeline; 1 where there is none."""
-        return self.pp * SCHEDULES[self.schedule] if self.pp > 1 else 1
+    def pipeline_stages(self) -> int:
+        """Number of pipeline stages; 1 without a pipeline."""
+        return self.pp * PIPELINE_SCHEDULES[self.schedule] if self.pp > 1 else 1
 
     @property
     def sharded(self) -> bool:
-        """Whether fully_shard holds the weights. Plain DistributedDataParallel serves where data parallelism is all there is."""
+        """Whether fully_shard holds the weights. Otherwise DistributedDataParallel is enough."""
         return self.shard_optimizer or self.tp > 1 or self.pp > 1
 
     def stage_ids(self, pp_rank: int) -> list[int]:
-        """The stages of the pipeline on one process: in a V (first and last together) for ZBV, else in a loop."""
-        if self.stages <= self.pp:
-            return [pp_rank]
-        return [pp_rank, self.stages - 1 - pp_rank if self.schedule == "ZBVZeroBubble" else pp_rank + self.pp]
+        """The pipeline stages on one rank.
+
+        >>> Layout(pp=2, schedule="Interleaved1F1B").stage_ids(0)
+        [0, 2]
+        """
+        return list(range(pp_rank, self.pipeline_stages, self.pp))
 
     def __str__(self):
         words = [f"dp {self.dp}", f"tp {self.tp}", f"pp {self.pp}"]
-        words += ["sequence parallel"] * self.sequence_parallel + ["sharded optimizer"] * (self.sharded and self.dp > 1)
-        words += [self.schedule] * (self.pp > 1) + ["activation checkpointing"] * self.activation_checkpointing
+        words += ["sequence parallel"] * self.sequence_parallel
+        words += ["sharded optimizer"] * (self.sharded and self.dp > 1)
+        words += [self.schedule] * (self.pp > 1)
+        words += ["activation checkpointing"] * self.activation_checkpointing
         return ", ".join(words)
 
 
-def check(layout: Layout, config: FLMConfig, batch_size: int, micro_batch: int | None = None, compiled: bool = False) -> list[str]:
-    """Every reason why this model and batch cannot lie like that, with its numbers."""
-    problems = [f"--{name} {n}: must be at least 1" for name, n in (("dp", layout.dp), ("tp", layout.tp), ("pp", layout.pp)) if n < 1]
-    if layout.schedule not in SCHEDULES:
-        problems.append(f"--schedule {layout.schedule}: there are {', '.join(SCHEDULES)}")
+def check_layout(
+    layout: Layout, config: FLMConfig, batch_size: int, micro_batch: int | None = None
+) -> list[str]:
+    """Every reason why this model and this batch do not fit the layout, with its numbers.
+
+    batch_size: rows of the whole batch; micro_batch: rows of one forward pass on one rank."""
+    dp, tp, pp = layout.dp, layout.tp, layout.pp
+    given = {"dp": dp, "tp": tp, "pp": pp}
+    problems = [f"--{axis} {n}: must be at least 1" for axis, n in given.items() if n < 1]
+    if layout.schedule not in PIPELINE_SCHEDULES:
+        allowed = ", ".join(PIPELINE_SCHEDULES)
+        problems.append(f"--schedule {layout.schedule}: must be one of {allowed}")
     if problems:
         return problems
-    dp, tp, stages = layout.dp, layout.tp, layout.stages
 
-    def divides(n, size, what, how):
-        if size % n:
-            problems.append(f"{what} {size}: must be a multiple of {how} (remainder {size % n})")
-
-    divides(tp, config.n_heads, "n_heads", f"--tp {tp}")
-    divides(tp, config.d_ff, "d_ff", f"--tp {tp}")
-    divides(tp, config.vocab_size, "vocab_size", f"--tp {tp}")
+    stages = (
+        f"the {layout.pipeline_stages} pipeline stages of --pp {pp} --schedule {layout.schedule}"
+    )
+    limits = [
+        ("n_heads", config.n_heads, tp, f"--tp {tp}"),
+        ("d_ff", config.d_ff, tp, f"--tp {tp}"),
+        ("vocab_size", config.vocab_size, tp, f"--tp {tp}"),
+        ("n_layers", config.n_layers, layout.pipeline_stages, stages),
+        ("--batch-size", batch_size, dp, f"--dp {dp}"),
+    ]
     if layout.sequence_parallel:
-        divides(tp, config.max_seq_len, "max_seq_len", f"--tp {tp}, for --sequence-parallel")
-        if tp == 1:
-            problems.append("--sequence-parallel: cuts the sequence between the processes of --tp, which is 1: add --no-sequence-parallel")
-    divides(stages, config.n_layers, "n_layers", f"the {stages} stages of --pp {layout.pp} --schedule {layout.schedule}")
-    divides(dp, batch_size, "--batch-size", f"--dp {dp}")
-    rows = batch_size // dp
-    micro = micro_rows(layout, batch_size, micro_batch)
-    if batch_size % dp == 0 and rows:
-        if rows % micro:
-            each = f"the {rows} rows of each dp rank, --batch-size {batch_size} / --dp {dp}" if dp > 1 else f"--batch-size {batch_size}"
-            problems.append(f"--micro-batch {micro}: must divide {each}")
-        if layout.pp > 1 and rows % micro == 0:
-            n = rows // micro
-            if n < stages:
-                problems.append(f"{n} micro-batches (--batch-size {batch_size} / --dp {dp} / --micro-batch {micro}): the {stages} stages of "
-                                f"--pp {layout.pp} --schedule {layout.schedule} need at least {stages}")
-            elif stages > layout.pp:
-                divides(layout.pp, n, "micro-batches", f"--pp {layout.pp}, for --schedule {layout.schedule}")
-    zero_bubble = layout.pp > 1 and "ZeroBubble" in layout.schedule
-    if zero_bubble and layout.activation_checkpointing:
-        problems.append(f"--activation-checkpointing: --schedule {layout.schedule} runs a backward pass in two halves and would "
-                        f"compute everything again for each; use 1F1B or Interleaved1F1B")
-    if zero_bubble and compiled:
-        problems.append(f"--compile: --schedule {layout.schedule} splits the backward pass, a compiled block has just one; use 1F1B or Interleaved1F1B")
+        limits.append(("max_seq_len", config.max_seq_len, tp, f"--tp {tp} (--sequence-parallel)"))
+    for name, value, n, what in limits:
+        if value % n:
+            problems.append(f"{name} {value}: must be a multiple of {what} (remainder {value % n})")
+    if layout.sequence_parallel and tp == 1:
+        problems.append("--sequence-parallel: needs --tp 2 or more; add --no-sequence-parallel")
+    if batch_size % dp == 0:
+        problems += check_micro_batches(
+            layout, batch_size, micro_rows(layout, batch_size, micro_batch)
+        )
     return problems
 
 
+def check_micro_batches(layout: Layout, batch_size: int, micro: int) -> list[str]:
+    """Every reason why the rows of a dp rank do not make micro-batches that the pipeline takes."""
+    rows, stages = batch_size // layout.dp, layout.pipeline_stages
+    source = f"--batch-size {batch_size} / --dp {layout.dp}"
+    if rows % micro:
+        return [f"--micro-batch {micro}: must divide the {rows} rows of a dp rank ({source})"]
+    n = rows // micro
+    found = f"{n} micro-batches ({source} / --micro-batch {micro})"
+    pipeline = f"--pp {layout.pp} --schedule {layout.schedule}"
+    if layout.pp > 1 and n < stages:
+        return [f"{found}: {pipeline} needs at least {stages}, one for each pipeline stage"]
+    if stages > layout.pp and n % layout.pp:
+        return [f"{found}: {pipeline} needs a multiple of {layout.pp} (remainder {n % layout.pp})"]
+    return []
+
+
 def micro_rows(layout: Layout, batch_size: int, micro_batch: int | None) -> int:
-    """Rows of a forward pass: as asked for, else all of the dp rank's, and in a pipeline, which lives on many micro-batches, 1."""
+    """Rows of one forward pass: as asked for; else 1 in a pipeline, which needs many micro-batches,
+    and all rows of the dp rank without one."""
     return micro_batch or (1 if layout.pp > 1 else batch_size // layout.dp)
 
 
 def rows_needed(layout: Layout, rows: int, micro: int) -> int:
-    """`rows` rounded up to what a pipeline can take: whole micro-batches, enough of them for the schedule."""
+    """`rows` rounded up to what a pipeline takes: whole micro-batches, enough for its schedule.
+
+    >>> rows_needed(Layout(pp=4), rows=5, micro=2)
+    8
+    """
     if layout.pp == 1:
         return rows
-    unit = layout.pp if layout.stages > layout.pp else 1
-    return micro * max(layout.stages, -(-rows // micro // unit) * unit)
+    unit = layout.pp if layout.pipeline_stages > layout.pp else 1
+    n = -(-rows // micro // unit) * unit
+    return micro * max(layout.pipeline_stages, n)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. The world
+#
+# In one process the methods of World do nothing, and no process group exists. A process group of
+# one rank would spare World this case, but gloo would then resolve the machine's host name at every
+# start (which fails on some laptops), and abort in Python's shutdown one time in five.
+
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others. Alone, mesh and control are None and everything below does nothing."""
+    """This rank among the others. In one process, mesh and control are None."""
+
     layout: Layout = Layout()
     rank: int = 0
-    mesh: DeviceMesh | None = None           # (pp, dp, tp)
-    control: dist.ProcessGroup | None = None # all processes, on the CPU: plain numbers, checkpoints, waiting
-    neighbours: int = 1                      # processes on this machine
+    mesh: DeviceMesh | None = None  # axes pp, dp, tp
+    control: dist.ProcessGroup | None = None  # all ranks, on the CPU: plain numbers, checkpoints
+    neighbours: int = 1  # ranks on this machine
+
+    @property
+    def size(self) -> int:
+        """Number of ranks that were started."""
+        return 1 if self.control is None else self.control.size()
 
     def at(self, axis: str) -> int:
-        """This process's place along pp, dp or tp."""
+        """This rank's coordinate along "pp", "dp" or "tp"."""
         return 0 if self.mesh is None else self.mesh.get_local_rank(axis)
 
     @property
     def last(self) -> bool:
-        """Whether the loss is computed here."""
-        return self.layout.stages - 1 in self.layout.stage_ids(self.at("pp"))
+        """Whether this rank has the last pipeline stage, which computes the loss."""
+        return self.at("pp") == self.layout.pp - 1
 
     def sum(self, *numbers: float) -> list[float]:
-        """Each number summed over all processes, in float64."""
+        """Each number summed over all ranks, in float64."""
         if self.control is None:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
-    def told(self, value):
-        """Rank 0's value, on every process."""
+    def gather(self, value) -> list:
+        """Every rank's value, in the order of ranks, on every rank."""
+        if self.control is None:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast_from_rank_0(self, value):
+        """Rank 0's value, on every rank."""
         if self.control is None:
             return value
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def gather(self, value) -> list:
-        """Every process's value, on every process, by rank."""
-        if self.control is None:
-            return [value]
-        values = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=self.control)
-        return values
+    def raise_on_all_ranks(self, action: Callable, *args, **options):
+        """Run action(*args, **options) on every rank and return this rank's result.
 
-    def together(self, action, *args, **options):
-        """action(...) on every process; a ValueError or OSError on any of them is raised on all, so that nobody waits for one that
-        has gone."""
+        A ValueError or OSError of any rank is raised on all ranks, so that no rank waits for one
+        that has left. ValueError, with the number of each rank, where the ranks' errors differ."""
         result, failure = None, None
         try:
             result = action(*args, **options)
         except (ValueError, OSError) as error:
             failure = error
         failures = self.gather(failure)
-        if any(failures):
-            texts = {str(f): rank for rank, f in reversed(list(enumerate(failures))) if f}
-            if failure is not None and len(texts) == 1 and all(failures):
-                raise failure
-            raise ValueError("\n".join(f"rank {rank}: {text}" for text, rank in sorted(texts.items(), key=lambda item: item[1])))
+        if not any(failures):
+            return result
+        first_rank = {}  # text of an error -> the first rank that has it
+        for rank, error in enumerate(failures):
+            if error:
+                first_rank.setdefault(str(error), rank)
+        if all(failures) and len(first_rank) == 1:
+            raise failure
+        raise ValueError("\n".join(f"rank {rank}: {text}" for text, rank in first_rank.items()))
+
+    def on_rank_0(self, action: Callable, *args, **options):
+        """Run action(*args, **options) on rank 0 alone; its result, or its ValueError or OSError,
+        on every rank."""
+        result, failure = None, None
+        if self.rank == 0:
+            try:
+                result = action(*args, **options)
+            except (ValueError, OSError) as error:
+                failure = error
+        result, failure = self.broadcast_from_rank_0((result, failure))
+        if failure:
+            raise failure
         return result
 
 
 def connect() -> World:
-    """Meet the other processes that torchrun started; the layout comes later, when all agree on one. Raises ValueError where torchrun
-    is to restart processes that could then not meet."""
-    if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
-        raise ValueError("--max-restarts: restarted processes would look for each other at the addresses of the dead ones, which torchrun "
-                         "(PyTorch 2.13) keeps; start it with\n  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts ...")
-    if dist.get_node_local_rank() < torch.cuda.device_count():       # with fewer cards than processes, --device cpu still works
+    """Connect to the other ranks that torchrun started. The layout comes later, when all agree.
+
+    Raises ValueError where torchrun would restart ranks that could then not find each other."""
+    restarts = int(os.environ["TORCHELASTIC_MAX_RESTARTS"])
+    if restarts and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
+        raise ValueError(
+            "--max-restarts: restarted processes would look for each other at the addresses of the "
+            "dead ones, which torchrun (PyTorch 2.13) keeps; start it with\n"
+            "  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts ..."
+        )
+    # With fewer GPUs than ranks, --device cpu still works.
+    if dist.get_node_local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(dist.get_node_local_rank())
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    # The control group waits for rank 0 while it grows a checkpoint or prepares a corpus: hours, for a large one.
+    # The ranks wait in the control group while rank 0 grows a checkpoint or prepares a corpus:
+    # hours, for a large one.
     control = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
     world = World(rank=dist.get_rank(), control=control)
-    return dataclasses.replace(world, neighbours=world.gather(platform.node()).count(platform.node()))
+    machines = world.gather(platform.node())
+    return dataclasses.replace(world, neighbours=machines.count(platform.node()))
 
 
 def leave(world: World, code: int):
-    """Leave: at once, where others are waiting for one that failed, and without Python's own shutdown, during which gloo's threads
-    abort one process in five."""
-    if world.control is not None:
-        if code == 0:
-            dist.barrier(world.control)
-        elif world.rank > 0:
-            time.sleep(1)                        # torchrun stops all when one has failed: let rank 0 say why
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    """End this process with os._exit.
+
+    Python's normal shutdown aborts in gloo's threads about one time in five. After a failure the
+    other ranks are not waited for."""
+    if code == 0:
+        world.gather(None)
+    elif world.rank > 0:
+        time.sleep(1)  # torchrun stops all ranks when one has failed: let rank 0 say why
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def arrange(world: World, layout: Layout, device: torch.device) -> World:
-    """The same world with its layout and mesh, once all processes agree on one. Alone there is nothing to shard."""
-    if world.control is None:
+    """The same world with a layout and its mesh. All ranks call this with the same layout."""
+    if layout.size == 1:  # no mesh, and nothing to cut the optimizer over
         return dataclasses.replace(world, layout=dataclasses.replace(layout, shard_optimizer=False))
-    mesh = init_device_mesh(device.type, (layout.pp, layout.dp, layout.tp), mesh_dim_names=("pp", "dp", "tp"))
+    shape = (layout.pp, layout.dp, layout.tp)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
     return dataclasses.replace(world, layout=layout, mesh=mesh)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Tensor and sequence parallelism. Megatron's two functions f and g are placements here: where a DTensor that is whole
-#    (Replicate) or cut (Shard) meets a matrix cut by columns or rows, PyTorch inserts the all-reduce, all-gather or
-#    reduce-scatter, and its mirror image in the backward pass.
+# --------------------------------------------------------------------------------------------------
+# 3. Tensor and sequence parallelism
+#
+# A DTensor is a tensor with a placement along its mesh: whole on each rank (Replicate()), cut along
+# a dimension (Shard(dim)), or still to be summed (Partial()). Where a module gets another placement
+# than it needs, PyTorch inserts a collective, and the matching one in the backward pass (Megatron's
+# functions f and g).
 
-def tensor_parallel(part: FLM, mesh: DeviceMesh, sequence_parallel: bool):
-    """Cut a model, or a stage of one, over the tp mesh. Between the cut matrices the residual stream is whole on each process,
-    or, with sequence_parallel, each holds T/tp positions of it."""
-    stream = Shard(1) if sequence_parallel else Replicate()                              # of (B, T, C)
-    table = {"embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),         # rows are words
-             "head": ColwiseParallel(input_layouts=stream, output_layouts=Shard(-1), use_local_output=False)}
-    for i in part.layers:
-        table |= {f"layers.{i}.{name}": ColwiseParallel(input_layouts=stream) for name in ("attn.qkv", "ff.up")}
-        table |= {f"layers.{i}.{name}": RowwiseParallel(output_layouts=stream) for name in ("attn.o", "ff.down")}
-    modules = dict(part.named_modules())
-    for name, module in modules.items():
-        if name.endswith("norm"):                # its weights stay whole; each process normalises the positions it holds
-            distribute_module(module, mesh, None,
-                              lambda module, x, mesh: DTensor.from_local(x[0], mesh, [stream], run_check=False),
-                              lambda module, y, mesh: y.to_local())
-    parallelize_module(part, mesh, {name: style for name, style in table.items() if modules.get(name) is not None}, src_data_rank=None)
-    if part.embedding is not None:               # a compiled block would drop the gradient of a tensor still under way
-        part.embedding.register_forward_hook(lambda module, x, y: y.clone())
-
-
-def set_masks(part: FLM, growth: dict | None, c: float, mesh: DeviceMesh | None):
-    """FLM.set_masks on a model that is cut: each mask is cut like what it masks."""
-    part.set_masks(growth, c)
-    if mesh is None or mesh.size() == 1:
-        return
-    whole = lambda mask: None if mask is None else DTensor.from_local(mask, mesh, [Replicate()], run_check=False)
-    mine = lambda mask: None if mask is None else mask.chunk(mesh.size())[mesh.get_local_rank()]
-    for block in part.layers.values():
-        block.attn_norm.mask, block.ff_norm.mask = whole(block.attn_norm.mask), whole(block.ff_norm.mask)
-        block.attn.mask, block.ff.mask = mine(block.attn.mask), mine(block.ff.mask)
-    if part.norm is not None:
-        part.norm.mask = whole(part.norm.mask)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. The worker
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's piece of a DTensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def dress(part: FLM, layout: Layout, compiled: bool):
-    """What each block gets, alone as among others: activation checkpointing, torch.compile."""
+def tensor_parallel(part: FLM, mesh: DeviceMesh, sequence_parallel: bool):
+    """Cut a model, or a pipeline stage of one, over the tp mesh.
+
+    The residual stream (B, T, C) between the cut matrices is whole on each rank; with
+    sequence_parallel, each rank holds T/tp positions of it."""
+    stream = Shard(1) if sequence_parallel else Replicate()
+    # ColwiseParallel cuts the rows of a weight (out, in), so each rank computes a part of the
+    # outputs. RowwiseParallel cuts its columns, so each rank computes a part of the sum.
+    into_block = ColwiseParallel(input_layouts=stream)  # Shard(1): all-gather. Backward: Partial
+    # meets `stream`: reduce-scatter (Shard(1)) or all-reduce (Replicate()).
+    out_of_block = RowwiseParallel(output_layouts=stream)  # Partial meets `stream`: reduce-scatter
+    # (Shard(1)) or all-reduce (Replicate()). Backward: all-gather for Shard(1), else nothing.
+    table = {
+        # Each rank looks up the words that it holds, 0 for others: reduce-scatter or all-reduce.
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
+        # Shard(1): all-gather. Each rank keeps the logits of V/tp words; see loss_parallel.
+        "head": ColwiseParallel(
+            input_layouts=stream, output_layouts=Shard(-1), use_local_output=False
+        ),
+    }
+    for i in part.layers:
+        table[f"layers.{i}.attn.qkv"] = table[f"layers.{i}.ff.up"] = into_block
+        table[f"layers.{i}.attn.o"] = table[f"layers.{i}.ff.down"] = out_of_block
+    modules = dict(part.named_modules())
+    for name, module in modules.items():
+        if name.endswith("norm"):
+            replicate_norm(module, mesh, stream)
+    present = {name: style for name, style in table.items() if modules.get(name) is not None}
+    parallelize_module(part, mesh, present, src_data_rank=None)
+    if part.embedding is not None:
+        # A compiled block drops the gradient of a tensor whose collective is not finished.
+        part.embedding.register_forward_hook(lambda module, x, y: y.clone())
+
+
+def replicate_norm(norm: torch.nn.Module, mesh: DeviceMesh, stream: Shard | Replicate):
+    """Keep a LayerNorm's weights whole; each rank normalises the positions that it holds.
+
+    Its weights' gradients are Partial under Shard(1): one small all-reduce in the backward pass."""
+
+    def as_dtensor(module, inputs, mesh):
+        return DTensor.from_local(inputs[0], mesh, [stream], run_check=False)
+
+    distribute_module(norm, mesh, None, as_dtensor, lambda module, y, mesh: y.to_local())
+
+
+def set_masks(part: FLM, record: dict | None, c: float, layout: Layout, mesh: DeviceMesh | None):
+    """FLM.set_masks on a part that is cut over tp: each mask is cut like what it masks."""
+    part.set_masks(record, c)
+    if layout.tp == 1:
+        return
+    tp = mesh["tp"]
+
+    def replicate(mask):
+        return (
+            None if mask is None else DTensor.from_local(mask, tp, [Replicate()], run_check=False)
+        )
+
+    def shard(mask):
+        return None if mask is None else mask.chunk(layout.tp)[tp.get_local_rank()]
+
+    for block in part.layers.values():
+        block.attn_norm.mask = block.ff_norm.mask = replicate(block.attn_norm.mask)
+        block.attn.mask, block.ff.mask = shard(block.attn.mask), shard(block.ff.mask)
+    if part.norm is not None:
+        part.norm.mask = replicate(part.norm.mask)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. This rank's share of the model
+
+
+def wrap_blocks(part: FLM, layout: Layout, compiled: bool):
+    """Apply activation checkpointing and torch.compile to each block."""
     for block in part.layers.values():
         if layout.activation_checkpointing:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = functools.partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
         if compiled:
             block.compile()
 
 
-def build(config: FLMConfig, world: World, device: torch.device, weights: torch.dtype, arithmetic: torch.dtype,
-          compiled: bool = False) -> list[FLM]:
-    """The parts of the model that lie on this process, one per pipeline stage it holds: allocated, cut and wrapped, not filled.
-    weights, arithmetic: dtypes of the parameters and of the products; they differ for bf16 over fp32."""
-    layout, mesh, depth, parts = world.layout, world.mesh, config.n_layers // world.layout.stages, []
+def build_parts(
+    config: FLMConfig,
+    world: World,
+    device: torch.device,
+    weights: torch.dtype,
+    arithmetic: torch.dtype,
+    compiled: bool = False,
+) -> list[FLM]:
+    """The parts of the model on this rank, one for each pipeline stage that it holds: allocated,
+    cut and wrapped, but not filled.
+
+    weights, arithmetic: dtypes of the parameters and of the matrix products (bf16 over fp32)."""
+    layout, mesh = world.layout, world.mesh
+    depth = config.n_layers // layout.pipeline_stages
+    parts = []
     for stage in layout.stage_ids(world.at("pp")):
+        layers = range(stage * depth, (stage + 1) * depth)
+        first, last = stage == 0, stage == layout.pipeline_stages - 1
         with torch.device("meta"):
-            part = FLM(config, range(stage * depth, (stage + 1) * depth), stage == 0, stage == layout.stages - 1).to(weights)
+            part = FLM(config, layers, embed=first, head=last).to(weights)
         if layout.tp > 1:
             tensor_parallel(part, mesh["tp"], layout.sequence_parallel)
-        part.to_empty(device=device)             # and ties the head again, which cutting it has untied
-        dress(part, layout, compiled)
+        part.to_empty(device=device)  # also ties the head again, which parallelize_module untied
+        wrap_blocks(part, layout, compiled)
         if layout.sharded:
-            policy = MixedPrecisionPolicy(arithmetic, torch.float32) if arithmetic != weights else MixedPrecisionPolicy()
-            for module in (*part.layers.values(), part):             # what no block holds is one group, the tied ends in it
+            policy = MixedPrecisionPolicy()
+            if arithmetic != weights:
+                policy = MixedPrecisionPolicy(arithmetic, reduce_dtype=torch.float32)
+            # Along dp: one all-gather of weights and one reduce-scatter of gradients for each block
+            # and step. The last group is what no block holds, both ends of a tied embedding in it.
+            for module in (*part.layers.values(), part):
                 fully_shard(module, mesh=mesh["dp"], reshard_after_forward=False, mp_policy=policy)
         parts.append(part)
     return parts
 
 
+# --------------------------------------------------------------------------------------------------
+# 5. The worker
+
+
+class Stopped(Exception):
+    """Worker.gradients was asked to stop between two micro-batches: the step is not complete."""
+
+
+@functools.cache
+def group_of_tied_ends(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The process group of the first and the last pp rank with this rank's (dp, tp).
+
+    None on the pp ranks between them. Cached: a run that grows builds several Workers, and a
+    process group is never freed. All ranks must call this together."""
+    if mesh["pp"].size() == 2:
+        return mesh.get_group("pp")
+    pairs = mesh.mesh[[0, -1]].flatten(1).T.tolist()  # (dp*tp, 2) ranks
+    return dist.new_subgroups_by_enumeration(pairs)[0]
+
+
 class Worker:
-    """One process's share of the model and what it does in a step. Alone in the world, it is one whole FLM."""
+    """One rank's share of the model and what the rank does in a step. In one process: one FLM.
+
+    named: [(name in a checkpoint, parameter)]; a tied head has its embedding's name."""
 
     def __init__(self, parts: list[FLM], world: World, arithmetic: torch.dtype):
         self.parts, self.world, self.arithmetic = parts, world, arithmetic
-        self.config, self.device, self.schedules, self.ddp, self.scale = parts[0].config, parts[0].xpos.device, {}, None, None
-        # (name in a checkpoint, parameter): the head of a tied model is its embedding, wherever it lies.
-        tied = "head.weight" if self.config.tie_embeddings else None
-        self.named = [("embedding.weight" if name == tied else name, p) for part in parts for name, p in part.named_parameters()]
-        if world.layout.dp > 1 and not world.layout.sharded:
-            with warnings.catch_warnings():      # PyTorch 2.13 calls this name old; the new one sends buffers around at the start
-                warnings.simplefilter("ignore", FutureWarning)
-                self.ddp = DistributedDataParallel(parts[0], process_group=world.mesh["dp"].get_group(), broadcast_buffers=False,
-                                                   gradient_as_bucket_view=True)
-        self._tie()
-
-    def _tie(self):
-        """A tied embedding whose two ends lie in different stages is two parameters with one gradient: `ends` are the ones
-        here, `tie` the group of the two processes."""
-        layout, world = self.world.layout, self.world
-        self.ends, self.tie = [], None
-        if not self.config.tie_embeddings or layout.stages == 1:
-            return
-        self.ends = [part.embedding.weight for part in self.parts if part.embedding is not None]
-        self.ends += [part.head.weight for part in self.parts if part.head is not None]
-        holder = next(rank for rank in range(layout.pp) if layout.stages - 1 in layout.stage_ids(rank))
-        if holder != 0:
-            ranks = world.mesh.mesh[[0, holder]].flatten(1).T.tolist()                   # (dp*tp, 2)
-            self.tie, _ = dist.new_subgroups_by_enumeration(ranks)
+        self.config, self.device = parts[0].config, parts[0].xpos.device
+        tied = {"head.weight": "embedding.weight"} if self.config.tie_embeddings else {}
+        parameters = [item for part in parts for item in part.named_parameters()]
+        self.named = [(tied.get(name, name), p) for name, p in parameters]
+        self.pipelines = {}  # number of micro-batches -> pipeline schedule
+        self.scale = None  # factor of the loss in a step of the pipeline
+        self.ddp = self.tie = self.tied_end = None
+        layout = world.layout
+        if layout.dp > 1 and not layout.sharded:
+            self.ddp = data_parallel(parts[0], world.mesh["dp"])
+        if self.config.tie_embeddings and layout.pp > 1:
+            # The embedding and the head are two parameters on two ranks, with one gradient.
+            self.tie = group_of_tied_ends(world.mesh)
+            if world.at("pp") == 0:
+                self.tied_end = parts[0].embedding.weight
+            elif world.last:
+                self.tied_end = parts[-1].head.weight
 
     def init_weights(self, seed: int):
-        """muP.init_weights for a share: every process draws the whole of each of its parameters and keeps its piece, so all
-        layouts start from the same numbers."""
+        """muP.init_weights for a share: each rank draws the whole of each of its parameters and
+        keeps its shard, so all layouts start from the same numbers."""
         with torch.no_grad():
             for name, p in self.named:
                 value = muP.initial_value(self.config, name, p.shape, seed)
                 if isinstance(p, DTensor):
-                    value = distribute_tensor(value.to(self.device, p.dtype), p.device_mesh, p.placements, src_data_rank=None)
+                    value = value.to(self.device, p.dtype)
+                    value = distribute_tensor(
+                        value, p.device_mesh, p.placements, src_data_rank=None
+                    )
                 p.copy_(value)
 
-    def set_masks(self, growth: dict | None, c: float):
+    def set_masks(self, record: dict | None, c: float):
+        """FLM.set_masks on every part: the growth's record and the mask's value c."""
         for part in self.parts:
-            set_masks(part, growth, c, self.world.mesh and self.world.mesh["tp"])
+            set_masks(part, record, c, self.world.layout, self.world.mesh)
 
-    # A step. -------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        micro: int,
+        score: Callable | None = None,
+    ) -> torch.Tensor:
+        """score(logits, targets) of this dp rank's rows, summed over the micro-batches; by default
+        the loss in nats, summed over the supervised tokens. No gradients.
 
-    def run(self, tokens: torch.Tensor, targets: torch.Tensor, micro: int, *, scale: float | None = None, score=None) -> torch.Tensor:
-        """This process's part of a forward pass over its dp rank's rows, tokens and targets (b, T), `micro` rows at a time. With
-        `scale`, of a backward pass too: the gradient of scale * loss, averaged over dp as PyTorch's engines do, is added to .grad.
-
-        Returns score(logits, targets), by default the loss summed over the supervised tokens, summed over the micro-batches; zeros
-        where the loss is not computed."""
-        loss, x, y = score or loss_sum, tokens.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
-        self.scale = scale
-        with contextlib.ExitStack() as stack:
-            if scale is None:
-                stack.enter_context(torch.no_grad())
-            if self.world.layout.tp > 1:         # each process holds V/tp of the logits: so the loss, and its backward
-                stack.enter_context(loss_parallel())
+        tokens, targets: (b, T), the rows of this dp rank; micro: rows of one forward pass.
+        Returns zeros on ranks that do not have the last pipeline stage."""
+        x, y = tokens.to(self.device), targets.to(self.device)
+        with self.loss_over_shards():
             if self.world.layout.pp > 1:
-                return self._pipeline(x, y, x.shape[0] // micro, loss)
-            if self.arithmetic == torch.bfloat16 and not self.world.layout.sharded:
-                autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16)
+                total = self.run_pipeline(x, y, micro, score or loss_sum)
             else:
-                autocast = contextlib.nullcontext
-            whole = score is None and self.world.layout.tp == 1      # then the model makes the loss without all its logits
-            model, total = self.ddp if self.ddp is not None and scale is not None else self.parts[0], 0
-            for i in range(0, x.shape[0], micro):
-                more = i + micro < x.shape[0]
-                if isinstance(model, FSDPModule) and scale is not None:          # one reduce-scatter for all micro-batches
-                    model.set_requires_gradient_sync(not more)
-                    model.set_is_last_backward(not more)
-                    model.set_reshard_after_backward(not more)
-                with model.no_sync() if more and model is self.ddp else contextlib.nullcontext():
-                    with autocast():
-                        part = model(x[i:i + micro], y[i:i + micro]) if whole else loss(model(x[i:i + micro]), y[i:i + micro])
-                    if scale is not None:
-                        (part * scale).backward()
-                total = total + local(part.detach())
-            if scale is None:
-                self._reshard()
+                total = self.run_micro_batches(x, y, micro, score)
+        self.reshard()
         return total
 
-    def _reshard(self):
-        """A forward pass without a backward one leaves the gathered parameters in place; outside a step only the shards count."""
+    def gradients(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        micro: int,
+        count: float,
+        stop: Callable[[], bool] | None = None,
+    ) -> float:
+        """Add to .grad the gradient of the whole batch's loss: nats / `count`.
+
+        tokens, targets: (b, T), the rows of this dp rank; micro: rows of one forward pass; count:
+        the supervised tokens of the whole batch. Returns the loss of these rows in nats, summed, on
+        one rank of each dp rank, and 0 on its other ranks.
+
+        stop: asked between two micro-batches, not in a pipeline; where it says True, Stopped is
+        raised, and what .grad holds is worthless."""
+        x = tokens.to(self.device, non_blocking=True)
+        y = targets.to(self.device, non_blocking=True)
+        self.scale = self.world.layout.dp / count  # PyTorch's engines average over dp
+        with self.loss_over_shards():
+            if self.world.layout.pp > 1:
+                nats = self.run_pipeline(x, y, micro, loss_sum, self.scale)
+            else:
+                nats = self.run_micro_batches(x, y, micro, None, self.scale, stop)
+        if self.tied_end is not None:  # both ends get the sum of their gradients
+            dist.all_reduce(local(self.tied_end.grad), group=self.tie)
+        return nats.item() if self.world.at("tp") == 0 else 0.0
+
+    def loss_over_shards(self):
+        """The context in which a loss is computed, and its backward pass run.
+
+        Under tp each rank holds the logits of V/tp words: cross-entropy then all-reduces the
+        maximum, the sum of exponentials and the target's logit of each token."""
+        return loss_parallel() if self.world.layout.tp > 1 else contextlib.nullcontext()
+
+    def run_micro_batches(self, x, y, micro, score=None, scale=None, stop=None) -> torch.Tensor:
+        """Without a pipeline: forward passes of `micro` rows and, with `scale`, backward passes of
+        scale * loss. Returns the sum of the losses, or of score(logits, targets)."""
+        model = self.parts[0] if scale is None or self.ddp is None else self.ddp
+        whole_loss = score is None and self.world.layout.tp == 1  # needs no tensor of all logits
+        autocast = self.arithmetic == torch.bfloat16 and not self.world.layout.sharded
+        total = 0
+        for i in range(0, len(x), micro):
+            if stop is not None and i > 0 and stop():
+                raise Stopped
+            rows, targets = x[i : i + micro], y[i : i + micro]
+            with self.gradient_exchange(model, scale is not None, last=i + micro >= len(x)):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+                    if whole_loss:
+                        value = model(rows, targets)
+                    else:
+                        value = (score or loss_sum)(model(rows), targets)
+                if scale is not None:
+                    (value * scale).backward()
+            total = total + local(value.detach())
+        return total
+
+    def gradient_exchange(self, model: torch.nn.Module, training: bool, last: bool):
+        """The context of one micro-batch: gradients are exchanged along dp after the last one."""
+        if training and isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+            model.set_is_last_backward(last)
+            model.set_reshard_after_backward(last)
+        if model is self.ddp and not last:
+            return model.no_sync()
+        return contextlib.nullcontext()
+
+    def run_pipeline(self, x, y, micro, score, scale=None) -> torch.Tensor:
+        """One pass of all micro-batches through the pipeline: forward and, with `scale`, backward.
+
+        Along pp, hidden states (micro, T, C) are sent forward and their gradients back. The
+        schedule of training is kept; that of an evaluation holds activations, and goes."""
+        n = len(x) // micro
+        if scale is None:
+            pipeline, stages = self.make_pipeline(n, score)
+        else:
+            if n not in self.pipelines:
+                self.pipelines[n] = self.make_pipeline(n, self.scaled_loss)
+            pipeline, stages = self.pipelines[n]
+        inputs = [x] if self.world.at("pp") == 0 else []
+        losses = [] if self.world.last else None
+        target = y if self.world.last else None
+        run = pipeline.eval if scale is None else pipeline.step
+        run(*inputs, target=target, losses=losses, return_outputs=False)
+        if scale is None:
+            for stage in stages:
+                stage.clear_runtime_states()
+        if not self.world.last:
+            return torch.zeros((), device=self.device)
+        total = sum(local(value.detach()) for value in losses)
+        return total if scale is None else total / scale
+
+    def scaled_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss that a training step of the pipeline differentiates."""
+        return loss_sum(logits, targets) * self.scale
+
+    def make_pipeline(self, n: int, loss: Callable) -> tuple:
+        """PyTorch's pipeline schedule for n micro-batches, and its stages: this rank's parts."""
+        layout, group = self.world.layout, self.world.mesh.get_group("pp")
+        ids = layout.stage_ids(self.world.at("pp"))
+        stages = [
+            PipelineStage(part, i, layout.pipeline_stages, self.device, group=group)
+            for i, part in zip(ids, self.parts)
+        ]
+        held = stages if len(stages) > 1 else stages[0]
+        schedule = get_schedule_class(layout.schedule)
+        return schedule(held, n_microbatches=n, loss_fn=loss, scale_grads=False), stages
+
+    def reshard(self):
+        """Free the weights that a forward pass gathered along dp and no backward pass has freed."""
         for part in self.parts:
             for module in part.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
-    def _pipeline(self, x, y, n: int, loss) -> torch.Tensor:
-        """A step of the pipeline. Its schedule is kept for training; an evaluation's holds activations, and goes with it."""
-        training = torch.is_grad_enabled()
-        schedule, losses = self.schedules.get(n) if training else None, []
-        if schedule is None:
-            layout, group = self.world.layout, self.world.mesh["pp"].get_group()
-            stages = [PipelineStage(part, i, layout.stages, self.device, group=group) for part, i in zip(self.parts, layout.stage_ids(self.world.at("pp")))]
-            scaled = (lambda logits, y: loss(logits, y) * self.scale) if training else loss
-            schedule = get_schedule_class(layout.schedule)(
-                stages if layout.stages > layout.pp else stages[0], n_microbatches=n, loss_fn=scaled, scale_grads=False)
-            if training:
-                self.schedules[n] = schedule
-            elif layout.stages > layout.pp:      # ZBV fails in eval() unless it has no backward actions
-                forward = ("FORWARD", "SEND_F", "RECV_F", "UNSHARD", "RESHARD")
-                schedule.pipeline_order_with_comms = {rank: [action for action in actions if action.computation_type.name in forward]
-                                                      for rank, actions in schedule.pipeline_order_with_comms.items()}
-        first, last = self.parts[0].embedding is not None, self.world.last
-        (schedule.step if training else schedule.eval)(*([x] if first else []), **({"target": y, "losses": losses} if last else {}),
-                                                       return_outputs=False)
-        if not training:
-            self._reshard()
-            for stage in stages:
-                stage.clear_runtime_states()
-        total = sum(local(value.detach()) for value in losses) if last else torch.zeros((), device=self.device)
-        return total / self.scale if training and last else total
-
-    def gradients(self, tokens: torch.Tensor, targets: torch.Tensor, micro: int, count: float) -> float:
-        """Add the gradient of the whole batch's loss, divided by its `count` of supervised tokens, from this dp rank's rows;
-        returns the rows' loss in nats, summed, on one process of each dp rank and 0 on its others."""
-        nats = self.run(tokens, targets, micro, scale=self.world.layout.dp / count)
-        if self.ends:
-            total = sum(local(end.grad) for end in self.ends)
-            if self.tie is not None:
-                dist.all_reduce(total, group=self.tie)
-            for end in self.ends:
-                local(end.grad).copy_(total)
-        return nats.item() if self.world.at("tp") == 0 else 0.0
-
     def grad_square(self) -> float:
-        """This process's share of the squared norm of the whole gradient: what several processes hold counts once in the sum."""
-        by_copies = {}
+        """This rank's share of the squared norm of the whole gradient. What n ranks hold counts
+        1/n on each."""
+        layout, by_copies = self.world.layout, {}
         for name, p in self.named:
-            if p.grad is None or self.ends and p is self.ends[-1] and self.world.last:   # the tied head: the embedding has it
-                continue
-            copies = self.world.layout.dp if self.ddp is not None else 1
+            if p.grad is None or p is self.tied_end and self.world.last:
+                continue  # the rank with the embedding counts the tied gradient
+            copies = layout.dp if self.ddp is not None else 1
             if isinstance(p, DTensor):
                 for size, placement in zip(p.device_mesh.shape, p.placements):
                     copies *= size if placement.is_replicate() else 1
             by_copies.setdefault(copies, []).append(local(p.grad))
-        return sum(torch.nn.utils.get_total_norm(grads).item() ** 2 / copies for copies, grads in by_copies.items())
+        norms = {n: torch.nn.utils.get_total_norm(grads).item() for n, grads in by_copies.items()}
+        return sum(norm**2 / n for n, norm in norms.items())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Drawing and tracing: who computes what, when; and who says what to whom
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. The rehearsal: one process of each pipeline stage goes through a step of the real code, build and Worker, on tensors that have
-#    shapes and no numbers, among processes that are not there. Memory is what such tensors would take, communication what is said.
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. The command line
+def data_parallel(part: FLM, mesh: DeviceMesh) -> DistributedDataParallel:
+    """The model with one all-reduce of its gradients along dp in the backward pass."""
+    with warnings.catch_warnings():
+        # PyTorch 2.13 calls broadcast_buffers old; its new name sends buffers around at the start.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            part,
+            process_group=mesh.get_group(),
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )

@@ -1,31 +1,36 @@
-"""train.py - the main job: train FLM-101B's model on real text (FLM-101B, arXiv 2309.03852, sections 2.3, 2.4 and 3).
+"""train.py - the main job: train FLM-101B's model on text (arXiv 2309.03852, sections 2.3, 2.4, 3).
 
-    python train.py                                 a small model on Python's own source, in a few minutes on a laptop
-    python train.py --data corpora/mine             on text that data.py prepared
-    python train.py --resume runs/demo              go on exactly where a run stopped
-    python train.py --eval-only runs/demo           held-out loss of a checkpoint
-    python train.py --benchmark                     how fast this machine trains, as one JSON object
+    python train.py                          a small model on Python's own source, in minutes
+    python train.py --data corpora/mine      on text that data.py prepared
+    python train.py --resume runs/demo       go on exactly where a run stopped
+    python train.py --eval-only runs/demo    held-out loss of a checkpoint
+    python train.py --benchmark              how fast this machine trains, as one JSON object
 
 Read it from top to bottom:
 
-    1. Settings       every option, its default and why
-    2. stages         the schedule: which model, which learning rate, as functions of the samples seen
-    3. the machine    device, dtype, and the rate that utilisation is measured against
-    4. evaluation     nats per token and bits per byte on held-out documents
-    5. one step       forward, backward, the global checks, AdamW
-    6. the run        folder, checkpoints, resume, growth, the loop
-    7. benchmark, command line
+    1. Settings            every option, its default, and which modes read it
+    2. The machine         device, dtype, and the peak rate that utilisation is measured against
+    3. Evaluation          nats per token and bits per byte on held-out documents
+    4. The parts of a step the model's share of this rank, the optimizer, the update
+    5. The folder of a run lock, config.json, log
+    6. The run             RunState, Run and its loop: the whole step is in Run.train_step
+    7. Other modes         evaluation of a checkpoint, benchmark
+    8. The command line
 
-Letters as in flm.py: B batch (rows of T tokens, the "samples" that everything is counted in), T sequence.
-Whatever the paper says of training is here: AdamW (0.9, 0.95), decay 0.1, clip 1.0, cosine to 6e-6 / 4e-4 of the peak
-after a warm-up in samples, bf16 arithmetic over fp32 weights. It has no dropout: the paper gives no rate.
+Letters as in flm.py: B batch, in rows of T tokens. A row is a "sample"; everything is counted in
+samples. What the paper says of training is here: AdamW (0.9, 0.95), decay 0.1, clipping at 1.0, a
+cosine to 6e-6 / 4e-4 of the peak after a warm-up in samples, bf16 arithmetic over fp32 weights.
+There is no dropout: the paper gives no rate.
 """
+
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
+import itertools
 import json
 import math
 import os
@@ -37,6 +42,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,183 +50,291 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import console
 import data
-import grow
 import muP
 import parallel
-from checkpoint import (export_weights, find_checkpoint, load_model, pick_device, read_info, read_tensors,
-                        write_checkpoint)
-from flm import FLM, FLMConfig, IGNORE, forward_flops, growth_mask, parse_fields, preset
+from checkpoint import (
+    export_weights,
+    find_checkpoint,
+    load_model,
+    pick_device,
+    read_info,
+    read_tensors,
+    read_training,
+    remove_old_checkpoints,
+    training_tensors,
+    write_checkpoint,
+)
+from console import refuse
+from flm import (
+    IGNORE,
+    FLMConfig,
+    count_parameters,
+    forward_flops,
+    growth_mask,
+    parse_fields,
+    preset,
+)
+from grow import grow_checkpoint
+from parallel import Layout, Worker, World
 from sample import continue_texts
-from schedule import RECIPES, learning_rate, plan_stages, training_flops
+from schedule import (
+    RECIPES,
+    Stage,
+    extend_stages,
+    given_stages,
+    learning_rate,
+    plan_stages,
+    total_steps,
+    training_flops,
+)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. Settings
 
-def option(default, help: str, **extra):
-    return dataclasses.field(default=default, metadata={"help": help, **extra})
+# (lowest, highest, in words): the values that an option may have
+COUNT = (1, math.inf, "at least 1")
+POSITIVE = (sys.float_info.min, sys.float_info.max, "a number above 0")
+NOT_NEGATIVE = (0, sys.float_info.max, "0 or above")
+SHARE = (0, 1, "between 0 and 1")
+
+EVAL = ("eval_only",)
+BENCH = ("benchmark",)
+BOTH = ("eval_only", "benchmark")
 
 
+def option(default, help: str, **more):
+    """A field of Settings, with all that the rest of the program wants to know of it.
+
+    resume: whether --resume may change it. modes: the other modes of train.py that read it.
+    valid: the values that it may have. group: in --help, the heading of it and the next ones.
+    metavar, choices: argparse's."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+# fmt: off
 @dataclass(frozen=True)
 class Settings:
-    """Every option of a run, as plain JSON values. None means: the preset's recipe decides (see RECIPES)."""
-    # what to train
-    preset: str = option("demo", "the model: demo, iq-demo, flm-proxy, flm-16b, flm-51b or flm-101b")
-    model: tuple[str, ...] = option((), "change fields of the model, as in --model d_model=384 n_heads=6",
-                                    metavar="FIELD=VALUE")
-    mup: str = option("on", "the maximal update parametrization; off: the standard one", choices=("on", "off"))
-    stages: str | None = option(None, "growth in the run: a JSON file of stages, paper, or none (none given: the recipe's)",
-                                metavar="FILE")
-    init_from: str | None = option(None, "begin a new run with a checkpoint's model, moments and place in the data",
-                                   metavar="CHECKPOINT")
-    seed: int = option(0, "of the initial weights and the order of the data")
-    # on what
-    data: str | None = option(None, "a folder from data.py prepare (none: Python's standard library)", metavar="DIR")
-    tokenizer: str = option("bytes", "tokenizer of the default corpus; a prepared folder has its own",
-                            choices=("bytes", "cl100k_base"))
-    tokenizer_file: str | None = option(None, "cl100k_base.tiktoken, where it cannot be downloaded", metavar="PATH")
-    teacher_fraction: float = option(0.0, "share of rows that carry FreeLM's teacher signal, 0 to 1")
-    # how
-    steps: int | None = option(None, "optimizer steps; the cosine ends with the last")
-    batch_size: int | None = option(None, "rows per step")
-    micro_batch: int | None = option(None, "rows per forward pass; gradients accumulate (none: all rows; with --pp: 1)")
-    lr: float | None = option(None, "peak learning rate at the proxy's width; muP scales it per group")
-    min_lr: float = option(0.015, "where the cosine ends, as a share of the peak (the paper's 6e-6 of 4e-4)")
-    warmup: int | None = option(None, "warm-up of the learning rate in samples", metavar="SAMPLES")
-    weight_decay: float = option(0.1, "decay, of matrices only")
-    clip: float = option(1.0, "largest norm of the whole gradient")
-    # watching and keeping
-    out: str | None = option(None, "the run's folder (none: the first free one of runs/PRESET, runs/PRESET-2, ...)",
+    """Every option of a run, as plain JSON values. None: the preset's recipe decides (RECIPES)."""
+
+    preset: str = option("demo", "the model: demo, iq-demo, flm-proxy, flm-16b, flm-51b or flm-101b",
+                         group="what to train", modes=BENCH)
+    model: tuple[str, ...] = option((), "change fields of the model: --model d_model=384 n_heads=6",
+                                    metavar="FIELD=VALUE", modes=BENCH)
+    mup: str = option("on", "on: maximal update parametrization; off: the standard one",
+                      choices=("on", "off"), modes=BENCH)
+    stages: str | None = option(None, "growth in the run: a JSON file of stages, paper, or none "
+                                "(not given: those of the preset's recipe)", metavar="FILE")
+    init_from: str | None = option(None, "begin a new run with the model, the moments and the place "
+                                   "in the data of a checkpoint", metavar="CHECKPOINT")
+    seed: int = option(0, "of the initial weights and of the order of the data", modes=BENCH)
+
+    data: str | None = option(None, "a folder from data.py prepare (not given: Python's standard "
+                              "library)", group="on what", metavar="DIR", resume=True, modes=EVAL)
+    tokenizer: str = option("bytes", "tokenizer of the standard library; a prepared folder has its "
+                            "own", choices=("bytes", "cl100k_base"), modes=EVAL)
+    tokenizer_file: str | None = option(None, "cl100k_base.tiktoken, where it cannot be downloaded",
+                                        metavar="PATH", resume=True, modes=EVAL)
+    teacher_fraction: float = option(0.0, "share of rows with FreeLM's teacher signal", valid=SHARE)
+
+    steps: int | None = option(None, "optimizer steps; the cosine ends with the last one",
+                               group="how", valid=COUNT, resume=True)
+    batch_size: int | None = option(None, "rows per step", valid=COUNT, modes=BENCH)
+    micro_batch: int | None = option(None, "rows per forward pass; gradients add up (not given: all "
+                                     "rows; with --pp: 1)", valid=COUNT, resume=True, modes=BENCH)
+    lr: float | None = option(None, "peak learning rate at the proxy's width; muP scales it for "
+                              "each group of parameters", valid=POSITIVE, resume=True)
+    min_lr: float = option(0.015, "end of the cosine, as a share of the peak (the paper: 6e-6 of "
+                           "4e-4)", valid=SHARE, resume=True)
+    warmup: int | None = option(None, "warm-up of the learning rate, in samples",
+                                metavar="SAMPLES", valid=NOT_NEGATIVE)
+    weight_decay: float = option(0.1, "decay of matrices", valid=NOT_NEGATIVE)
+    clip: float = option(1.0, "largest norm of the whole gradient", valid=POSITIVE, resume=True)
+
+    out: str | None = option(None, "the run's folder (not given: the first free one of "
+                             "runs/PRESET, runs/PRESET-2, ...)", group="watching and keeping",
                              metavar="DIR")
-    eval_every: int = option(100, "steps between evaluations")
-    eval_rows: int = option(256, "held-out rows per evaluation, spread over the held-out documents")
-    eval_batch: int | None = option(None, "rows per forward pass of an evaluation (none: that of training)")
-    save_every: int = option(200, "steps between checkpoints")
-    keep: int = option(2, "checkpoints kept, the newest ones")
-    # on which machine
-    device: str = option("auto", "auto, cpu or cuda")
-    threads: int | None = option(None, "CPU threads (none: PyTorch's choice, one per core)")
+    eval_every: int = option(100, "steps between evaluations", valid=COUNT, resume=True)
+    eval_rows: int = option(256, "held-out rows of an evaluation, spread over the held-out documents",
+                            valid=COUNT, resume=True, modes=EVAL)
+    eval_batch: int | None = option(None, "rows per forward pass of an evaluation (not given: as in "
+                                    "training)", valid=COUNT, resume=True, modes=EVAL)
+    save_every: int = option(200, "steps between checkpoints", valid=COUNT, resume=True)
+    keep: int = option(2, "newest checkpoints that are kept", valid=COUNT, resume=True)
+
+    device: str = option("auto", "auto, cpu or cuda", group="on which machine", resume=True,
+                         modes=BOTH)
+    threads: int | None = option(None, "CPU threads (not given: PyTorch decides, one per core)",
+                                 valid=COUNT, resume=True, modes=BOTH)
     dtype: str = option("auto", "arithmetic: auto, bfloat16 (over fp32 weights), float32, float64",
-                        choices=("auto", "bfloat16", "float32", "float64"))
-    compile: bool = option(False, "torch.compile each block: a slow start, then faster steps")
-    activation_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, a third more work")
-    deterministic: bool = option(False, "bit-for-bit repeatable on CUDA too, slower")
-    # on how many processes (started with torchrun; parallel.py)
-    dp: int | None = option(None, "data parallelism: copies of the model, each with a share of the batch (none: all processes that "
-                            "are left)")
-    tp: int = option(1, "tensor parallelism: processes that share every matrix")
-    pp: int = option(1, "pipeline parallelism: processes that share the layers")
-    schedule: str = option("1F1B", "the pipeline's order of work", choices=tuple(parallel.SCHEDULES))
-    sequence_parallel: bool = option(False, "cut the sequence, too, among the --tp processes")
-    shard_optimizer: bool = option(False, "cut weights, gradients and moments among the --dp processes (always so with --tp or --pp)")
+                        choices=("auto", "bfloat16", "float32", "float64"), modes=BOTH)
+    compile: bool = option(False, "torch.compile each block: a slow start, then faster steps",
+                           resume=True, modes=BENCH)
+    deterministic: bool = option(False, "the same bits on CUDA too; slower", resume=True)
+
+    dp: int | None = option(None, "data parallelism: copies of the model, each with a share of the "
+                            "batch (not given: all processes that are left)",
+                            group="on how many processes, started with torchrun (parallel.py)",
+                            valid=COUNT, resume=True, modes=BOTH)
+    tp: int = option(1, "tensor parallelism: processes that share every matrix", valid=COUNT,
+                     resume=True, modes=BOTH)
+    pp: int = option(1, "pipeline parallelism: processes that share the layers", valid=COUNT,
+                     resume=True, modes=BOTH)
+    schedule: str = option("1F1B", "the pipeline schedule",
+                           choices=tuple(parallel.PIPELINE_SCHEDULES), resume=True, modes=BOTH)
+    sequence_parallel: bool = option(False, "cut the sequence, too, over the --tp processes",
+                                     resume=True, modes=BOTH)
+    shard_optimizer: bool = option(False, "cut weights, gradients and moments over the --dp "
+                                   "processes (with --tp or --pp it is always so)", resume=True,
+                                   modes=BOTH)
+    activation_checkpointing: bool = option(False, "compute activations again in the backward pass: "
+                                            "less memory, a third more work", resume=True,
+                                            modes=BOTH)
+# fmt: on
 
 
-# What may change when a run is resumed; everything else is fixed by the run.
-LAYOUT = {"dp", "tp", "pp", "schedule", "sequence_parallel", "shard_optimizer", "activation_checkpointing"}
-CHANGEABLE = {"steps", "lr", "min_lr", "clip", "data", "tokenizer_file", "eval_every", "eval_rows", "eval_batch", "save_every",
-              "keep", "device", "threads", "compile", "deterministic", "micro_batch"} | LAYOUT
-
-RECIPES["flm-proxy"] = RECIPES["flm-16b"]        # what the paper's search on the proxy was for
-
-
-ARITHMETIC = {"device", "threads", "dtype"}
-USABLE = {                                       # the options that the other modes of train.py read
-    "eval_only": ARITHMETIC | {"data", "tokenizer", "tokenizer_file", "eval_rows", "eval_batch"} | LAYOUT,
-    "benchmark": ARITHMETIC | {"preset", "model", "mup", "seed", "batch_size", "micro_batch", "compile"} | LAYOUT,
-    "export": set(),
-}
+FIELDS = dataclasses.fields(Settings)
 
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def violations(s: Settings) -> list[str]:
-    """Every option out of its range."""
+def check_settings(s: Settings) -> list[str]:
+    """A line for every option that is out of its range."""
     problems = []
-
-    def limits(names, low, high, want):
-        for name in names:
-            value = getattr(s, name)
-            if value is not None and not low <= value <= high:
-                problems.append(f"{flag(name)} {value}: must be {want}")
-
-    limits(("steps", "batch_size", "micro_batch", "eval_every", "eval_rows", "eval_batch", "save_every", "keep",
-            "threads", "dp", "tp", "pp"), 1, math.inf, "at least 1")
-    limits(("lr", "clip"), sys.float_info.min, sys.float_info.max, "a number above 0")
-    limits(("weight_decay", "warmup"), 0, sys.float_info.max, "0 or above")
-    limits(("min_lr", "teacher_fraction"), 0, 1, "between 0 and 1")
+    for field in FIELDS:
+        value = getattr(s, field.name)
+        lowest, highest, words = field.metadata.get("valid", (None, None, ""))
+        if words and value is not None and not lowest <= value <= highest:
+            problems.append(f"{flag(field.name)} {value}: must be {words}")
     return problems
 
 
-def resolve(settings: Settings) -> tuple[Settings, list[dict]]:
-    """Fill in the recipe, plan the stages, check everything; the last stage's "config" is the final model's.
-    Raises ValueError with all violations."""
-    config, seen = preset(settings.preset), 0
-    recipe = {k: v for k, v in RECIPES[settings.preset].items() if k != "stages" and getattr(settings, k) is None}
-    s = dataclasses.replace(settings, **recipe)
-    if settings.warmup is None:                  # the recipe's is for its own number of steps
+def resolve(settings: Settings) -> tuple[Settings, list[Stage]]:
+    """The settings with the recipe's values filled in, and the stages of the run; the last stage
+    has the final model. Raises ValueError with every violated constraint."""
+    config, seen, recipe = preset(settings.preset), 0, RECIPES[settings.preset]
+    missing = [k for k in ("steps", "batch_size", "lr", "warmup") if getattr(settings, k) is None]
+    s = dataclasses.replace(settings, **{k: recipe[k] for k in missing})
+    if "warmup" in missing:  # the recipe's warm-up is for the recipe's number of steps
         s = dataclasses.replace(s, warmup=min(s.warmup, max(0, s.steps * s.batch_size // 12)))
     changes, problems = parse_fields(s.model)
-    problems = [f"--model {problem}" for problem in problems]
+    problems = [f"--model {problem}" for problem in problems] + check_settings(s)
     try:
         config = config.replace(**{"mup": s.mup == "on", **changes})
         if s.init_from:
-            source = find_checkpoint(s.init_from)
-            if source.is_file():
-                raise ValueError(f"--init-from {source} holds weights only, and not the moments: give a run or a step folder")
-            info = read_info(source)
-            config, seen = FLMConfig.from_dict(info["config"]), info["samples"]
-            if s.model:
-                problems.append(f"--model {' '.join(s.model)}: --init-from brings its own model (grow.py apply grows it)")
+            config, seen = read_start(s)
     except ValueError as error:
         problems.append(str(error))
+    refuse(problems, "these settings do not fit together:")
 
-    problems += violations(s)
-    if problems:
-        raise ValueError("these settings do not fit together:\n  " + "\n  ".join(problems))
-    stages = plan_stages(s, config, seen)
-    first = stages[0]["config"].to_dict()
-    if s.init_from and first != config.to_dict():
-        raise ValueError(f"--init-from {s.init_from} holds another model than the first stage's: " + ", ".join(
-            f"{k} {v}, not {first[k]}" for k, v in config.to_dict().items() if v != first[k]))
+    # The recipe's stages are made for the preset's own model.
+    word = "none" if s.stages is None and (s.model or s.init_from) else s.stages
+    given = given_stages(word, s.preset, s.steps, s.batch_size)
+    numbers = dict(steps=s.steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup, seen=seen)
+    stages = plan_stages(given, config, **numbers)
+    if s.init_from:
+        wanted, found = stages[0].config.to_dict(), config.to_dict()
+        differ = [f"{k} {v}, not {wanted[k]}" for k, v in found.items() if v != wanted[k]]
+        refuse(differ, f"--init-from {s.init_from} holds another model than the first stage's:")
     return s, stages
 
 
-def plan_layout(s: Settings, stages: list[dict], processes: int) -> parallel.Layout:
-    """The layout of these settings on so many processes. Raises ValueError with everything that does not fit it, in any stage."""
+def read_start(s: Settings) -> tuple[FLMConfig, int]:
+    """(model, samples seen) of the checkpoint that --init-from names."""
+    source, problems = find_checkpoint(s.init_from), []
+    if source.is_file():
+        problems.append(f"--init-from {source} is a file of weights: give a run or a step folder")
+    if s.model:
+        problems.append(f"--model {' '.join(s.model)}: --init-from brings its own model")
+    refuse(problems)
+    info = read_info(source)
+    return FLMConfig.from_dict(info["config"]), info["samples"]
+
+
+def plan_layout(s: Settings, stages: list[Stage], processes: int) -> Layout:
+    """The layout of these settings on so many processes. Raises ValueError with every reason why
+    a stage does not fit it."""
+    names = [field.name for field in dataclasses.fields(Layout)]
     dp = s.dp or max(1, processes // (s.tp * s.pp))
-    layout = parallel.Layout(dp, s.tp, s.pp, s.sequence_parallel, s.shard_optimizer, s.schedule, s.activation_checkpointing)
+    layout = Layout(**{name: getattr(s, name) for name in names} | {"dp": dp})
     problems = []
     if layout.size != processes:
         given = f"dp {dp} x tp {s.tp} x pp {s.pp} = {layout.size} processes"
-        problems.append(f"{given}, torchrun started {processes}" if processes > 1 else f"{given}, this is one: start them with torchrun "
-                        f"--standalone --nproc-per-node {layout.size} train.py ..., or take one: --dp 1 --tp 1 --pp 1")
+        start = f"torchrun --standalone --nproc-per-node {layout.size} train.py ..."
+        problems.append(
+            f"{given}, but torchrun started {processes}"
+            if processes > 1
+            else f"{given}, but this is one: start them with {start}, or take one: "
+            "--dp 1 --tp 1 --pp 1"
+        )
     for i, stage in enumerate(stages):
-        found = parallel.check(layout, stage["config"], stage["batch_size"], s.micro_batch, s.compile)
-        problems += [f"stage {i + 1}: {problem}" if len(stages) > 1 else problem for problem in found]
-    if problems:
-        raise ValueError("this layout does not fit:\n  " + "\n  ".join(dict.fromkeys(problems)))
+        found = parallel.check_layout(layout, stage.config, stage.batch_size, s.micro_batch)
+        problems += [f"stage {i + 1}: {text}" if len(stages) > 1 else text for text in found]
+    refuse(problems, "this layout does not fit:")
     return layout
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Stages. Everything is counted in samples: rows of T tokens, whatever the batch size.
+# --------------------------------------------------------------------------------------------------
+# 2. The machine
+
+# Dense bf16 peaks in FLOP/s, from the makers' data sheets. The longest name that is part of the
+# card's own name counts.
+PEAKS = {
+    "A100": 312e12,
+    "A800": 312e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "B200": 2250e12,
+    "A10": 125e12,
+    "A40": 150e12,
+    "A6000": 155e12,
+    "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. The machine
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes, and how."""
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets; the longest name that a card's own name contains counts.
-PEAKS = {"A100": 312e12, "A800": 312e12, "H100": 989e12, "H800": 989e12, "H200": 989e12, "H100 PCIe": 756e12,
-         "B200": 2250e12, "A10": 125e12, "A40": 150e12, "A6000": 155e12, "L4": 121e12, "L40": 181e12, "L40S": 362e12,
-         "RTX 4090": 165e12, "RTX 3090": 71e12}
+    device: torch.device
+    dtype: torch.dtype  # of the arithmetic
+    peak: float  # FLOP/s that utilisation is measured against
+    why: str  # one line for a person
+
+    @property
+    def weights(self) -> torch.dtype:
+        """The dtype of weights and moments: bf16 arithmetic keeps fp32 weights."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def exact(self) -> Machine:
+        """The same machine, computing in the dtype of the weights."""
+        return dataclasses.replace(self, dtype=self.weights)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after all work on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 2048) -> float:
-    """FLOP/s of the best of a few n x n matrix products, or of smaller ones where those take long already (a CPU that has to
-    emulate bf16)."""
+    """FLOP/s of the best of six n x n matrix products. Where products are slow (a CPU that has to
+    emulate bf16), smaller ones."""
     size = min(n, 256)
     while True:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -230,124 +344,239 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 2048) -> floa
             a @ b
             best = min(best, now(device) - start)
         if size >= n or best > 0.1:
-            return 2 * size ** 3 / best
+            return 2 * size**3 / best
         size = min(n, 2 * size)
 
 
-def now(device: torch.device) -> float:
+# A CPU with one of these computes bf16 matrix products faster than fp32 ones.
+BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
+
+
+def pick_dtype(device: torch.device, dtype: str) -> tuple[str, str]:
+    """The arithmetic of a run, and the reason in brackets. `auto` decides by what the processor
+    can do and never by a stopwatch, so machines of one kind choose alike. bf16 has the range of
+    fp32 with fewer digits, so it needs no loss scaling (section 3)."""
+    if dtype != "auto":
+        return dtype, ""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        major, minor = torch.cuda.get_device_capability(device)
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if native else "float32", f" (compute capability {major}.{minor})"
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.11 does not have it
+    found = [name for name in BF16_INSTRUCTIONS if known.get(name)]
+    if found:
+        return "bfloat16", f" (the processor has {found[0]})"
+    return "float32", " (no bf16 instructions known of this processor)"
 
 
-@dataclass(frozen=True)
-class Machine:
-    device: torch.device
-    dtype: torch.dtype        # of the arithmetic
-    peak: float               # FLOP/s that utilisation is measured against
-    why: str                  # one line for a person
-
-    @property
-    def weights(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16) if self.dtype == torch.bfloat16 else contextlib.nullcontext()
+def check_device(name: str, world: World) -> torch.device:
+    """The device that this rank computes on. Raises ValueError where ranks would share a GPU."""
+    device, cards = pick_device(name), torch.cuda.device_count()
+    shared = device.index is not None or world.neighbours > cards
+    if device.type == "cuda" and world.size > 1 and shared:
+        raise ValueError(
+            f"--device {name}: {world.neighbours} processes on this machine take a GPU each, and it "
+            f"has {cards}: give torchrun --nproc-per-node {cards} and train.py --device cuda, or "
+            "--device cpu"
+        )
+    return device
 
 
-def pick_machine(device: str, dtype: str) -> Machine:
-    """Choose, and say why. bf16 has fp32's range with fewer digits, so it needs no loss scaling (section 3 of the paper)."""
-    device = pick_device(device)
-    if device.type == "cuda":
-        card = torch.cuda.get_device_name(device)
-        if dtype == "auto":
-            dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-        known = max((name for name in PEAKS if name in card), key=len, default=None) if dtype == "bfloat16" else None
-        kind = getattr(torch, dtype)
-        peak = PEAKS[known] if known else matmul_rate(device, kind, 4096)
-        source = "its dense peak" if known else "a matrix product measured just now"
-        return Machine(device, kind, peak, f"{card}, {dtype}; utilisation is against {peak / 1e12:.0f} TFLOP/s, {source}")
-    rates = {name: matmul_rate(device, getattr(torch, name)) for name in ("float32", "bfloat16") if dtype in ("auto", name)}
-    reason = ""
-    if dtype == "auto":
-        faster = rates["bfloat16"] / rates["float32"]
-        dtype = "bfloat16" if faster > 1.3 else "float32"
-        reason = f" (a bf16 matrix product runs at {faster:.1f} times the rate of an fp32 one)"
-    peak = rates.get(dtype) or matmul_rate(device, getattr(torch, dtype), 1024)
-    return Machine(device, getattr(torch, dtype), peak, f"cpu with {torch.get_num_threads()} threads, {dtype}{reason}; "
-                   f"utilisation is against {peak / 1e9:.0f} GFLOP/s, a matrix product measured just now")
+def pick_machine(device: str, dtype: str, world: World = World()) -> Machine:
+    """Choose where and in what to compute, and say why. Rank 0 chooses the arithmetic; utilisation
+    is measured against the rates of all ranks together."""
+    place = world.raise_on_all_ranks(check_device, device, world)
+    dtype, reason = world.broadcast_from_rank_0(pick_dtype(place, dtype))
+    kind, cuda = getattr(torch, dtype), place.type == "cuda"
+    name = f"cpu with {torch.get_num_threads()} threads"
+    if cuda:
+        name = torch.cuda.get_device_name(place)
+    sheet = max((card for card in PEAKS if card in name), key=len, default=None)
+    if sheet and kind == torch.bfloat16:
+        rate, source = PEAKS[sheet], "its dense peak"
+    else:
+        rate, source = matmul_rate(place, kind, 4096 if cuda else 2048), "a measured matrix product"
+    why = f"{name}, {dtype}{reason}; utilisation is against {rate / 1e9:,.0f} GFLOP/s, {source}"
+    if world.size > 1:
+        why = f"{world.size} processes, rank 0 on {why}"
+    return Machine(place, kind, *world.sum(rate), why)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Evaluation
+# --------------------------------------------------------------------------------------------------
+# 3. Evaluation
 
-def evaluate(worker: parallel.Worker, corpus: data.Corpus, rows: int, micro: int) -> dict:
-    """Held-out loss. {"val_loss": nats per token, "val_bpb": bits per byte of text, "val_tokens"}, and, where the corpus
-    has a teacher signal, {"teacher_loss": nats per label token, "teacher_accuracy": share of labels whose last token, read
-    as a choice between the two emoji, is right; a tie counts half}.
 
-    Bits per byte divide by the bytes that the predicted tokens stand for, so tokenizers can be compared. Every process takes
-    part: the dp ranks share the rows."""
-    lengths, world, result = torch.from_numpy(data.byte_lengths(corpus.tokenizer)), worker.world, {}
-    angry, devil = (corpus.tokenizer.encode_ordinary(data.EMOJI[k])[-1] for k in (1, 0))
+def held_out_rows(
+    corpus: data.Corpus, signal_name: str, rows: int, micro: int, world: World
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """This dp rank's share of `rows` held-out rows, spread from the first to the last: tokens and
+    targets (b, T), and how many of them go through the model at once. Rows without targets fill up
+    what a pipeline needs."""
+    n_rows = corpus.n_rows("val", signal_name)
+    n = min(rows, n_rows)
+    share = -(-n // world.layout.dp)  # the last rank may have fewer
+    size = min(micro, share)
+    begin = world.at("dp") * share
+    mine = [
+        corpus.rows("val", signal_name, j * n_rows // n, 1)
+        for j in range(begin, min(begin + share, n))
+    ]
+    blank = torch.zeros(1, corpus.seq_len, dtype=torch.long)
+    missing = parallel.rows_needed(world.layout, share, size) - len(mine)
+    mine += [(blank, blank + IGNORE)] * missing
+    tokens, targets = (torch.cat(part) for part in zip(*mine))
+    return tokens, targets, size
 
-    def labels_right(logits, y):                 # the other emoji in the label's place would cost more
-        wide, y = (logits if logits.dtype == torch.float64 else logits.float()).flatten(0, 1), y.flatten()
-        cost, swapped = (parallel.local(torch.nn.functional.cross_entropy(wide, target, ignore_index=IGNORE, reduction="none"))
-                         for target in (y, torch.where(y == angry, devil, torch.where(y == devil, angry, y))))
-        won = (cost < swapped) + 0.5 * (cost == swapped)         # a tie is a coin: bf16 logits that differ little are often equal
-        return torch.stack([cost.sum(), (won * ((y == angry) | (y == devil))).sum()])
 
-    for signal_name in ("language", "teacher"):
-        n_rows = corpus.n_rows("val", signal_name)
-        if n_rows == 0:
+def score_labels(
+    logits: torch.Tensor, targets: torch.Tensor, angry: int, devil: int
+) -> torch.Tensor:
+    """[loss in nats, labels that are right] of logits (b, T, V), each summed. A label is right when
+    its emoji has the lower loss of the two, at the last token; a tie counts one half, since bf16
+    logits that differ little are often equal."""
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    logits, targets = logits.flatten(0, 1), targets.flatten()
+    swapped = torch.where(targets == devil, angry, targets)
+    swapped = torch.where(targets == angry, devil, swapped)
+    loss, other = (
+        parallel.local(
+            torch.nn.functional.cross_entropy(logits, y, ignore_index=IGNORE, reduction="none")
+        )
+        for y in (targets, swapped)
+    )
+    right = (loss < other) + 0.5 * (loss == other)
+    is_label = (targets == angry) | (targets == devil)
+    return torch.stack([loss.sum(), (right * is_label).sum()])
+
+
+def evaluate(worker: Worker, corpus: data.Corpus, rows: int, micro: int) -> dict:
+    """Held-out loss: {"val_loss": nats per token, "val_bpb": bits per byte of text, "val_tokens"}.
+
+    Where the corpus has a teacher signal also {"teacher_loss": nats per label token,
+    "teacher_accuracy": share of labels that are right, "teacher_labels"}; see score_labels. Bits
+    per byte divide by the bytes that the predicted tokens stand for, so tokenizers can be compared.
+    rows: rows of each signal. micro: rows at once. All ranks of the worker's world take part."""
+    world, tokenizer, result = worker.world, corpus.tokenizer, {}
+    lengths = torch.from_numpy(data.byte_lengths(tokenizer))  # (V,)
+    angry, devil = (tokenizer.encode_ordinary(data.EMOJI[label])[-1] for label in (1, 0))
+    scores = {
+        "language": None,
+        "teacher": functools.partial(score_labels, angry=angry, devil=devil),
+    }
+    for name, score in scores.items():
+        if corpus.n_rows("val", name) == 0:
             continue
-        n = min(rows, n_rows)
-        share = -(-n // world.layout.dp)         # rows of a dp rank; the last ones of the last rank may be empty
-        mine = [corpus.rows("val", signal_name, j * n_rows // n, 1) for j in range(world.at("dp") * share, min((world.at("dp") + 1) * share, n))]
-        size = min(micro, share)
-        blank = torch.zeros(1, corpus.seq_len, dtype=torch.long)
-        mine += [(blank, blank + IGNORE)] * (parallel.rows_needed(world.layout, share, size) - len(mine))
-        tokens, targets = (torch.cat(part) for part in zip(*mine))                       # (b, T) each
-        found = worker.run(tokens, targets, size, score=None if signal_name == "language" else labels_right)
-        known = targets[targets != IGNORE]
-        once = world.at("tp") == world.at("pp") == 0
-        values = found.flatten().tolist() if world.last and world.at("tp") == 0 else []
-        nats, right = (values + [0.0, 0.0])[:2]
-        nats, right, count, length, labels = world.sum(nats, right, *(once * int(v) for v in (
-            len(known), lengths[known].sum(), ((known == angry) | (known == devil)).sum())))
-        if signal_name == "language":
-            result |= {"val_loss": nats / count, "val_bpb": nats / math.log(2) / length, "val_tokens": int(count)}
+        tokens, targets, size = held_out_rows(corpus, name, rows, micro, world)
+        found = worker.forward(tokens, targets, size, score=score).flatten().tolist()
+        nats, right = [*found, 0.0][:2] if world.last and world.at("tp") == 0 else (0.0, 0.0)
+        known = targets[targets != IGNORE] if world.at("tp") == world.at("pp") == 0 else targets[:0]
+        labels = ((known == angry) | (known == devil)).sum()
+        counts = [int(value) for value in (known.numel(), lengths[known].sum(), labels)]
+        nats, right, tokens, length, labels = world.sum(nats, right, *counts)
+        if name == "language":
+            bits = nats / math.log(2) / length
+            result |= {"val_loss": nats / tokens, "val_bpb": bits, "val_tokens": int(tokens)}
         else:
-            result |= {"teacher_loss": nats / count, "teacher_accuracy": right / labels, "teacher_labels": int(labels)}
+            result |= {"teacher_loss": nats / tokens, "teacher_accuracy": right / labels}
+            result |= {"teacher_labels": int(labels)}
     return result
 
 
 def describe(result: dict) -> str:
-    text = f"held-out loss {result['val_loss']:.4f} nats per token, {result['val_bpb']:.4f} bits per byte"
+    """An evaluation in one line."""
+    text = f"held-out loss {result['val_loss']:.4f} nats per token, "
+    text += f"{result['val_bpb']:.4f} bits per byte"
     if "teacher_loss" in result:
-        text += (f"; teacher {result['teacher_loss']:.4f} nats per label token, "
-                 f"{result['teacher_accuracy']:.1%} of {result['teacher_labels']} labels right")
+        text += f"; teacher {result['teacher_loss']:.4f} nats per label token, "
+        text += f"{result['teacher_accuracy']:.1%} of {result['teacher_labels']} labels right"
     return text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. One step
+# --------------------------------------------------------------------------------------------------
+# 4. The parts of a step
+
+
+def describe_config(config: FLMConfig) -> str:
+    size = count_parameters(config)
+    return f"{config.n_layers} layers of width {config.d_model}, {size:,} parameters"
+
+
+def allocate(
+    config: FLMConfig, machine: Machine, world: World = World(), compiled: bool = False
+) -> Worker:
+    """This rank's share of a model to train, not filled yet. Raises ValueError where weights,
+    gradients and AdamW's two moments cannot fit into the memory."""
+    layout = world.layout
+    share = layout.tp * layout.pp * (layout.dp if layout.sharded else 1)
+    need = 4 * machine.weights.itemsize * count_parameters(config) / share
+    have = math.inf
+    if machine.device.type == "cuda":
+        have = torch.cuda.mem_get_info(machine.device)[1]
+    elif hasattr(os, "sysconf"):
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world.neighbours
+    if need > have:
+        raise ValueError(
+            f"{describe_config(config)}, take {need / 2**30:,.0f} GiB a process to train with "
+            f"AdamW, and this machine has {have / 2**30:,.0f}: choose a smaller --preset or "
+            "--model, or more processes (torchrun, --tp, --pp, --shard-optimizer)"
+        )
+    return empty_worker(config, machine, world, compiled)
+
+
+def empty_worker(
+    config: FLMConfig, machine: Machine, world: World, compiled: bool = False
+) -> Worker:
+    dtypes = machine.weights, machine.dtype
+    parts = parallel.build_parts(config, world, machine.device, *dtypes, compiled)
+    return Worker(parts, world, machine.dtype)
+
+
+def load_worker(path: Path, machine: Machine, world: World) -> tuple[Worker, dict]:
+    """The model of a checkpoint for an evaluation, its masks in place, and its info. A step folder
+    is read in any layout, an exported file by one process."""
+    if path.is_file():
+        model, info = load_model(path, machine.device)
+        return Worker([model.to(machine.weights)], world, machine.dtype), info
+    info = world.raise_on_all_ranks(read_info, path)
+    worker = empty_worker(FLMConfig.from_dict(info["config"]), machine, world)
+    world.raise_on_all_ranks(read_tensors, path, {"model": dict(worker.named)})
+    worker.set_masks(info["growth"], growth_mask(info["growth"], info["samples"]))
+    return worker, info
+
+
+def make_optimizer(worker: Worker, s: Settings) -> torch.optim.AdamW:
+    """AdamW over muP's groups, with the paper's betas (section 2.4)."""
+    groups = [
+        group for part in worker.parts for group in muP.param_groups(part, s.lr, s.weight_decay)
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
 
 class NonFinite(RuntimeError):
-    """The loss or the gradient's norm is not a finite number; the weights are those from before the step."""
+    """The loss or the norm of the gradient is not a finite number."""
 
 
-def update(worker: parallel.Worker, optimizer: torch.optim.Optimizer, clip: float, lr: float, nats: float, count: float) -> tuple[float, float]:
-    """Check, clip, set the learning rate, step; returns the whole batch's loss in nats per supervised token and the norm of
-    the whole gradient before clipping. Raises NonFinite, with the weights untouched, on every process, where either is not finite.
+def update(
+    worker: Worker,
+    optimizer: torch.optim.Optimizer,
+    clip: float,
+    lr: float,
+    nats: float,
+    count: float,
+) -> tuple[float, float]:
+    """Check, clip, AdamW. Returns (loss in nats per supervised token, norm of the gradient before
+    clipping), both of the whole batch.
 
-    nats: worker.gradients's, of this process; count: the whole batch's supervised tokens."""
+    nats: what worker.gradients returned on this rank; count: supervised tokens of the whole batch.
+    Raises NonFinite on every rank, with the weights untouched, where either is not finite."""
     nats, square = worker.world.sum(nats, worker.grad_square())
-    loss, norm = nats / count, math.sqrt(square) if square >= 0 else square              # NaN compares with nothing
+    loss, norm = nats / count, math.sqrt(square) if square >= 0 else square  # NaN is not >= 0
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NonFinite(f"loss {loss}, gradient norm {norm}")
-    torch.nn.utils.clip_grads_with_norm_([p for _, p in worker.named], clip, torch.tensor(norm, dtype=worker.named[0][1].dtype, device=worker.device))
+    parameters = [p for _, p in worker.named]
+    total = torch.tensor(norm, dtype=parameters[0].dtype, device=worker.device)
+    torch.nn.utils.clip_grads_with_norm_(parameters, clip, total)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     optimizer.step()
@@ -355,153 +584,540 @@ def update(worker: parallel.Worker, optimizer: torch.optim.Optimizer, clip: floa
     return loss, norm
 
 
-def allocate(config: FLMConfig, machine: Machine, world=parallel.World(), compiled: bool = False) -> parallel.Worker:
-    """This process's share of an empty model. Raises ValueError where weights, gradients and AdamW's two moments cannot fit."""
-    with torch.device("meta"):
-        model = FLM(config)
-    layout = world.layout
-    share = layout.tp * layout.pp * (layout.dp if layout.sharded else 1)
-    need = 4 * machine.weights.itemsize * sum(p.numel() for p in model.parameters()) / share / 2 ** 30
-    if machine.device.type == "cuda":
-        have = torch.cuda.mem_get_info(machine.device)[1] / 2 ** 30
-    elif hasattr(os, "sysconf"):
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30 / world.neighbours
-    else:
-        have = math.inf
-    if need > have:
-        raise ValueError(f"{describe_config(config)}, take {need:,.0f} GiB a process to train with AdamW, this machine has {have:,.0f}: "
-                         f"choose a smaller --preset or --model, or more processes (torchrun, --tp, --pp, --shard-optimizer)")
-    return parallel.Worker(parallel.build(config, world, machine.device, machine.weights, machine.dtype, compiled), world, machine.dtype)
+# --------------------------------------------------------------------------------------------------
+# 5. The folder of a run
 
-
-def make_optimizer(worker: parallel.Worker, s: Settings) -> torch.optim.AdamW:
-    groups = [group for part in worker.parts for group in muP.param_groups(part, s.lr, s.weight_decay)]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-
-def tensors_of(worker: parallel.Worker, optimizer: torch.optim.AdamW) -> dict[str, dict[str, torch.Tensor]]:
-    """What a checkpoint holds of this process: {"model": {"layers.0.attn.o.weight": tensor, ...}, "optimizer":
-    {"layers.0.attn.o.weight.exp_avg": tensor, ...}}. AdamW's state that is not there yet is made (zeros, as the first step would
-    make it), so that a checkpoint can be read into it."""
-    tensors = {"model": {}, "optimizer": {}}
-    for name, p in worker.named:
-        state = optimizer.state[p]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        if name not in tensors["model"]:         # both ends of a tied embedding may lie here: one is enough
-            tensors["model"][name] = p
-            tensors["optimizer"] |= {f"{name}.{key}": value for key, value in state.items()}
-    return tensors
-
-
-def read_into(worker: parallel.Worker, optimizer: torch.optim.AdamW, path: Path):
-    """Read a checkpoint of any layout into a worker of any other; moments and all."""
-    tensors = tensors_of(worker, optimizer)
-    read_tensors(path, tensors)
-    with torch.no_grad():
-        for name, p in worker.named:
-            if (first := tensors["model"][name]) is not p:
-                p.copy_(first)
-                for key, value in optimizer.state[p].items():
-                    value.copy_(tensors["optimizer"][f"{name}.{key}"])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. The run
-
-def open_corpus(folder: str | None, tokenizer: str, tokenizer_file: str | None, config: FLMConfig) -> data.Corpus:
-    """The prepared folder, or the default corpus, prepared on first use. Raises ValueError where its ids exceed the model's
-    vocabulary."""
-    def check(encoding):
-        if encoding.n_vocab > config.vocab_size:
-            raise ValueError(f"{folder} is made of {encoding.name} tokens, whose ids go up to {encoding.n_vocab - 1}; the "
-                             f"model's vocabulary ends at {config.vocab_size - 1}: add --model vocab_size="
-                             f"{-(-encoding.n_vocab // 128) * 128}")
-
-    if folder is None:
-        folder = f"corpora/stdlib-{platform.python_version()}-{tokenizer}"
-        if not Path(folder).exists():
-            check(encoding := data.get_tokenizer(tokenizer, tokenizer_file))
-            print(f"preparing the default corpus, Python {platform.python_version()}'s own source, in {folder}")
-            data.prepare({"stdlib": data.stdlib_files()}, folder, encoding)
-    corpus = data.Corpus(folder, config.max_seq_len, tokenizer_file)
-    check(corpus.tokenizer)
-    for split, left_out in corpus.teacher_left_out.items():
-        if left_out:
-            print(f"{folder}: {left_out:,} teacher items ({split}) are longer than {config.max_seq_len} tokens and left out")
-    return corpus
-
-
-def same_tokens(corpus: data.Corpus, info: dict, where):
-    if corpus.tokenizer.name != info["tokenizer"]:
-        raise ValueError(f"{corpus.path} is made of {corpus.tokenizer.name} tokens, {where} was trained on {info['tokenizer']}: "
-                         f"prepare the text with --tokenizer {info['tokenizer']}")
-
-
-def run_folder(s: Settings) -> Path:
-    """Where a new run goes. Raises ValueError for a folder that holds something."""
-    if s.out is None:
-        base, n = Path("runs") / s.preset, 1
-        while (folder := base if n == 1 else base.with_name(f"{s.preset}-{n}")).exists():
-            n += 1
-        return folder
-    folder = Path(s.out)
-    saved = any(path.suffix != ".tmp" for path in folder.glob("step-*"))
-    if (folder / "config.json").exists() and not saved:
-        return folder                            # killed in its first save: there is nothing to lose
-    if (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds another run: go on with it (--resume {shlex.quote(str(folder))}) or choose another "
-                         f"folder (--out)")
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} exists and is not a run: choose another folder (--out)")
-    return folder
+LOCK_MARK = (
+    "locked by train.py: "  # how the lock of a run begins; by this a folder is known as ours
+)
 
 
 def replace_file(path: Path, text: str):
+    """Write a file whole or not at all."""
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text)
-    tmp.replace(path)
+    try:
+        tmp.write_text(text)
+        tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
-def read_run(folder) -> tuple[Settings, list[dict]]:
+def read_run(folder) -> tuple[Settings, list[Stage]]:
     """Settings and stages of an existing run. Raises ValueError where there is none."""
     try:
         run = json.loads((Path(folder) / "config.json").read_text())
-        s = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in run["settings"].items()})
-        return s, [{**stage, "config": FLMConfig.from_dict(stage["config"])} for stage in run["stages"]]
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in run["settings"].items()}
+        return Settings(**given), [Stage.from_dict(stage) for stage in run["stages"]]
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{folder} is not the folder of a run: no readable config.json in it ({error})") from error
+        raise ValueError(
+            f"{folder} is not the folder of a run: no readable config.json in it ({error})"
+        ) from error
 
 
 def recorded_corpus(folder) -> str | None:
-    """Where the text of an existing run lay: the default corpus is that of the Python that began it."""
+    """Where the text of an existing run lay. The default corpus is that of one Python version."""
     return json.loads((Path(folder) / "config.json").read_text()).get("corpus")
 
 
-def write_run(folder: Path, s: Settings, stages: list[dict], machine: Machine, corpus: data.Corpus):
-    replace_file(folder / "config.json", json.dumps({
-        "settings": dataclasses.asdict(s), "stages": [{**stage, "config": stage["config"].to_dict()} for stage in stages],
+def write_run(
+    folder: Path, s: Settings, stages: list[Stage], machine: Machine, corpus: data.Corpus
+):
+    """Write config.json: everything that the run can be repeated from."""
+    content = {
+        "settings": dataclasses.asdict(s),
+        "stages": [stage.to_dict() for stage in stages],
         "corpus": str(corpus.path),
-        "machine": machine.why, "torch": torch.__version__, "python": platform.python_version()}, indent=1) + "\n")
+        "machine": machine.why,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    replace_file(folder / "config.json", json.dumps(content, indent=1) + "\n")
+
+
+def has_checkpoint(folder) -> bool:
+    try:
+        return Path(folder).is_dir() and find_checkpoint(folder).is_dir()
+    except ValueError:
+        return False
+
+
+def check_unused(folder: Path):
+    """Raises ValueError where a new run must not write. A folder of ours without a checkpoint is
+    fine: its run was killed in its first save, and nothing of it is lost."""
+    if has_checkpoint(folder):
+        where = shlex.quote(str(folder))
+        raise ValueError(
+            f"{folder} holds another run: go on with it (--resume {where}) or choose another folder "
+            "(--out)"
+        )
+    lock = folder / "lock"
+    ours = lock.is_file() and lock.read_text().startswith(LOCK_MARK)
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not ours:
+        raise ValueError(f"{folder} exists and is not a run: choose another folder (--out)")
+
+
+def lock_folder(folder: Path, stack: contextlib.ExitStack):
+    """Hold the lock of a run until `stack` closes; the system releases it however the process
+    ends. Raises ValueError where another process holds it. Windows has no such lock."""
+    lock = stack.enter_context(open(folder / "lock", "a+"))
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip().removeprefix(LOCK_MARK) or "still starting"
+        raise ValueError(
+            f"{folder} is being written by another run ({holder}): wait for it, or choose another "
+            "folder (--out)"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{LOCK_MARK}process {os.getpid()} on {platform.node()}\n")
+    lock.flush()
+
+
+def claim_folder(s: Settings, stack: contextlib.ExitStack) -> str:
+    """Choose, make and lock the folder of a new run; two runs that start at once get two folders.
+
+    If the run ends before its first checkpoint, what was made is removed again, and nothing else.
+    Raises ValueError for a folder that holds something, OSError where it cannot be made."""
+    names = [s.out] if s.out else (f"runs/{s.preset}-{n}" for n in itertools.count(1))
+    for name in names:
+        folder = Path(name.removesuffix("-1") if not s.out else name)
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        if not made and not s.out:
+            continue
+        check_unused(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(s.out))
+            break
+        except FileExistsError:  # another run was faster
+            continue
+        except OSError as error:
+            raise OSError(f"cannot make the run's folder {folder}: {error.strerror}") from error
+    lock_folder(folder, stack)
+    check_unused(folder)
+    stack.callback(remove_unbegun, folder, made)
+    return str(folder)
+
+
+def remove_unbegun(folder: Path, made: list[Path]):
+    """Remove what a run has made before its first checkpoint, if it has none."""
+    if has_checkpoint(folder):
+        return
+    for name in ("config.json", "metrics.jsonl", "lock"):
+        (folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty: somebody else's files
+        for path in made:
+            path.rmdir()
 
 
 def cut_log(path: Path, step: int, stage: int):
-    """Drop what the log says of steps and growths after the checkpoint of that step and stage: the run writes them again."""
+    """Drop the log's lines on steps and growths after the checkpoint of that step and stage: the
+    run writes them again. A last line that was cut off is dropped too."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    entries = []
+    kept = []
     for number, line in enumerate(lines, 1):
+        if not line.endswith("\n"):
+            continue
         try:
-            if line.endswith("\n"):              # a killed process may have left half a line
-                entries.append((line, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}): remove that line") from error
-    replace_file(path, "".join(line for line, entry in entries if entry["step"] <= step and entry.get("stage", 0) <= stage))
+            entry = json.loads(line)
+            if entry["step"] <= step and entry.get("stage", 0) <= stage:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no line of a log ({error!r}): remove that line"
+            ) from error
+    replace_file(path, "".join(kept))
+
+
+def default_corpus(tokenizer: str, tokenizer_file: str | None, config: FLMConfig) -> str:
+    """The folder of the default corpus, Python's standard library, prepared on first use."""
+    version = platform.python_version()
+    folder = f"corpora/stdlib-{version}-{tokenizer}"
+    if not Path(folder).exists():
+        encoding = data.get_tokenizer(tokenizer, tokenizer_file)
+        check_vocabulary(encoding, config, folder)
+        print(f"preparing the default corpus, Python {version}'s own source, in {folder}")
+        data.prepare({"stdlib": data.stdlib_files()}, folder, encoding)
+    return folder
+
+
+def check_vocabulary(encoding, config: FLMConfig, folder):
+    if encoding.n_vocab > config.vocab_size:
+        raise ValueError(
+            f"{folder} is made of {encoding.name} tokens, whose ids go up to "
+            f"{encoding.n_vocab - 1}; the model's vocabulary ends at {config.vocab_size - 1}: add "
+            f"--model vocab_size={-(-encoding.n_vocab // 128) * 128}"
+        )
+
+
+def open_corpus(
+    folder: str | None,
+    tokenizer: str,
+    tokenizer_file: str | None,
+    config: FLMConfig,
+    world: World = World(),
+) -> data.Corpus:
+    """A prepared folder; None: the default corpus, which rank 0 prepares on first use. Raises
+    ValueError where its ids exceed the model's vocabulary."""
+    folder = folder or world.on_rank_0(default_corpus, tokenizer, tokenizer_file, config)
+    corpus = world.raise_on_all_ranks(data.Corpus, folder, config.max_seq_len, tokenizer_file)
+    check_vocabulary(corpus.tokenizer, config, folder)
+    for split, n in corpus.teacher_left_out.items():
+        if n:
+            print(
+                f"{folder}: {n:,} teacher items ({split}) are longer than {config.max_seq_len} "
+                "tokens and left out"
+            )
+    return corpus
+
+
+def check_tokenizer(corpus: data.Corpus, name: str, where):
+    if corpus.tokenizer.name != name:
+        raise ValueError(
+            f"{corpus.path} is made of {corpus.tokenizer.name} tokens, {where} was trained on "
+            f"{name}: prepare the text with --tokenizer {name}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. The run
+
+
+@dataclass
+class RunState:
+    """Where a run stands: what checkpoint.json keeps of it."""
+
+    step: int = 0  # optimizer steps that are done
+    samples: int = 0  # rows that are seen, with those of a checkpoint from --init-from
+    stage: int = 0  # index into the stages
+    growth: dict | None = None  # the record of the last growth
+
+
+class Run:
+    """A run in progress on this rank. `train` has its loop.
+
+    A run is a function of its settings: a batch is a function of (seed, samples seen), a new
+    weight of (seed, name, number of growths), a mask of the samples seen. So N steps are k steps, a
+    stop and N - k steps more, bit for bit, on a CPU with as many threads, and on CUDA with
+    --deterministic. Another layout computes the same up to rounding."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        stages: list[Stage],
+        world: World,
+        machine: Machine,
+        corpus: data.Corpus,
+        state: RunState,
+    ):
+        self.settings, self.stages, self.world = settings, stages, world
+        self.machine, self.corpus, self.state = machine, corpus, state
+        self.folder = Path(settings.out)
+        self.last_step = state.step + total_steps(stages, state.samples)
+        self.saved = None  # the step of the newest checkpoint
+        self.worker = self.optimizer = None  # see build
+        self.metrics = self.bar = None  # the open log and the progress bar; see train
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[self.state.stage]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The step folder of the state that the run is in."""
+        return self.folder / f"step-{self.state.step:08d}"
+
+    def build(self, checkpoint: Path | None = None):
+        """The model of the present stage and its optimizer: from a checkpoint, or with initial
+        weights. The model before it is freed first."""
+        self.free()
+        s, world, state = self.settings, self.world, self.state
+        self.worker = world.raise_on_all_ranks(
+            allocate, self.stage.config, self.machine, world, s.compile
+        )
+        self.optimizer = make_optimizer(self.worker, s)
+        if checkpoint is None:
+            self.worker.init_weights(s.seed)
+        else:
+            named = self.worker.named
+            world.raise_on_all_ranks(read_training, named, self.optimizer, checkpoint)
+            self.worker.set_masks(state.growth, growth_mask(state.growth, state.samples))
+
+    def free(self):
+        """Free the model. Pipeline stages and their schedule refer to each other, so only
+        gc.collect() frees them."""
+        self.worker = self.optimizer = None
+        gc.collect()
+        if self.machine.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # ---- The step
+
+    def train_step(self):
+        """One optimizer step, all of it. Raises NonFinite before the update changes a weight."""
+        s, state, world, B = self.settings, self.state, self.world, self.stage.batch_size
+        start = now(self.machine.device)
+
+        # This dp rank's rows, (B/dp, T) each, and the number of targets in the whole batch.
+        tokens, targets = self.corpus.batch(
+            s.seed,
+            state.samples,
+            B,
+            rank=world.at("dp"),
+            ranks=world.layout.dp,
+            teacher_fraction=s.teacher_fraction,
+        )
+        counts_here = world.at("tp") == world.at("pp") == 0  # each row once
+        (count,) = world.sum(counts_here * int((targets != IGNORE).sum()))
+
+        # Forward and backward; check, clip, AdamW.
+        micro = parallel.micro_rows(world.layout, B, s.micro_batch)
+        nats = self.worker.gradients(tokens, targets, micro, max(1, count))
+        lr = learning_rate(self.stages, state.samples + B, s.min_lr)
+        loss, norm = update(self.worker, self.optimizer, s.clip, lr, nats, max(1, count))
+
+        before = training_flops(self.stages, state.samples)
+        state.step, state.samples = state.step + 1, state.samples + B
+        growth = state.growth
+        if growth and growth["start"] + growth["ramp"] > state.samples - B:
+            self.worker.set_masks(growth, growth_mask(growth, state.samples))
+
+        seconds = now(self.machine.device) - start
+        rate = B * self.corpus.seq_len / seconds
+        flops = training_flops(self.stages, state.samples) - before
+        used = flops / seconds / self.machine.peak
+        self.log(
+            loss=loss,
+            grad_norm=norm,
+            lr=lr,
+            supervised=int(count),
+            tokens_per_s=rate,
+            utilisation=used,
+        )
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s, MFU {used:.0%}", False)
+        self.bar.update()
+
+    # ---- Between steps
+
+    def log(self, **values):
+        """One line of metrics.jsonl."""
+        where = {"step": self.state.step, "samples": self.state.samples}
+        self.metrics.write(json.dumps(where | values) + "\n")
+        self.metrics.flush()
+
+    def held_out(self, worker: Worker) -> dict:
+        """The held-out loss of this worker; see evaluate."""
+        s = self.settings
+        micro = parallel.micro_rows(self.world.layout, s.batch_size, s.micro_batch)
+        return evaluate(worker, self.corpus, s.eval_rows, s.eval_batch or micro)
+
+    def evaluate(self) -> dict:
+        """Evaluate, log, and print."""
+        result = self.held_out(self.worker)
+        self.log(**result)
+        self.bar.write(f"step {self.state.step:>6}: {describe(result)}")
+        return result
+
+    def save(self):
+        """Write the checkpoint of this step, if there is none yet, and remove old ones."""
+        if self.saved == self.state.step:
+            return
+        info = dataclasses.asdict(self.state) | {
+            "config": self.stage.config.to_dict(),
+            "tokenizer": self.corpus.tokenizer.name,
+            "dtype": name_of(self.machine.weights),
+            "layout": str(self.world.layout),
+            "torch": torch.__version__,
+        }
+        tensors = training_tensors(self.worker.named, self.optimizer)
+        write_checkpoint(self.checkpoint, tensors, info, self.world.control)
+        self.saved = self.state.step
+        self.world.on_rank_0(remove_old_checkpoints, self.folder, self.settings.keep)
+
+    def stopped(self, asked: list[int]) -> bool:
+        """Whether any rank has received a signal."""
+        return self.world.sum(len(asked))[0] > 0
+
+    def growth_is_due(self) -> bool:
+        following = self.stages[self.state.stage + 1 :]
+        return bool(following) and self.state.samples >= following[0].start
+
+    def grow(self):
+        """Go on to the next stage: save, grow the checkpoint on disk, load it. The larger model
+        computes what the smaller one did; the log has the held-out loss of both, in the full
+        precision of the weights."""
+        self.save()
+        before = self.loss_of(self.checkpoint)
+        self.state.stage += 1
+        grown = self.folder / f"stage-{self.state.stage}.tmp"
+        self.world.on_rank_0(shutil.rmtree, grown, ignore_errors=True)  # of a run that was killed
+        options = dict(seed=self.settings.seed, layers=self.stage.layers, ramp=self.stage.ramp)
+        config = self.stage.config
+        info = self.world.on_rank_0(grow_checkpoint, self.checkpoint, config, grown, **options)
+        self.state.growth = info["growth"]
+        after = self.loss_of(grown)
+        self.build(grown)
+        self.world.on_rank_0(shutil.rmtree, grown)
+        self.log(
+            stage=self.state.stage, grown=config.to_dict(), loss_before=before, loss_after=after
+        )
+        self.bar.write(
+            f"step {self.state.step:>6}: grown to {describe_config(config)}; held-out loss "
+            f"{before:.4f} before, {after:.4f} after, {after - before:+.4f}"
+        )
+
+    def loss_of(self, checkpoint: Path) -> float:
+        """The held-out loss of a checkpoint, in the full precision of its weights."""
+        self.free()
+        worker, _ = load_worker(checkpoint, self.machine.exact, self.world)
+        return self.held_out(worker)["val_loss"]
+
+    def other_layout(self) -> str | None:
+        """The options of the layout that the next stage names, if it is neither that of this job
+        nor that of this stage: then the job ends, and the next job begins the stage on it."""
+        following = self.stages[self.state.stage + 1]
+        wanted = {axis: getattr(following, axis) for axis in AXES if getattr(following, axis)}
+        here, before = (
+            {axis: getattr(place, axis) for axis in wanted}
+            for place in (self.world.layout, self.stage)
+        )
+        if self.world.size == 1 or wanted in (here, before):
+            return None
+        return " ".join(f"--{axis} {n}" for axis, n in wanted.items())
+
+
+AXES = ("dp", "tp", "pp")
+
+
+def resumed_stages(s: Settings) -> list[Stage]:
+    """The stages of the run in s.out, with what --resume may change: its end, and the peak of the
+    learning rate."""
+    old, stages = read_run(s.out)
+    return extend_stages(stages, s.steps - old.steps, s.lr / old.lr)
+
+
+def check_same_settings(world: World, s: Settings, resume: bool):
+    """Raises ValueError, on every rank, where the ranks were started with different options."""
+    everyone, differ = world.gather({**dataclasses.asdict(s), "resume": resume}), []
+    for name in everyone[0]:
+        ranks = {}  # value: the ranks that have it
+        for rank, settings in enumerate(everyone):
+            ranks.setdefault(repr(settings[name]), []).append(rank)
+        found = [
+            f"{value} on {len(who)} (rank {who[0]}{' ...' if len(who) > 1 else ''})"
+            for value, who in ranks.items()
+        ]
+        if len(ranks) > 1:
+            differ.append(f"{flag(name)}: {', '.join(found)}")
+    refuse(differ, "the processes were started with different arguments:")
+
+
+def use_threads(s: Settings):
+    if s.threads:
+        torch.set_num_threads(s.threads)
+
+
+def open_run(
+    settings: Settings, resume: bool, world: World, stack: contextlib.ExitStack, run_class: type
+) -> Run:
+    """A run, ready for its first step: settings, layout, machine, folder, corpus, model. All that
+    can be refused is refused here. `stack` keeps the lock and the log."""
+    check_same_settings(world, settings, resume)
+    if resume:
+        s, stages = settings, world.raise_on_all_ranks(resumed_stages, settings)
+    else:
+        s, stages = world.raise_on_all_ranks(resolve, settings)
+    layout = plan_layout(s, stages, world.size)
+    if s.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the only switch of cuBLAS
+        torch.use_deterministic_algorithms(True)
+    use_threads(s)
+    machine = pick_machine(s.device, s.dtype, world)
+    world = parallel.arrange(world, layout, machine.device)
+    if resume:
+        world.on_rank_0(lock_folder, Path(s.out), stack)
+    out = s.out if resume else world.on_rank_0(claim_folder, s, stack)
+    s = dataclasses.replace(s, dtype=name_of(machine.dtype), out=out)
+    text = s.data or (recorded_corpus(out) if resume else None)
+    corpus = open_corpus(text, s.tokenizer, s.tokenizer_file, stages[-1].config, world)
+    if s.teacher_fraction and not corpus.n_rows("train", "teacher"):
+        raise ValueError(
+            f"--teacher-fraction {s.teacher_fraction}, but {corpus.path} has no teacher signal: "
+            "prepare it with --teacher FILE.jsonl"
+        )
+    source = out if resume else s.init_from
+    state, source = world.raise_on_all_ranks(read_state, source, resume, stages, corpus)
+    run = run_class(s, stages, world, machine, corpus, state)
+    run.build(source)
+    world.on_rank_0(begin_files, run, resume)
+    run.metrics = stack.enter_context(
+        open(run.folder / "metrics.jsonl" if world.rank == 0 else os.devnull, "a")
+    )
+    print(describe_run(run, resume))
+    if resume:
+        run.saved = state.step
+    run.save()  # a disk that cannot take a checkpoint shows now, not in an hour
+    return run
+
+
+def read_state(
+    source: str | None, resume: bool, stages: list[Stage], corpus: data.Corpus
+) -> tuple[RunState, Path | None]:
+    """Where a run begins, and the checkpoint that it begins with."""
+    if source is None:
+        return RunState(), None
+    path = find_checkpoint(source)
+    info = read_info(path)
+    check_tokenizer(corpus, info["tokenizer"], path)
+    if not resume:
+        return RunState(samples=info["samples"], growth=info["growth"]), path
+    state = RunState(info["step"], info["samples"], info["stage"], info["growth"])
+    if info["config"] != stages[state.stage].config.to_dict():
+        raise ValueError(
+            f"{path} holds another model than stage {state.stage + 1} of "
+            f"{Path(source) / 'config.json'}: one of them was edited"
+        )
+    return state, path
+
+
+def begin_files(run: Run, resume: bool):
+    """config.json, and for a resumed run the log up to its checkpoint."""
+    if resume:
+        cut_log(run.folder / "metrics.jsonl", run.state.step, run.state.stage)
+    write_run(run.folder, run.settings, run.stages, run.machine, run.corpus)
+
+
+def describe_run(run: Run, resume: bool) -> str:
+    """What a run will do, as it is printed before the first step."""
+    s, stages, samples, T = run.settings, run.stages, run.state.samples, run.corpus.seq_len
+    total = training_flops(stages, stages[-1].end) - training_flops(stages, samples)
+    rest = f" left, from sample {samples:,}" if samples else ""
+    tokens = run.corpus.n_rows("train", "language") * T
+    mup = "on" if stages[-1].config.mup else "off"
+    lines = [f"{'going on with' if resume else 'training'} {run.folder}"]
+    lines += [f"  machine   {run.machine.why}"]
+    lines += [f"  layout    {run.world.layout}"] if run.world.size > 1 else []
+    lines += [f"  data      {run.corpus.path}: {tokens:,} training tokens "]
+    lines[-1] += f"({run.corpus.tokenizer.name})"
+    lines += [
+        f"  stage {i}   {describe_config(stage.config)}: samples {stage.start:,} to {stage.end:,}"
+        for i, stage in enumerate(stages, 1)
+    ]
+    lines += [
+        f"  job       batches of {s.batch_size} x {T} tokens, learning rate {s.lr:g}, muP {mup}"
+    ]
+    lines[-1] += f": {total / 1e12:.3g} TFLOP{rest}"
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager
 def stop_on_signal():
-    """Ctrl-C and SIGTERM ask the loop to stop after the current step; a second Ctrl-C stops at once."""
+    """A list that receives the numbers of Ctrl-C and SIGTERM: the run stops after the present step.
+    A second Ctrl-C stops at once."""
     asked = []
 
     def ask(number, frame):
@@ -509,10 +1125,9 @@ def stop_on_signal():
             raise KeyboardInterrupt
         asked.append(number)
 
-    try:
+    old = {}
+    with contextlib.suppress(ValueError):  # not in the main thread, which alone handles signals
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:                           # not in the main thread: whoever called handles signals
-        old = {}
     try:
         yield asked
     finally:
@@ -520,518 +1135,419 @@ def stop_on_signal():
             signal.signal(number, handler)
 
 
-def resumed_stages(s: Settings) -> list[dict]:
-    """The stages of the run in s.out, with what may change on resume: where it ends, and the peak of the learning rate."""
-    old, stages = read_run(s.out)
-    stages[-1]["end"] += (s.steps - old.steps) * s.batch_size
-    for stage in stages:
-        stage["lr"] = stage["lr"] and stage["lr"] * (s.lr / old.lr)
-    return stages
+def train(
+    settings: Settings,
+    *,
+    resume: bool = False,
+    stop_at: int | None = None,
+    world: World = World(),
+    run_class: type[Run] = Run,
+) -> dict:
+    """Run the job that `settings` describe, or go on with it. Returns the last evaluation with
+    "step", "samples", "folder", "stopped" (the number of the signal, or None) and "move" (the
+    layout that the next stage asks for, or None).
 
-
-@contextlib.contextmanager
-def sole_writer(folder: Path):
-    """Hold the run's lock, which the system lets go of however the process ends. Raises ValueError where another holds it."""
-    try:
-        import fcntl                             # not on Windows, where nobody is kept out
-    except ImportError:
-        yield
-        return
-    with open(folder / "lock", "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise ValueError(f"{folder} is being written by another run ({lock.read().strip() or 'still starting'}): wait for it, or choose "
-                             f"another folder (--out)") from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {platform.node()}\n")
-        lock.flush()
-        yield
-
-
-def same_arguments(world: parallel.World, s: Settings, resume: bool):
-    """Raises ValueError, on every process, where they were not all started with the same arguments."""
-    differ, everyone = [], world.gather({**dataclasses.asdict(s), "resume": resume})
-    for k in everyone[0]:
-        ranks = {}                               # value: who has it
-        for rank, theirs in enumerate(everyone):
-            ranks.setdefault(repr(theirs[k]), []).append(rank)
-        if len(ranks) > 1:
-            differ.append(f"{flag(k)}: " + ", ".join(f"{value} on {len(who)} (rank {who[0]}{' ...' if len(who) > 1 else ''})"
-                                                     for value, who in ranks.items()))
-    if differ:
-        raise ValueError("the processes were started with different arguments:\n  " + "\n  ".join(differ))
-
-
-def agree_on_machine(world: parallel.World, device: str, dtype: str) -> Machine:
-    """Rank 0 chooses the arithmetic; utilisation is against all processes' rates together."""
-    if world.control is None:
-        return pick_machine(device, dtype)
-
-    def mine(dtype):
-        machine, cards = pick_machine(device, dtype), torch.cuda.device_count()
-        if machine.device.type == "cuda" and (machine.device.index is not None or world.neighbours > cards):
-            raise ValueError(f"--device {device}: {world.neighbours} processes on this machine take a GPU each, and it has {cards}: ask torchrun for "
-                             f"--nproc-per-node {cards} with --device cuda, or give --device cpu")
-        return machine
-
-    dtype = world.told(world.together(lambda: str(mine(dtype).dtype).removeprefix("torch.") if world.rank == 0 else None))
-    machine = world.together(mine, dtype)
-    peak, n = world.sum(machine.peak, 1)
-    return dataclasses.replace(machine, peak=peak, why=f"{n:.0f} processes, rank 0 on {machine.why}")
-
-
-def train(settings: Settings, *, resume: bool = False, stop_at: int | None = None, world=parallel.World()) -> dict:
-    """Run, or with `resume` go on with, the job that `settings` describe; returns the last evaluation with "step", "folder"
-    and "stopped" (the signal's number, or None). `stop_at` saves and leaves at that step, as a signal would. Every process
-    of `world` calls this with the same settings.
-
-    A run is a function of its settings: batches of (seed, samples seen), new weights of (seed, name, growths), masks of
-    the samples seen. So N steps straight are k steps, a stop and N-k more, bit for bit on a CPU with as many threads, and on
-    CUDA with --deterministic. Another layout computes the same up to rounding, in bf16 up to bf16's."""
-    same_arguments(world, settings, resume)
-    s, stages = (settings, world.together(resumed_stages, settings)) if resume else world.together(resolve, settings)
-    processes = len(world.gather(None))
-    layout = plan_layout(s, stages, processes)
-    folder = Path(s.out) if resume else world.told(world.together(run_folder, s))
-    if s.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")      # cuBLAS reads no other switch
-        torch.use_deterministic_algorithms(True)
-    if s.threads:
-        torch.set_num_threads(s.threads)
-    machine = agree_on_machine(world, s.device, s.dtype)
-    world = parallel.arrange(world, layout, machine.device)
-    s = dataclasses.replace(s, dtype=str(machine.dtype).removeprefix("torch."), out=str(folder))
-    text = s.data or (recorded_corpus(folder) if resume else None)
-    opened = lambda: open_corpus(text, s.tokenizer, s.tokenizer_file, stages[-1]["config"])
-    corpus = world.together(opened if world.rank == 0 else bool)     # rank 0 first: it may have to prepare the default corpus
-    corpus = world.together(bool if world.rank == 0 else opened) or corpus
-    if s.teacher_fraction and not corpus.n_rows("train", "teacher"):
-        raise ValueError(f"--teacher-fraction {s.teacher_fraction}, but {corpus.path} has no teacher signal: prepare it with "
-                         f"--teacher FILE.jsonl")
-
-    # Where the run stands: steps and samples done, the stage, the record of the last growth.
-    source = world.together(find_checkpoint, folder if resume else s.init_from) if resume or s.init_from else None
-    info = world.together(read_info, source) if source else {"samples": 0, "growth": None, "tokenizer": corpus.tokenizer.name}
-    same_tokens(corpus, info, source)
-    step, k = (info["step"], info["stage"]) if resume else (0, 0)
-    samples, growth = info["samples"], info["growth"]
-    if resume and info["config"] != stages[k]["config"].to_dict():
-        raise ValueError(f"{source} holds another model than stage {k + 1} of {folder / 'config.json'}: one of them was edited")
-    T = corpus.seq_len
-
-    def equip(config, path, arithmetic=machine):
-        """A worker with its optimizer, filled from a checkpoint, or with initial weights."""
-        worker = world.together(allocate, config, arithmetic, world, s.compile)
-        optimizer = make_optimizer(worker, s)
-        if path is None:
-            worker.init_weights(s.seed)
-        else:
-            world.together(read_into, worker, optimizer, path)
-            worker.set_masks(growth, growth_mask(growth, samples))
-        return worker, optimizer
-
-    def save():
-        write_checkpoint(folder / f"step-{step:08d}", tensors_of(worker, optimizer), {
-            "step": step, "samples": samples, "stage": k, "config": worker.config.to_dict(), "growth": growth,
-            "tokenizer": corpus.tokenizer.name, "dtype": str(machine.weights).removeprefix("torch."), "layout": str(layout),
-            "torch": torch.__version__}, world.control)
-        if world.rank == 0:
-            old = sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")[:-s.keep]
-            for path in old + list(folder.glob("step-*.tmp")):
-                shutil.rmtree(path, ignore_errors=True)
-        return step
-
-    def note(**values):
-        log.write(json.dumps({"step": step, "samples": samples, **values}) + "\n")
-        log.flush()
-
-    def held_out(worker):
-        return evaluate(worker, corpus, s.eval_rows, s.eval_batch or parallel.micro_rows(layout, s.batch_size, s.micro_batch))
-
-    def drop():
-        """Let go of the worker before there is another: a pipeline's schedules and their stages hold each other."""
-        nonlocal worker, optimizer
-        worker = optimizer = None
-        gc.collect()
-        if machine.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def grown():
-        """The next stage's model, which computes what this one does; its held-out loss before and after, both in full precision."""
-        nonlocal worker, optimizer, growth
-        stage, exact = stages[k], dataclasses.replace(machine, dtype=machine.weights)
-        if world.control is None:
-            before = held_out(parallel.Worker(worker.parts, world, exact.dtype))
-            model, optimizer, growth = grow.grow(
-                worker.parts[0], stage["config"], optimizer, seed=s.seed, growths=(growth or {"growths": 0})["growths"] + 1,
-                start=samples, ramp=stage["ramp"], layers=stage["layers"], moments=stage["moments"])
-            parallel.dress(model, layout, s.compile)
-            worker = parallel.Worker([model], world, machine.dtype)
-            worker.set_masks(growth, growth_mask(growth, samples))
-            return before, held_out(parallel.Worker(worker.parts, world, exact.dtype))
-        # Several processes: over the disk, one layer at a time, as the paper's own growth between its stages had to be.
-        path, out, config = folder / f"step-{step:08d}", folder / "grown", worker.config
-        if exact != machine:
-            drop()
-            worker, optimizer = equip(config, path, exact)
-        before = held_out(worker)
-        drop()
-        if world.rank == 0:
-            shutil.rmtree(out, ignore_errors=True)
-        world.together(lambda: world.rank == 0 and grow.grow_checkpoint(path, stage["config"], out, seed=s.seed, layers=stage["layers"],
-                                                              ramp=stage["ramp"], moments=stage["moments"]))
-        growth = world.together(read_info, out)["growth"]
-        worker, optimizer = equip(stage["config"], out, exact)
-        after = held_out(worker)
-        if exact != machine:
-            drop()
-            worker, optimizer = equip(stage["config"], out)
-        world.together(lambda: world.rank == 0 and shutil.rmtree(out))
-        return before, after
-
-    worker, optimizer = equip(stages[k]["config"], source)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot make the run's folder {folder}: {error.strerror}; choose another (--out)") from error
+    stop_at: save and leave at that step, as a signal would. run_class: a subclass of Run. Every
+    rank of `world` calls this with the same settings. Raises ValueError for settings that do not
+    fit, OSError for a disk that does not take the run, NonFinite."""
     with contextlib.ExitStack() as stack:
-        world.together(lambda: world.rank == 0 and stack.enter_context(sole_writer(folder)))
-        if resume:
-            world.together(lambda: world.rank == 0 and (cut_log(folder / "metrics.jsonl", step, k), write_run(folder, s, stages, machine, corpus)))
-        print(describe_run(folder, s, stages, machine, layout, corpus, samples, resume))
-        result, saved, move = {}, step, None
-        if not resume:
-            try:
-                world.together(lambda: world.rank == 0 and write_run(folder, s, stages, machine, corpus))
-                save()                           # a disk that cannot take a checkpoint shows now, not in an hour
-            except BaseException:                # there is no run yet: nothing that could be resumed is left behind
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-        todo = step + sum(-(-(stage["end"] - max(stage["start"], samples)) // stage["batch_size"]) for stage in stages[k:])
-        log = stack.enter_context(open(folder / "metrics.jsonl" if world.rank == 0 else os.devnull, "a"))
+        run = open_run(settings, resume, world, stack, run_class)
+        state, s, result, move = run.state, run.settings, {}, None
         asked = stack.enter_context(stop_on_signal())
-        bar = stack.enter_context(tqdm(total=todo, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5,
-                                       disable=world.rank > 0))
+        run.bar = stack.enter_context(progress_bar(run))
         try:
-            while step < todo and step != stop_at and not any(world.sum(len(asked))):
-                if k + 1 < len(stages) and samples >= stages[k + 1]["start"]:
-                    if move := other_layout(stages[k], stages[k + 1], layout, world):
+            while state.step < run.last_step and state.step != stop_at and not run.stopped(asked):
+                if run.growth_is_due():
+                    move = run.other_layout()
+                    if move:
                         break
-                    if saved != step:
-                        saved = save()
-                    k += 1
-                    before, after = grown()
-                    bar.write(f"step {step:>6}: grown to {describe_config(worker.config)}; held-out loss {before['val_loss']:.4f} before, "
-                              f"{after['val_loss']:.4f} after, {after['val_loss'] - before['val_loss']:+.4f}")
-                    note(stage=k, grown=stages[k]["config"].to_dict(), loss_before=before["val_loss"], loss_after=after["val_loss"])
-                start, B = now(machine.device), stages[k]["batch_size"]
-                tokens, targets = corpus.batch(s.seed, samples, B, rank=world.at("dp"), ranks=layout.dp, teacher_fraction=s.teacher_fraction)
-                once = world.at("tp") == world.at("pp") == 0
-                count, = world.sum(once * int((targets != IGNORE).sum()))
-                nats = worker.gradients(tokens, targets, parallel.micro_rows(layout, B, s.micro_batch), max(1, count))
-                try:
-                    lr = learning_rate(s, stages, samples + B)
-                    loss, norm = update(worker, optimizer, s.clip, lr, nats, max(1, count))
-                except NonFinite as error:
-                    if saved != step:
-                        save()
-                    raise NonFinite(f"step {step + 1} stopped before the optimizer: {error}. The weights from before it are in "
-                                    f"{folder}.\nTry --resume {folder} with a smaller --lr (now {s.lr:g}), or a new run with a longer "
-                                    f"--warmup (now {s.warmup} samples) or --dtype float32") from None
-                flops = training_flops(stages, samples + B) - training_flops(stages, samples)
-                step, samples = step + 1, samples + B
-                if growth and growth["start"] + growth["ramp"] > samples - B:
-                    worker.set_masks(growth, growth_mask(growth, samples))
-                seconds = now(machine.device) - start
-                note(loss=loss, grad_norm=norm, lr=lr, supervised=int(count),
-                     tokens_per_s=B * T / seconds, utilisation=flops / seconds / machine.peak)
-                bar.set_postfix_str(f"loss {loss:.3f}, {B * T / seconds:,.0f} tok/s, MFU {flops / seconds / machine.peak:.0%}",
-                                    refresh=False)
-                bar.update()
-                # First the log, then the checkpoint: who resumes drops what the log says of later steps, and misses nothing.
-                if step % s.eval_every == 0 or step == todo:
-                    result = held_out(worker)
-                    note(**result)
-                    bar.write(f"step {step:>6}: {describe(result)}")
-                if step % s.save_every == 0 or step == todo:
-                    saved = save()
-        except OSError as error:                 # a full disk under the log, a closed terminal: keep what can be kept
-            if saved != step and world.control is None:
-                save()
-            command = "torchrun ... train.py" if world.control else "python train.py"
-            raise OSError(f"{error}\nsaved at step {saved if world.control else step}; to go on: {command} --resume "
-                          f"{shlex.quote(str(folder))}") from error
-        if saved != step:
-            save()
-        stopped = next((number for number in world.gather(asked[0] if asked else None) if number), None)
-    return {**result, "step": step, "samples": samples, "folder": str(folder), "stopped": stopped if step < todo else None, "move": move}
+                    run.grow()
+                run.train_step()
+                # The log comes before the checkpoint. On --resume, newer lines of the log are
+                # dropped and written again, so no evaluation is lost.
+                last = state.step == run.last_step
+                if last or state.step % s.eval_every == 0:
+                    result = run.evaluate()
+                if last or state.step % s.save_every == 0:
+                    run.save()
+        except NonFinite as error:
+            run.save()
+            raise NonFinite(advice_after(error, run)) from None
+        except OSError as error:  # a full disk under the log, a closed terminal
+            if run.world.size == 1:
+                run.save()
+            where = f"saved at step {run.saved}; to go on: {resume_command(run.world, run.folder)}"
+            raise OSError(f"{error}\n{where}") from error
+        run.save()
+        signals = [number for number in run.world.gather(asked[0] if asked else None) if number]
+    return result | {
+        "step": state.step,
+        "samples": state.samples,
+        "folder": str(run.folder),
+        "stopped": signals[0] if signals and state.step < run.last_step else None,
+        "move": move,
+    }
 
 
-def other_layout(stage: dict, following: dict, layout: parallel.Layout, world: parallel.World) -> str | None:
-    """The options of the layout that the following stage names, where it is neither this job's nor the stage's before: the job then
-    ends, for the next one to begin on it."""
-    names = ("dp", "tp", "pp")
-    wanted = {k: following[k] for k in names if k in following}
-    if world.control is None or wanted in ({k: stage[k] for k in names if k in stage}, {k: getattr(layout, k) for k in wanted}):
-        return None
-    return " ".join(f"--{k} {v}" for k, v in wanted.items())
+def progress_bar(run: Run) -> tqdm:
+    return tqdm(
+        total=run.last_step,
+        initial=run.state.step,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=run.world.rank > 0,
+    )
 
 
-def describe_config(c: FLMConfig) -> str:
-    with torch.device("meta"):
-        size = sum(p.numel() for p in FLM(c).parameters())
-    return f"{c.n_layers} layers of width {c.d_model}, {size:,} parameters"
+def program(world: World) -> str:
+    return "python train.py" if world.size == 1 else "torchrun ... train.py"
 
 
-def describe_run(folder, s, stages, machine, layout, corpus, samples, resume) -> str:
-    T, lines = corpus.seq_len, [f"  layout    {layout}"] if layout.size > 1 else []
-    for i, stage in enumerate(stages):
-        lines.append(f"  stage {i + 1}   {describe_config(stage['config'])}: samples {stage['start']:,} to {stage['end']:,}")
-    total = training_flops(stages, stages[-1]["end"]) - training_flops(stages, samples)
-    return "\n".join([
-        f"{'going on with' if resume else 'training'} {folder}",
-        f"  machine   {machine.why}",
-        f"  data      {corpus.path}: {corpus.n_rows('train', 'language') * T:,} training tokens ({corpus.tokenizer.name})",
-        *lines,
-        f"  job       batches of {s.batch_size} x {T} tokens, learning rate {s.lr:g}, "
-        f"muP {'on' if stages[-1]['config'].mup else 'off'}: {total / 1e12:.3g} TFLOP"
-        + (f" left, from sample {samples:,}" if samples else "")])
+def resume_command(world: World, folder) -> str:
+    return f"{program(world)} --resume {shlex.quote(str(folder))}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Benchmark and command line
-
-def benchmark(settings: Settings, world=parallel.World(), rounds: int = 5) -> dict:
-    """Time training steps on random tokens: the median of a few rounds after two that are not counted. The backward pass is
-    what a step takes longer than a forward pass alone."""
-    same_arguments(world, settings, False)
-    s, stages = world.together(resolve, settings)
-    stages = stages[-1:]
-    config, layout = stages[0]["config"], plan_layout(s, stages, len(world.gather(None)))
-    if s.threads:
-        torch.set_num_threads(s.threads)
-    machine = agree_on_machine(world, s.device, s.dtype)
-    world = parallel.arrange(world, layout, machine.device)
-    worker = world.together(allocate, config, machine, world, s.compile)
-    worker.init_weights(s.seed)
-    optimizer = make_optimizer(worker, s)
-    B, T, micro = s.batch_size, config.max_seq_len, parallel.micro_rows(layout, s.batch_size, s.micro_batch)
-    draw = torch.Generator().manual_seed(s.seed + world.at("dp"))
-    tokens = torch.randint(config.vocab_size, (B // layout.dp, T + 1), generator=draw)
-    times = []
-    for _ in range(rounds + 2):
-        marks = [now(machine.device)]
-        worker.run(tokens[:, :-1], tokens[:, 1:], micro)
-        marks.append(now(machine.device))
-        nats = worker.gradients(tokens[:, :-1], tokens[:, 1:], micro, B * T)
-        marks.append(now(machine.device))
-        update(worker, optimizer, s.clip, s.lr, nats, B * T)
-        marks.append(now(machine.device))
-        times.append([end - start for start, end in zip(marks, marks[1:])])
-    forward, both, optimize = (statistics.median(column) for column in zip(*times[2:]))
-    seconds = both + optimize
-    achieved = 3 * forward_flops(config, T) * B * T / seconds
-    if machine.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(machine.device)
-    else:
-        import resource                          # not on Windows, where all the rest works
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in FLM(config).parameters())
-    return {"parameters": parameters, "batch_size": B, "seq_len": T, "layout": str(layout),
-            "vocab_size": config.vocab_size, "dtype": str(machine.dtype).removeprefix("torch."), "compile": s.compile,
-            "tokens_per_s": round(B * T / seconds, 1), "forward_ms": round(forward * 1e3, 2),
-            "backward_ms": round((both - forward) * 1e3, 2), "optimizer_ms": round(optimize * 1e3, 2),
-            "peak_memory_gib": round(memory / 2 ** 30, 3), "achieved_gflops": round(achieved / 1e9, 1),
-            "peak_gflops": round(machine.peak / 1e9, 1), "utilisation": round(achieved / machine.peak, 4),
-            "machine": machine.why, "torch": torch.__version__}
+def advice_after(error: NonFinite, run: Run) -> str:
+    s = run.settings
+    return (
+        f"step {run.state.step + 1} stopped before the optimizer: {error}. The weights from before "
+        f"it are in {run.folder}.\nTry {resume_command(run.world, run.folder)} with a smaller --lr "
+        f"(now {s.lr:g}), or a new run with a longer --warmup (now {s.warmup} samples) or "
+        "--dtype float32"
+    )
 
 
-GROUPS = {"preset": "what to train", "data": "on what", "steps": "how", "out": "watching and keeping",
-          "device": "on which machine", "dp": "on how many processes"}         # the first option of each
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train.py", usage="%(prog)s [options]", argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="examples:\n" + __doc__.split("\n\n")[1],
-        description="Train FLM-101B's model. With no arguments: a small one, on Python's own source, in a few minutes.")
-    for field in dataclasses.fields(Settings):
-        if field.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[field.name])
-        text, extra = field.metadata["help"], {k: v for k, v in field.metadata.items() if k != "help"}
-        if field.type == "bool":
-            group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, help=text)
-        elif field.type.startswith("tuple"):
-            group.add_argument(flag(field.name), nargs="+", help=text, **extra)
-        else:
-            kind = {"int": int, "float": float, "str": str}[field.type.split(" ")[0]]
-            if kind is not str and "metavar" not in extra:
-                extra["metavar"] = "N" if kind is int else "X"
-            if field.name in RECIPES["demo"] and field.default is None and field.name != "stages":
-                text += f" (demo: {RECIPES['demo'][field.name]})"
-            elif field.default is not None:
-                text += f" (default {field.default})"
-            group.add_argument(flag(field.name), type=kind, help=text, **extra)
-    modes = parser.add_argument_group("something else").add_mutually_exclusive_group()
-    modes.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    modes.add_argument("--auto-resume", action="store_true",
-                       help="go on with the run in --out if there is one, else begin it: for torchrun --max-restarts and job queues")
-    modes.add_argument("--eval-only", metavar="CHECKPOINT",
-                       help="print the held-out loss of a checkpoint (on --data, or its run's own)")
-    modes.add_argument("--export", nargs=2, metavar=("CHECKPOINT", "FILE"), help="write a checkpoint's weights into one file")
-    modes.add_argument("--benchmark", action="store_true", help="time training steps; prints one JSON object")
-    return parser
+# --------------------------------------------------------------------------------------------------
+# 7. Other modes
 
 
 def resumed(folder: str, given: dict) -> Settings:
-    """The settings of the run in `folder`, changed by what was given. Raises ValueError for what a run fixes."""
+    """The settings of the run in `folder`, changed by what was given. Raises ValueError for what
+    --resume may not change, and where the run is already at its end."""
+    where = shlex.quote(str(folder))
     if (Path(folder) / "checkpoint.json").exists():
-        raise ValueError(f"{folder} is one checkpoint; --resume takes its run: --resume {shlex.quote(str(Path(folder).parent))}")
-    s, stages = read_run(folder)
-    fixed = [f"{flag(k)} {v}: this run has {getattr(s, k)}" for k, v in given.items()
-             if k not in CHANGEABLE and v != getattr(s, k)]
-    if fixed:
-        raise ValueError("a run fixes these, start a new one to change them:\n  " + "\n  ".join(fixed))
+        parent = shlex.quote(str(Path(folder).parent))
+        raise ValueError(f"{folder} is one checkpoint; --resume takes its run: --resume {parent}")
+    s, _ = read_run(folder)
     changed = {k: v for k, v in given.items() if v != getattr(s, k)}
+    may_change = {field.name for field in FIELDS if field.metadata.get("resume")}
+    refuse(
+        [
+            f"{flag(k)} {v}: this run has {getattr(s, k)}"
+            for k, v in changed.items()
+            if k not in may_change
+        ],
+        "a run fixes these, start a new one to change them:",
+    )
     info = read_info(find_checkpoint(folder))
     s = dataclasses.replace(s, out=str(folder), **changed)
-    if problems := violations(s):
-        raise ValueError("\n".join(problems))
-    if info["samples"] >= resumed_stages(s)[-1]["end"]:
-        raise ValueError(f"{folder} has done its {info['step']} steps: ask for more, as in --resume {shlex.quote(str(folder))} "
-                         f"--steps {2 * info['step']}")
+    refuse(check_settings(s))
+    if not total_steps(resumed_stages(s), info["samples"]):
+        raise ValueError(
+            f"{folder} has done its {info['step']} steps: ask for more, as in --resume {where} "
+            f"--steps {2 * info['step']}"
+        )
     for name in {"steps", "lr", "min_lr"} & set(changed):
-        print(f"{flag(name)} is now {changed[name]}: the learning rate follows the new schedule from here on")
+        print(
+            f"{flag(name)} is now {changed[name]}: the learning rate follows the new schedule from "
+            "here on"
+        )
     return s
 
 
-def eval_only(checkpoint: str, given: dict, world=parallel.World()) -> dict:
-    path = world.together(find_checkpoint, checkpoint)
-    if path.is_file() and world.control:
+def eval_only(checkpoint: str, given: dict, world: World = World()) -> dict:
+    """Print the held-out loss of a checkpoint, and return it. A checkpoint in its run's folder is
+    evaluated like the run; `given` has the options that differ."""
+    path = world.raise_on_all_ranks(find_checkpoint, checkpoint)
+    if path.is_file() and world.size > 1:
         raise ValueError(f"{path} holds weights for one process: give a run or a step folder")
-    run = path.parent if (path.parent / "config.json").exists() else None
-    s = dataclasses.replace(read_run(run)[0] if run else Settings(batch_size=16), **{k: Settings.__dataclass_fields__[k].default for k in LAYOUT})
-    s = dataclasses.replace(s, **given)
-    same_arguments(world, s, False)
-    if problems := violations(s):
-        raise ValueError("\n".join(problems))
-    if s.threads:
-        torch.set_num_threads(s.threads)
-    machine = agree_on_machine(world, s.device, s.dtype)
-    if world.control is None:
-        model, info = load_model(path, machine.device)
-        worker = parallel.Worker([model.to(machine.weights)], world, machine.dtype)
-    else:
-        info = world.together(read_info, path)
-        config, n = FLMConfig.from_dict(info["config"]), len(world.gather(None))
-        rows = (s.dp or max(1, n // (s.tp * s.pp))) * s.pp * parallel.SCHEDULES[s.schedule]      # an evaluation fills up what is missing
-        layout = plan_layout(dataclasses.replace(s, micro_batch=1), [{"config": config, "batch_size": rows}], n)
-        world = parallel.arrange(world, layout, machine.device)
-        worker = world.together(allocate, config, machine, world)
-        world.together(read_tensors, path, {"model": dict(reversed(worker.named))})
-        worker.set_masks(info["growth"], growth_mask(info["growth"], info["samples"]))
-    corpus = open_corpus(s.data or (recorded_corpus(run) if run else None), s.tokenizer if run or "tokenizer" in given else info["tokenizer"],
-                         s.tokenizer_file, worker.config)
-    same_tokens(corpus, info, path)
-    result = evaluate(worker, corpus, s.eval_rows, s.eval_batch or (1 if s.pp > 1 else s.micro_batch or s.batch_size))
-    print(f"{path}, on {corpus.path}, in {str(machine.dtype).removeprefix('torch.')}: {describe(result)}")
+    run = path.parent if path.is_dir() and (path.parent / "config.json").exists() else None
+    s = read_run(run)[0] if run else Settings(batch_size=16)
+    layout = {field.name for field in dataclasses.fields(Layout)}
+    defaults = {field.name: field.default for field in FIELDS if field.name in layout}
+    s = dataclasses.replace(s, **defaults | given)
+    check_same_settings(world, s, False)
+    refuse(check_settings(s))
+    use_threads(s)
+    machine = pick_machine(s.device, s.dtype, world)
+    stages = []
+    if path.is_dir():  # an evaluation fills up the rows that a layout needs, so any number fits
+        config = FLMConfig.from_dict(world.raise_on_all_ranks(read_info, path)["config"])
+        rows = (s.dp or world.size) * s.pp * parallel.PIPELINE_SCHEDULES[s.schedule]
+        stages = [argparse.Namespace(config=config, batch_size=rows)]
+    layout = plan_layout(dataclasses.replace(s, micro_batch=1), stages, world.size)
+    world = parallel.arrange(world, layout, machine.device)
+    worker, info = load_worker(path, machine, world)
+    text = s.data or (recorded_corpus(run) if run else None)
+    tokenizer = s.tokenizer if run or "tokenizer" in given else info["tokenizer"]
+    corpus = open_corpus(text, tokenizer, s.tokenizer_file, worker.config, world)
+    check_tokenizer(corpus, info["tokenizer"], path)
+    micro = s.eval_batch or (1 if s.pp > 1 else s.micro_batch or s.batch_size)
+    result = evaluate(worker, corpus, s.eval_rows, micro)
+    print(f"{path}, on {corpus.path}, in {name_of(machine.dtype)}: {describe(result)}")
     return result
 
 
-def main(argv=None, world=parallel.World()) -> int:
+def time_steps(worker: Worker, optimizer, s: Settings, rounds: int) -> list[float]:
+    """Median seconds of a forward pass alone, of forward and backward, and of the update, on random
+    tokens; the first two rounds do not count."""
+    world, T = worker.world, worker.config.max_seq_len
+    micro = parallel.micro_rows(world.layout, s.batch_size, s.micro_batch)
+    draw = torch.Generator().manual_seed(s.seed + world.at("dp"))
+    size = (s.batch_size // world.layout.dp, T + 1)
+    rows = torch.randint(worker.config.vocab_size, size, generator=draw)
+    tokens, targets, count = rows[:, :-1], rows[:, 1:], s.batch_size * T
+    times = []
+    for _ in range(rounds + 2):
+        marks = [now(worker.device)]
+        worker.forward(tokens, targets, micro)
+        marks.append(now(worker.device))
+        nats = worker.gradients(tokens, targets, micro, count)
+        marks.append(now(worker.device))
+        update(worker, optimizer, s.clip, s.lr, nats, count)
+        marks.append(now(worker.device))
+        times.append([end - start for start, end in zip(marks, marks[1:])])
+    return [statistics.median(column) for column in zip(*times[2:])]
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that this process has used at most; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def benchmark(settings: Settings, world: World = World(), rounds: int = 5) -> dict:
+    """Time training steps of the final model on random tokens. The backward pass is what forward
+    and backward together take longer than a forward pass alone."""
+    check_same_settings(world, settings, False)
+    s, stages = world.raise_on_all_ranks(resolve, settings)
+    config, layout = stages[-1].config, plan_layout(s, stages[-1:], world.size)
+    use_threads(s)
+    machine = pick_machine(s.device, s.dtype, world)
+    world = parallel.arrange(world, layout, machine.device)
+    worker = world.raise_on_all_ranks(allocate, config, machine, world, s.compile)
+    worker.init_weights(s.seed)
+    forward, both, optimize = time_steps(worker, make_optimizer(worker, s), s, rounds)
+    B, T, seconds = s.batch_size, config.max_seq_len, both + optimize
+    achieved = 3 * forward_flops(config, T) * B * T / seconds
+    memory = peak_memory(machine.device)
+    return {
+        "parameters": count_parameters(config),
+        "batch_size": B,
+        "seq_len": T,
+        "layout": str(layout),
+        "vocab_size": config.vocab_size,
+        "dtype": name_of(machine.dtype),
+        "compile": s.compile,
+        "tokens_per_s": round(B * T / seconds, 1),
+        "forward_ms": round(forward * 1e3, 2),
+        "backward_ms": round((both - forward) * 1e3, 2),
+        "optimizer_ms": round(optimize * 1e3, 2),
+        "peak_memory_gib": memory and round(memory / 2**30, 3),
+        "achieved_gflops": round(achieved / 1e9, 1),
+        "peak_gflops": round(machine.peak / 1e9, 1),
+        "utilisation": round(achieved / machine.peak, 4),
+        "machine": machine.why,
+        "torch": torch.__version__,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. The command line
+
+MODES = ("resume", "auto_resume", "eval_only", "export", "benchmark")
+
+
+def add_option(group, field: dataclasses.Field):
+    """The command line's word for one field of Settings."""
+    text = field.metadata["help"]
+    extra = {k: v for k, v in field.metadata.items() if k in ("metavar", "choices")}
+    if field.type == "bool":
+        extra["action"] = argparse.BooleanOptionalAction
+    elif field.type.startswith("tuple"):
+        extra["nargs"] = "+"
+    else:
+        kind = {"int": int, "float": float, "str": str}[field.type.split(" ")[0]]
+        extra["type"] = kind
+        if kind is not str:
+            extra.setdefault("metavar", "N" if kind is int else "X")
+        if field.default is not None:
+            text += f" (default {field.default})"
+        elif field.name in RECIPES["demo"] and field.name != "stages":
+            text += f" (demo: {RECIPES['demo'][field.name]})"
+    group.add_argument(flag(field.name), help=text, **extra)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of train.py: every field of Settings, and the other modes."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        usage="%(prog)s [options]",
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n" + __doc__.split("\n\n")[1],
+        description="Train FLM-101B's model. With no arguments: a small one, on Python's own source, "
+        "in a few minutes.",
+    )
+    for field in FIELDS:
+        if "group" in field.metadata:
+            group = parser.add_argument_group(field.metadata["group"])
+        add_option(group, field)
+    modes = parser.add_argument_group("something else").add_mutually_exclusive_group()
+    modes.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    modes.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="go on with the run in --out if there is one, else begin it: for torchrun "
+        "--max-restarts and job queues",
+    )
+    modes.add_argument(
+        "--eval-only",
+        metavar="CHECKPOINT",
+        help="print the held-out loss of a checkpoint (on --data, or on the text of its run)",
+    )
+    modes.add_argument(
+        "--export",
+        nargs=2,
+        metavar=("CHECKPOINT", "FILE"),
+        help="write a checkpoint's weights into one file",
+    )
+    modes.add_argument(
+        "--benchmark", action="store_true", help="time training steps; prints one JSON object"
+    )
+    return parser
+
+
+def main(argv=None, world: World = World(), run_class: type[Run] = Run) -> int:
+    """The command line; returns the exit code."""
     given = vars(make_parser().parse_args(argv))
     if "model" in given:
         given["model"] = tuple(given["model"])
-    modes = {k: given.pop(k) for k in ("resume", "auto_resume", "eval_only", "export", "benchmark") if k in given}
-    for mode, usable in USABLE.items():
-        if mode in modes and (extra := sorted(set(given) - usable)):
-            raise ValueError(f"{flag(mode)} makes no use of {', '.join(map(flag, extra))}: leave it out")
-    if "benchmark" in modes:
+    modes = {k: given.pop(k) for k in MODES if k in given}
+    mode = next(iter(modes), None)
+    if mode in ("eval_only", "export", "benchmark"):
+        unused = [f.name for f in FIELDS if mode not in f.metadata.get("modes", ())]
+        extra = sorted(set(given) & set(unused))
+        if extra:
+            words = ", ".join(map(flag, extra))
+            raise ValueError(f"{flag(mode)} makes no use of {words}: leave it out")
+    if mode == "benchmark":
         print(json.dumps(benchmark(Settings(**given), world), indent=1))
-        return 0
-    if "eval_only" in modes:
-        eval_only(modes["eval_only"], given, world)
-        return 0
-    if "export" in modes:
-        if world.control:
-            raise ValueError("--export works alone: run it without torchrun")
-        export_weights(*modes["export"])
-        return 0
-
-    start = time.perf_counter()
-    if "auto_resume" in modes:
-        if "out" not in given:
-            raise ValueError("--auto-resume goes on with the run in --out if there is one: add --out DIR")
-        if world.told(any(path.suffix != ".tmp" for path in Path(given["out"]).glob("step-*"))):
-            modes["resume"] = given.pop("out")
-    settings = world.together(resumed, modes["resume"], given) if "resume" in modes else Settings(**given)
-    result = train(settings, resume="resume" in modes, world=world)
-    folder = shlex.quote(result["folder"])
-    command = "torchrun ... train.py" if world.control else "python train.py"
-    if result["stopped"]:
-        print(f"stopped by {signal.Signals(result['stopped']).name} after step {result['step']}, saved; to go on:\n"
-              f"  {command} --resume {folder}")
-        return 128 + result["stopped"]
-    if result["move"]:
-        print(f"saved at step {result['step']}: the next stage lies on another layout; it begins when you type, on as many processes:\n"
-              f"  torchrun ... train.py --resume {folder} {result['move']}")
-        return 0
-    if world.control and (settings.tp > 1 or settings.pp > 1):
-        print(f"done in {time.perf_counter() - start:.0f} s")
-    elif world.rank == 0:
-        print(f"done in {time.perf_counter() - start:.0f} s. A sample, from the start of a new document:\n")
-        model, info = load_model(result["folder"])
-        continue_texts(model, info, [""], max_new_tokens=min(400, model.config.max_seq_len - 1), temperature=0.8, stream=sys.stdout,
-               tokenizer_file=settings.tokenizer_file)
-    print(f"\nWhat next?\n"
-          f"  let it continue your words      python flm.py sample {folder} --prompt \"def \"\n"
-          f"  train it twice as long          {command} --resume {folder} --steps {2 * result['step']}\n"
-          f"  train on your own text          python data.py prepare mine.txt --out corpora/mine\n"
-          f"                                  {command} --data corpora/mine")
+    elif mode == "eval_only":
+        eval_only(modes[mode], given, world)
+    elif mode == "export" and world.size > 1:
+        raise ValueError("--export needs one process: run it without torchrun")
+    elif mode == "export":
+        export_weights(*modes[mode])
+    else:
+        return train_and_tell(given, modes, world, run_class)
     return 0
 
 
-def run() -> int:
-    """main, with errors for people: one screen, and an exit code. Of several processes rank 0 speaks."""
-    sys.stdout.reconfigure(errors="backslashreplace")    # not every terminal knows every character
-    world, code = parallel.World(rank=int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0), 1
+def train_and_tell(given: dict, modes: dict, world: World, run_class: type[Run]) -> int:
+    """Train, and print what came out and what to type next."""
+    start = time.perf_counter()
+    if "auto_resume" in modes:
+        if "out" not in given:
+            raise ValueError(
+                "--auto-resume goes on with the run in --out if there is one: add --out DIR"
+            )
+        if world.on_rank_0(has_checkpoint, given["out"]):
+            modes["resume"] = given.pop("out")
+    resume = "resume" in modes
+    if resume:
+        settings = world.raise_on_all_ranks(resumed, modes["resume"], given)
+    else:
+        settings = Settings(**given)
+    result = train(settings, resume=resume, world=world, run_class=run_class)
+    go_on = resume_command(world, result["folder"])
+    if result["stopped"]:
+        name = signal.Signals(result["stopped"]).name
+        print(f"stopped by {name} after step {result['step']}, saved; to go on:\n  {go_on}")
+        return 128 + result["stopped"]
+    if result["move"]:
+        print(
+            f"saved at step {result['step']}: the next stage lies on another layout; it begins when "
+            f"you type, on as many processes:\n  {go_on} {result['move']}"
+        )
+        return 0
+    print(f"done in {time.perf_counter() - start:.0f} s")
+    if world.rank == 0 and settings.tp == settings.pp == 1:
+        print("A sample, from the start of a new document:\n")
+        model, info = load_model(result["folder"])
+        continue_texts(
+            model,
+            info,
+            [""],
+            max_new_tokens=min(400, model.config.max_seq_len - 1),
+            temperature=0.8,
+            stream=sys.stdout,
+            tokenizer_file=settings.tokenizer_file,
+        )
+    folder = shlex.quote(result["folder"])
+    print(
+        f"\nWhat next?\n"
+        f'  let it continue your words      python sample.py {folder} --prompt "def "\n'
+        f"  train it twice as long          {go_on} --steps {2 * result['step']}\n"
+        f"  train on your own text          python data.py prepare mine.txt --out corpora/mine\n"
+        f"                                  {program(world)} --data corpora/mine"
+    )
+    return 0
 
-    def say(text):
-        if world.rank == 0:
-            print(f"train.py: {text}", file=sys.stderr)
 
+def call_main(main: Callable[..., int], world: World) -> int:
+    """main(world=world), with the errors that console.run does not know. An error that all ranks
+    have is printed by rank 0."""
+    out_of_memory = "out of memory: try a smaller --micro-batch or --eval-batch, or a smaller model"
     try:
-        if dist.is_torchelastic_launched():      # one of several, started by torchrun
-            world = parallel.connect()
-            if world.rank > 0:
-                sys.stdout = open(os.devnull, "w")
-        code = main(world=world)
-    except (ValueError, OSError) as error:       # a user's mistake, or the machine's limit: one screen
-        say(error)
-        code = 2
+        if world.rank > 0:
+            sys.stdout = open(os.devnull, "w")
+        return main(world=world)
     except NonFinite as error:
-        say(error)
-        code = 1
-    except RuntimeError as error:                # PyTorch has no class of its own for a CPU that runs out of memory
-        if world.control is not None and re.search("Connection (closed|reset) by peer", str(error)):
-            code = 1                             # another rank has failed, and says why
-        elif not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        text, code = str(error), 1
+    except (ValueError, OSError):
+        if world.rank == 0:
             raise
-        else:
-            print(f"train.py: {f'rank {world.rank}: ' if world.control else ''}out of memory: try a smaller --micro-batch or --eval-batch, or a smaller model",
-                  file=sys.stderr)
-            code = 2
-    except KeyboardInterrupt:                    # before the first step, or a second Ctrl-C
-        say("interrupted; what was saved before is whole")
-        code = 130
-    except SystemExit as leaving:                # argparse
-        code = leaving.code
-    parallel.leave(world, code)
+        return 2
+    except RuntimeError as error:
+        if world.size > 1 and re.search("Connection (closed|reset) by peer", str(error)):
+            return 1  # another rank has failed, and says why
+        # PyTorch has no class of its own for a CPU without memory
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        text, code = f"rank {world.rank}: {out_of_memory}", 2
+    if world.rank == 0 or code == 2:
+        print(f"train.py: {text}", file=sys.stderr)
     return code
 
 
+def launch(main: Callable[..., int] = main):
+    """Run main(world=...) as a program: in one process, or as one of torchrun's.
+
+    Errors are printed for people, on rank 0. Exit codes: those of console.run; 1 after NonFinite."""
+    torchrun = dist.is_torchelastic_launched()
+    world = World(rank=int(os.environ["RANK"]) if torchrun else 0)
+
+    def program() -> int:
+        nonlocal world
+        if torchrun:
+            world = parallel.connect()
+        return call_main(main, world)
+
+    try:
+        console.run(program, "interrupted; what was saved before is whole")
+    except SystemExit as end:
+        if torchrun:
+            parallel.leave(world, end.code)
+        raise
+
+
 if __name__ == "__main__":
-    sys.exit(run())
+    launch()

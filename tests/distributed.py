@@ -1,56 +1,87 @@
-"""What a test of several processes runs in each of them: python distributed.py FOLDER RANK WORLD
+"""What a test of several ranks runs in each of them: python tests/distributed.py FOLDER SIZE
 
-Starting a process takes seconds, its work here a tenth of one, so one group of processes serves many cases: each reads
-FOLDER/cases.pickle, a list of (name, layout, settings), meets the others once, and goes through the cases in order on a mesh of
-their own. Rank 0 writes FOLDER/results.pickle."""
+Starting a process takes seconds, its work here a tenth of one. So one group of ranks serves many
+cases: this program imports PyTorch once and forks SIZE ranks. Each rank reads FOLDER/cases.pickle,
+a list of (name, layout, options), meets the others once, and goes through the cases in order. Rank
+0 writes FOLDER/results/NAME.pickle for each."""
+
 import dataclasses
 import os
 import pickle
+import signal
 import sys
+import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+import torch
+import torch.distributed as dist
 
-import data  # noqa: E402
-import muP  # noqa: E402
-import parallel  # noqa: E402
-import train  # noqa: E402
-from flm import FLMConfig, IGNORE, growth_mask, read_info, write_checkpoint  # noqa: E402
+import data
+import grow
+import muP
+import parallel
+import train
+from checkpoint import read_info, read_training, training_tensors, write_checkpoint
+from flm import IGNORE, FLMConfig, growth_mask
 
-CONFIG = FLMConfig(n_layers=4, d_model=24, n_heads=4, head_dim=6, d_ff=40, vocab_size=48, max_seq_len=16, mup_base_width=16)
+CONFIG = FLMConfig(
+    n_layers=4,
+    d_model=24,
+    n_heads=4,
+    head_dim=6,
+    d_ff=40,
+    vocab_size=48,
+    max_seq_len=16,
+    mup_base_width=16,
+)
+BIGGER = CONFIG.replace(n_layers=6, d_model=36, n_heads=6, d_ff=64)
 ROWS, STEPS, CLIP = 16, 3, 0.05
-# A growth in mid-ramp: 4 layers of which the first was there before, and so on in each dimension.
-MID_RAMP = 40                                    # samples at which the growth below stands, so that its mask is at 0.4
-GROWTH = {"old": {"n_layers": 3, "d_model": 12, "n_heads": 2, "d_ff": 20}, "layer_map": [0, 1, None, 2], "start": 0, "ramp": 100, "growths": 1}
-PLAIN = train.Machine(torch.device("cpu"), torch.float64, 1.0, "")
+# A growth in mid-ramp, at MID_RAMP samples, so that its mask is at 0.4.
+MID_RAMP = 40
+GROWTH = {
+    "old": {"n_layers": 3, "d_model": 12, "n_heads": 2, "d_ff": 20},
+    "layer_map": [0, 1, None, 2],
+    "start": 0,
+    "ramp": 100,
+    "growths": 1,
+}
+CPU = torch.device("cpu")
 
 
 def batch(step: int, teacher: bool):
-    """ROWS rows of numbers with a rule in them; with `teacher`, rows that supervise few and uneven numbers of tokens."""
-    g = torch.Generator().manual_seed(100 + step)
-    x = torch.randint(48, (ROWS, 17), generator=g)
+    """ROWS rows with a rule in them; with `teacher`, rows that supervise few and uneven numbers of
+    tokens."""
+    generator = torch.Generator().manual_seed(100 + step)
+    x = torch.randint(48, (ROWS, 17), generator=generator)
     x[:, 1::2] = (x[:, 0:-1:2] * 7 + 3) % 48
     tokens, targets = x[:, :-1], x[:, 1:].clone()
     if teacher:
         for row in range(0, ROWS, 2):
-            targets[row, row // 2 + 1:] = IGNORE
-            targets[row, :row // 4] = IGNORE
-        targets[3] = IGNORE                      # and a row without any
+            targets[row, row // 2 + 1 :] = IGNORE
+            targets[row, : row // 4] = IGNORE
+        targets[3] = IGNORE  # a row without any
     return tokens, targets
 
 
+def rows_of(world: parallel.World, step: int, teacher: bool):
+    """The rows of this dp rank."""
+    b = ROWS // world.layout.dp
+    mine = slice(world.at("dp") * b, (world.at("dp") + 1) * b)
+    tokens, targets = batch(step, teacher)
+    return tokens[mine], targets[mine]
+
+
 class Rows:
-    """A held-out corpus of 13 language rows and 9 teacher rows, each of which supervises two labels."""
+    """A held-out corpus of 13 language rows and 9 teacher rows, each with two labels."""
+
     seq_len, tokenizer = 16, data.get_tokenizer("bytes")
 
     def n_rows(self, split, signal):
         return 13 if signal == "language" else 9
 
     def rows(self, split, signal, start, count):
-        g = torch.Generator().manual_seed(start + 1000 * (signal == "teacher"))
-        tokens = torch.randint(256, (count, 17), generator=g)
+        generator = torch.Generator().manual_seed(start + 1000 * (signal == "teacher"))
+        tokens = torch.randint(256, (count, 17), generator=generator)
         targets = tokens[:, 1:].clone()
         if signal == "teacher":
             labels = [self.tokenizer.encode_ordinary(data.EMOJI[k])[-1] for k in (0, 1)]
@@ -59,98 +90,167 @@ class Rows:
         return tokens[:, :-1], targets
 
 
-def evaluate(world, micro) -> dict:
-    """train.evaluate of a model with untrained, not small, weights."""
+def evaluate(world: parallel.World, micro: int) -> dict:
+    """train.evaluate of a model whose weights are untrained and not small."""
     config = CONFIG.replace(vocab_size=288, init_std=0.5)
-    worker = parallel.Worker(parallel.build(config, world, PLAIN.device, torch.float64, torch.float64), world, torch.float64)
+    parts = parallel.build_parts(config, world, CPU, torch.float64, torch.float64)
+    worker = parallel.Worker(parts, world, torch.float64)
     worker.init_weights(3)
     return train.evaluate(worker, Rows(), 100, micro)
 
 
-def steps(world, config=CONFIG, micro=None, teacher=False, growth=None, dtype="float64", compiled=False, arithmetic=None, load=None, save=None,
-          first=0, count=STEPS):
-    """A few AdamW steps from the same start in any layout: [(loss, norm)], the held-out loss before and after, the gradients of the last
-    step and the weights after it, whole."""
-    machine = dataclasses.replace(PLAIN, dtype=getattr(torch, arithmetic or dtype))
-    weights = getattr(torch, dtype)
+@dataclasses.dataclass
+class Job:
+    """A few steps of training. Every field is an option of a case."""
+
+    config: FLMConfig = CONFIG
+    micro: int | None = None
+    teacher: bool = False
+    growth: dict | None = None
+    dtype: str = "float64"  # of the weights
+    arithmetic: str | None = None  # of the products, where it is another
+    compiled: bool = False
+    load: Path | None = None
+    save: Path | None = None
+    first: int = 0
+    count: int = STEPS
+
+
+def make_worker(world: parallel.World, job: Job):
+    """A worker and its optimizer, from a checkpoint or from the same start in any layout."""
+    weights = getattr(torch, job.dtype)
+    arithmetic = getattr(torch, job.arithmetic or job.dtype)
+    parts = parallel.build_parts(job.config, world, CPU, weights, arithmetic, job.compiled)
+    worker = parallel.Worker(parts, world, arithmetic)
+    optimizer = train.make_optimizer(worker, train.Settings(lr=1e-2, weight_decay=0.1))
+    if job.load:
+        read_training(worker.named, optimizer, job.load)
+        return worker, optimizer
+    worker.init_weights(0)
+    with torch.no_grad():  # biases and gains that are not 0 and 1, the same in every layout
+        for name, p in worker.named:
+            if p.dim() == 1:
+                value = muP.initial_value(job.config, "embedding.weight", (p.shape[0], 3), 5)
+                value = value[:, 0].to(p.dtype) * 20
+                parallel.local(p).add_(parallel.local(cut(value, p)))
+    return worker, optimizer
+
+
+def steps(world: parallel.World, **options):
+    """A few AdamW steps: [(loss, norm)], the held-out loss before and after, the gradients of the
+    last step and the weights after it, whole."""
+    job = Job(**options)
     torch.manual_seed(0)
-    worker = parallel.Worker(parallel.build(config, world, machine.device, weights, machine.dtype, compiled), world, machine.dtype)
-    s = train.Settings(lr=1e-2, weight_decay=0.1)
-    optimizer = train.make_optimizer(worker, s)
-    if load:
-        train.read_into(worker, optimizer, load)
-    else:
-        worker.init_weights(0)
-        with torch.no_grad():                    # biases and gains that are not 0 and 1, the same everywhere
-            for name, p in worker.named:
-                if p.dim() == 1:
-                    value = muP.initial_value(config, "embedding.weight", (p.shape[0], 3), 5)[:, 0].to(p.dtype) * 20
-                    parallel.local(p).add_(parallel.local(cut(value, p)))
-    if growth == "of the checkpoint":            # just grown: its mask is at 0
-        growth = read_info(Path(load))["growth"]
-        worker.set_masks(growth, growth_mask(growth, growth["start"]))
-    else:
-        worker.set_masks(growth, growth_mask(growth, MID_RAMP))
-    log, grads, layout = [], {}, world.layout
-    b = ROWS // layout.dp
+    worker, optimizer = make_worker(world, job)
+    growth, samples = job.growth, MID_RAMP
+    if growth == "of the checkpoint":  # just grown: its mask is at 0
+        growth = read_info(job.load)["growth"]
+        samples = growth["start"]
+    worker.set_masks(growth, growth_mask(growth, samples))
+    micro = parallel.micro_rows(world.layout, ROWS, job.micro)
+    one_of_dp_rank = world.at("tp") == 0 and world.at("pp") == 0
 
-    def held_out():
-        x, y = (z[world.at("dp") * b:(world.at("dp") + 1) * b] for z in batch(99, teacher))
-        found = worker.run(x, y, parallel.micro_rows(layout, ROWS, micro))
-        return world.sum(found.item() if world.at("tp") == 0 else 0.0)[0]
+    def held_out() -> float:
+        found = worker.forward(*rows_of(world, 99, job.teacher), micro)
+        (total,) = world.sum(found.item() if world.at("tp") == 0 else 0.0)
+        return total
 
-    before = held_out()
-    for step in range(first, first + count):
-        x, y = (z[world.at("dp") * b:(world.at("dp") + 1) * b] for z in batch(step, teacher))
-        supervised, = world.sum(int((y != IGNORE).sum()) if world.at("tp") == world.at("pp") == 0 else 0)
-        nats = worker.gradients(x, y, parallel.micro_rows(layout, ROWS, micro), supervised)
+    log, grads, before = [], {}, held_out()
+    for step in range(job.first, job.first + job.count):
+        x, y = rows_of(world, step, job.teacher)
+        (supervised,) = world.sum(int((y != IGNORE).sum()) if one_of_dp_rank else 0)
+        nats = worker.gradients(x, y, micro, supervised)
         grads = {name: whole(p.grad) for name, p in worker.named}
         log.append(train.update(worker, optimizer, CLIP, 1e-2, nats, supervised))
-    if save:
-        write_checkpoint(Path(save), train.tensors_of(worker, optimizer), {
-            "step": STEPS, "samples": MID_RAMP, "stage": 0, "config": config.to_dict(), "growth": growth, "tokenizer": "bytes",
-            "dtype": dtype}, world.control)
-    return log, (before, held_out()), gathered(world, grads), gathered(world, {name: whole(p) for name, p in worker.named})
+    if job.save:
+        info = {"step": STEPS, "samples": MID_RAMP, "stage": 0, "config": job.config.to_dict()}
+        info |= {"growth": growth, "tokenizer": "bytes", "dtype": job.dtype}
+        tensors = training_tensors(worker.named, optimizer)
+        write_checkpoint(job.save, tensors, info, world.control)
+    weights = {name: whole(p) for name, p in worker.named}
+    return log, (before, held_out()), gathered(world, grads), gathered(world, weights)
 
 
-def masked_loss(model, x, y) -> float:
-    with torch.no_grad():
-        return model(x, y).item()
+def grow_on_disk(world: parallel.World, source: Path, out: Path):
+    """Grow a checkpoint in all four dimensions; rank 0 does it, the others wait."""
+    world.on_rank_0(grow.grow_checkpoint, source, BIGGER, out, seed=1)
 
 
-def cut(value, p):
+def cut(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """`value` placed like the parameter p."""
     if not isinstance(p, parallel.DTensor):
         return value
     return parallel.distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def whole(tensor):
-    return (tensor.detach().full_tensor() if isinstance(tensor, parallel.DTensor) else tensor.detach()).clone()
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the whole of a tensor."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, parallel.DTensor) else tensor).clone()
 
 
-def gathered(world, tensors: dict) -> dict:
-    """The tensors of all pipeline stages, on every process."""
-    if world.control is None:
-        return tensors
+def gathered(world: parallel.World, tensors: dict) -> dict:
+    """The tensors of all pipeline stages, on every rank."""
     found = {}
     for part in world.gather(tensors):
         found |= part
     return found
 
 
-def main():
-    folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+def run_cases(folder: Path):
+    """The work of one rank."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    alone = parallel.World(rank=rank, control=dist.new_group(backend="gloo"))
-    results = {}
+    connected = parallel.connect()
+    worlds = {}  # mesh -> world: process groups are made once
+    kinds = {"evaluate": evaluate, "grow": grow_on_disk}
     for name, layout, options in pickle.loads((folder / "cases.pickle").read_bytes()):
-        world = parallel.arrange(alone, layout, torch.device("cpu"))
-        results[name] = (evaluate if "evaluate" in name else steps)(world, **options)
-    if rank == 0:
-        (folder / "results.pickle").write_bytes(pickle.dumps(results))
-    dist.barrier(alone.control)
-    os._exit(0)                                  # see parallel.leave
+        shape = (layout.pp, layout.dp, layout.tp)
+        if shape not in worlds:
+            worlds[shape] = parallel.arrange(connected, layout, CPU)
+        world = dataclasses.replace(worlds[shape], layout=layout)
+        result = kinds.get(name.split()[0], steps)(world, **options)
+        if connected.rank == 0:
+            file = folder / "results" / f"{name}.pickle"
+            file.with_suffix(".tmp").write_bytes(pickle.dumps(result))
+            file.with_suffix(".tmp").rename(file)
+    parallel.leave(connected, 0)
+
+
+def fork(folder: Path, rank: int, size: int, port: int) -> int:
+    """Start one rank; what it prints goes to FOLDER/rank-N.log. Returns its process number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    with (folder / f"rank-{rank}.log").open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    # What torchrun tells its processes.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "0"}
+    os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0"}
+    try:
+        run_cases(folder)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
+
+
+def main():
+    folder, size = Path(sys.argv[1]), int(sys.argv[2])
+    (folder / "results").mkdir()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = [fork(folder, rank, size, store.port) for rank in range(size)]
+    waiting = set(ranks)
+    while waiting:
+        pid, status = os.wait()
+        waiting.remove(pid)
+        if status:  # the others wait for this one
+            print(f"rank {ranks.index(pid)} ended with {os.waitstatus_to_exitcode(status)}")
+            print((folder / f"rank-{ranks.index(pid)}.log").read_text()[-4000:])
+            for other in waiting:
+                os.kill(other, signal.SIGKILL)
+            os._exit(1)
 
 
 if __name__ == "__main__":
