@@ -757,7 +757,7 @@ def generate(
     n + M - 1: nothing reads the last one.
     blockwise: see FLM.forward.
     on_token(row, id): called for each new token.
-    Raises ValueError that names every argument out of range.
+    Raises ValueError that names every argument out of range, or where logits are NaN or infinite.
     """
     capacity = model.config.max_seq_len if capacity is None else capacity
     check_generation(
@@ -773,6 +773,8 @@ def generate(
     new, live = [[] for _ in prompts], set(range(len(prompts)))
     for _ in range(max_new_tokens):
         logits = model(x, cache=cache, blockwise=blockwise, last_only=True)[:, -1].float().cpu()
+        if not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite numbers: the run diverged")
         if allowed is not None:
             logits[:, : len(allowed)].masked_fill_(~allowed, -math.inf)
             logits[:, len(allowed) :] = -math.inf
