@@ -47,9 +47,26 @@ def prepare_streams():
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
-def discard_stdout():
-    """Send what is still to be printed to the null device: the reader of the pipe has gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def discard_streams():
+    """Send what is still to be written to the null device: nobody can read it any more."""
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def exit_code(main: Callable[[], int | None], interrupted: str) -> int | str | None:
+    """What `main` returns or exits with; 2 or 130 where it ends with an error, which is told."""
+    try:
+        return main() or 0
+    except SystemExit as end:  # argparse: --help, or a word that it does not know
+        return end.code
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        print(f"{program_name()}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{program_name()}: {interrupted}", file=sys.stderr)
+        return 130
 
 
 def run(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoReturn:
@@ -59,15 +76,13 @@ def run(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoR
     `interrupted`; 141 when nobody reads the output any more (`... | head`)."""
     prepare_streams()
     try:
-        code = main() or 0
+        code = exit_code(main, interrupted)
         sys.stdout.flush()
+        sys.stderr.flush()
     except BrokenPipeError:
-        discard_stdout()
+        discard_streams()
         code = 141
-    except (ValueError, OSError) as error:
-        print(f"{program_name()}: {error}", file=sys.stderr)
+    except OSError:  # the disk that stdout goes to is full, as was said
+        discard_streams()
         code = 2
-    except KeyboardInterrupt:
-        print(f"\n{program_name()}: {interrupted}", file=sys.stderr)
-        code = 130
     sys.exit(code)

@@ -1,15 +1,62 @@
-"""Settings shared by all tests."""
+"""Settings and fixtures of all tests.
+
+    python -m pytest              everything
+    python -m pytest -m quick     the quick tier: what needs no training and no other processes
+
+A test is in the quick tier if it, or its file (`pytestmark = pytest.mark.quick`), has the marker.
+"""
+
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import hypothesis
+import pytest
+import requests
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# No deadline: the machines that run this are shared. The same examples every time: a failure can be run again.
-hypothesis.settings.register_profile("repository", deadline=None, derandomize=True, print_blob=True,
-                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
+from data import get_tokenizer  # noqa: E402
+
+# No deadline: a busy machine must not fail a test. The same examples every time: a failure can be
+# run again.
+hypothesis.settings.register_profile(
+    "repository",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("repository")
-torch.set_num_threads(1)      # tiny models; and the tests of several cores at once do not fight
+# The models are tiny. More threads would be slower, and tests that run side by side would fight.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+NEEDS_CL100K = "cl100k_base.tiktoken is not here: set FLM_CL100K_FILE to its path (README.md)"
+
+
+def pytest_configure(config: pytest.Config):
+    config.addinivalue_line("markers", "quick: the quick tier, under two minutes on two cores")
+
+
+@pytest.fixture(scope="session")
+def cl100k():
+    """The tokenizer cl100k_base: from FLM_CL100K_FILE, or from tiktoken's own cache; else skip."""
+    if os.environ.get("FLM_CL100K_FILE"):
+        return get_tokenizer("cl100k_base", os.environ["FLM_CL100K_FILE"])
+    with mock.patch.object(requests, "get", side_effect=requests.ConnectionError):
+        try:
+            return get_tokenizer("cl100k_base")
+        except ValueError:
+            pytest.skip(NEEDS_CL100K)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in one line which tests were left out for want of cl100k's file."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    left_out = [report for report in skipped if NEEDS_CL100K in str(report.longrepr)]
+    if left_out:
+        terminalreporter.write_line(f"{len(left_out)} tests were left out: {NEEDS_CL100K}")

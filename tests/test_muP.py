@@ -1,42 +1,38 @@
-"""Tests of muP.py: the table of the parametrization, the initial values, and AdamW's groups."""
+"""Tests of muP's table: the parametrization, the initial values, and AdamW's groups."""
+
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from helpers import configs, few, seeds, tiny
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flm import FLM, FLMConfig
 from muP import init_std, init_weights, initial_value, kind, param_groups, width_mult
 
-few = settings(deadline=None, max_examples=30)
-seeds = st.integers(0, 2**31 - 1)
-
-
-# ---- helpers --------------------------------------------------------------------------------------------------------
-
-def tiny(**changes) -> FLMConfig:
-    """A small configuration in which no two sizes agree, so the ratios C/base, H*D/base and F/(4 base) differ."""
-    return FLMConfig(**{**dict(n_layers=2, d_model=12, n_heads=3, head_dim=6, d_ff=20, vocab_size=23, max_seq_len=16,
-                               mup_base_width=8), **changes})
+pytestmark = pytest.mark.quick
+stds = st.sampled_from([0.016, 0.02, 1.0])
+bases = st.sampled_from([4, 8, 256])
 
 
 @st.composite
-def configs(draw):
-    """Random small configurations."""
-    return tiny(n_layers=draw(st.integers(1, 4)), d_model=draw(st.integers(2, 16)), n_heads=draw(st.integers(1, 4)),
-                head_dim=draw(st.sampled_from([2, 4, 6])), d_ff=draw(st.integers(2, 30)), mup=draw(st.booleans()),
-                mup_base_width=draw(st.sampled_from([4, 8, 256])), tie_embeddings=draw(st.booleans()),
-                init_std=draw(st.sampled_from([0.016, 0.02, 1.0])), output_mult=draw(st.sampled_from([1.0, 2.0])))
+def parametrized(draw) -> FLMConfig:
+    """Random small configurations, of any initial std and base width."""
+    return draw(configs()).replace(init_std=draw(stds), mup_base_width=draw(bases))
 
 
 def table(config: FLMConfig) -> dict[str, tuple[str, float, float]]:
-    """{parameter: (kind, m, init std)} for every parameter of the whole model, row by row from the table in the papers
-    (arXiv 2203.03466 and 2309.03852, section 3). A vector's std is 0: it starts as a constant."""
+    """{parameter: (kind, m, init std)} for every parameter of the whole model, row by row.
+
+    From the papers (arXiv 2203.03466 and 2309.03852, section 3). A vector's std is 0: it starts
+    as a constant."""
     s, base, branches = config.init_std, config.mup_base_width, 2 * config.n_layers
     m_width = config.d_model / base if config.mup else 1.0
     m_attention = config.n_heads * config.head_dim / base if config.mup else 1.0
     m_hidden = config.d_ff / (4 * base) if config.mup else 1.0
-    rows = {"embedding.weight": ("embedding", 1.0, s), "norm.weight": ("vector", 1.0, 0.0), "norm.bias": ("vector", 1.0, 0.0)}
+    rows = {"embedding.weight": ("embedding", 1.0, s)}
+    rows |= {"norm.weight": ("vector", 1.0, 0.0), "norm.bias": ("vector", 1.0, 0.0)}
     if not config.tie_embeddings:
         rows["head.weight"] = ("head", 1.0, s)
     for i in range(config.n_layers):
@@ -45,8 +41,9 @@ def table(config: FLMConfig) -> dict[str, tuple[str, float, float]]:
         rows[layer + "attn.o.weight"] = ("o", m_attention, s / math.sqrt(branches * m_attention))
         rows[layer + "ff.up.weight"] = ("up", m_width, s / math.sqrt(m_width))
         rows[layer + "ff.down.weight"] = ("down", m_hidden, s / math.sqrt(branches * m_hidden))
-        for vector in ("attn_norm.weight", "attn_norm.bias", "attn.qkv.bias", "attn.o.bias",
-                       "ff_norm.weight", "ff_norm.bias", "ff.up.bias", "ff.down.bias"):
+        gains = ("attn_norm.weight", "ff_norm.weight")
+        biases = ("attn_norm", "ff_norm", "attn.qkv", "attn.o", "ff.up", "ff.down")
+        for vector in (*gains, *(f"{name}.bias" for name in biases)):
             rows[layer + vector] = ("vector", 1.0, 0.0)
     return rows
 
@@ -69,12 +66,14 @@ def train(model: FLM, optimizer: torch.optim.Optimizer, steps: int):
         optimizer.zero_grad()
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
+# The table
+
 
 @few
-@given(configs())
+@given(parametrized())
 def test_every_parameter_has_its_row(config):
-    """For each parameter of the model, and no others: kind, m and initial std are those of the table."""
+    """For each parameter, and no others: kind, m and initial std are those of the table."""
     rows = table(config)
     assert set(rows) == {name for name, _ in FLM(config).named_parameters()}
     for name, (row, m, std) in rows.items():
@@ -84,54 +83,70 @@ def test_every_parameter_has_its_row(config):
 
 
 def test_the_papers_model():
-    """Numbers worked out by hand for flm-101b, 40 times as wide as the proxy: m = 40 everywhere, so matrices start at
-    0.016 / sqrt(40) = 0.00253, those back into the residual stream at 0.00253 / sqrt(160) = 0.0002, and learn at 1e-5."""
+    """Numbers worked out by hand for flm-101b, 40 times as wide as the proxy: m = 40 everywhere.
+
+    Matrices start at 0.016 / sqrt(40) = 0.00253, those back into the residual stream at
+    0.00253 / sqrt(160) = 0.0002."""
     config = FLMConfig(80, 10240, 80, 128, 40960, 100352, 2048)
-    for name, std in (("attn.qkv", 2.5298e-3), ("ff.up", 2.5298e-3), ("attn.o", 2e-4), ("ff.down", 2e-4)):
+    stds = {"attn.qkv": 2.5298e-3, "ff.up": 2.5298e-3, "attn.o": 2e-4, "ff.down": 2e-4}
+    for name, std in stds.items():
         assert width_mult(config, f"layers.79.{name}.weight") == 40
         assert init_std(config, f"layers.79.{name}.weight") == pytest.approx(std, rel=1e-4)
     assert init_std(config, "embedding.weight") == 0.016 and config.logit_mult == 2.0 / 40
 
 
-# ---- initial values -------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
+# Initial values
+
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_initial_values_have_the_nominal_std(tied):
-    """Gains start at 1 and biases at 0, exactly; each other tensor's mean and std are its row's, and it is a normal one's shape."""
-    config = tiny(d_model=64, n_heads=6, head_dim=16, d_ff=160, vocab_size=200, mup_base_width=16, tie_embeddings=tied)
+    """Gains start at 1 and biases at 0, exactly. All else is normal with its row's mean and std."""
+    sizes = dict(d_model=64, n_heads=6, head_dim=16, d_ff=160, vocab_size=200, mup_base_width=16)
+    config = tiny(tie_embeddings=tied, **sizes)
     model = init_weights(FLM(config), seed=1)
     for name, value in weights(model).items():
         row, _, std = table(config)[name]
         if row == "vector":
             assert (value == (1 if name.endswith("norm.weight") else 0)).all(), name
             continue
-        # Of n draws the mean scatters by std / sqrt(n), their std by std / sqrt(2n), and the share that lies within one std
-        # (0.6827) by sqrt(0.6827 * 0.3173 / n). Five of each: one failure in a million, if the seed were not fixed.
+        # Of n draws the mean scatters by std / sqrt(n), their std by std / sqrt(2n), and the share
+        # that lies within one std (0.6827) by sqrt(0.6827 * 0.3173 / n). Five of each: one failure
+        # in a million, if the seed were not fixed.
         n = value.numel()
         assert abs(value.mean().item()) < 5 * std / math.sqrt(n), name
         assert abs(value.std().item() / std - 1) < 5 / math.sqrt(2 * n), name
-        assert abs((value.abs() < std).double().mean().item() - 0.6827) < 5 * math.sqrt(0.2166 / n), name
+        assert abs((value.abs() < std).double().mean().item() - 0.6827) < 5 * math.sqrt(
+            0.2166 / n
+        ), name
 
 
 @few
 @given(seeds, st.integers(0, 3))
 def test_initial_values_depend_on_seed_name_and_growths_alone(seed, growths):
-    """The same three give the same numbers, whatever PyTorch's own generator did before; another seed, name or number of
-    growths gives other numbers. The configuration sets their scale only."""
+    """The same three give the same numbers, whatever PyTorch's own generator did before.
+
+    Another seed, name or number of growths gives other numbers. The configuration sets their
+    scale only."""
     config, name, shape = tiny(), "layers.0.ff.up.weight", (20, 12)
     value = initial_value(config, name, shape, seed, growths)
     torch.manual_seed(seed + 1)
     torch.randn(7)
     assert torch.equal(value, initial_value(config, name, shape, seed, growths))
-    for other in (initial_value(config, name, shape, seed + 1, growths), initial_value(config, name, shape, seed, growths + 1),
-                  initial_value(config, "layers.1.ff.up.weight", shape, seed, growths)):
-        assert not torch.equal(value, other)
-    wider = config.replace(d_model=48)                      # m grows fourfold: every number halves
-    assert torch.allclose(initial_value(wider, name, shape, seed, growths), value / 2, rtol=1e-6, atol=0)   # fp32's rounding
+    other_name = "layers.1.ff.up.weight"
+    for other in (
+        (name, seed + 1, growths),
+        (name, seed, growths + 1),
+        (other_name, seed, growths),
+    ):
+        assert not torch.equal(value, initial_value(config, other[0], shape, *other[1:]))
+    wider = config.replace(d_model=48)  # m grows fourfold: every number halves
+    halves = initial_value(wider, name, shape, seed, growths)
+    assert torch.allclose(halves, value / 2, rtol=1e-6, atol=0)  # fp32's rounding
 
 
 def test_drawing_leaves_pytorchs_generator_alone():
-    """init_weights takes nothing from the global generator: what is drawn after it does not depend on the model's size."""
+    """init_weights takes nothing from PyTorch's global generator."""
     torch.manual_seed(5)
     expected = torch.rand(3)
     model = FLM(tiny())
@@ -141,17 +156,20 @@ def test_drawing_leaves_pytorchs_generator_alone():
 
 
 @few
-@given(configs(), st.integers(0, 4), seeds)
+@given(parametrized(), st.integers(0, 4), seeds)
 def test_a_stage_starts_with_the_wholes_numbers(config, cut, seed):
-    """Pipeline stages, built and filled one by one, the last first, start from the numbers of the whole model; with a tied
-    embedding the last stage's head, which has no embedding beside it, starts as the first stage's embedding."""
+    """Pipeline stages, filled one by one, the last first, start from the whole model's numbers.
+
+    With a tied embedding the last stage's head, which has no embedding beside it, starts as the
+    first stage's embedding."""
     cut = min(cut, config.n_layers)
     whole = weights(init_weights(FLM(config), seed))
     last = weights(init_weights(FLM(config, layers=range(cut, config.n_layers), embed=False), seed))
     first = weights(init_weights(FLM(config, layers=range(cut), head=False), seed))
     whole.setdefault("head.weight", whole["embedding.weight"])
     assert set(first) | set(last) == set(whole) and not set(first) & set(last)
-    assert all(torch.equal(value, whole[name]) for stage in (first, last) for name, value in stage.items())
+    for name, value in (first | last).items():
+        assert torch.equal(value, whole[name])
 
 
 def test_an_untied_head_differs_from_the_embedding():
@@ -164,40 +182,48 @@ def test_an_untied_head_differs_from_the_embedding():
 def test_initial_values_are_those_of_fp32_in_any_dtype(dtype):
     """A model of another dtype starts from the same numbers, converted."""
     plain, other = init_weights(FLM(tiny()), 3), init_weights(FLM(tiny()).to(dtype), 3)
-    assert all(torch.equal(a.to(dtype), b) for a, b in zip(plain.parameters(), other.parameters(), strict=True))
+    for a, b in zip(plain.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a.to(dtype), b)
 
 
-# ---- AdamW's groups -------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
+# AdamW's groups
+
 
 @few
-@given(configs(), st.floats(1e-5, 1e-1), st.floats(0, 1))
+@given(parametrized(), st.floats(1e-5, 1e-1), st.floats(0, 1))
 def test_groups_are_the_table(config, lr, weight_decay):
-    """Every parameter is in exactly one group, with learning rate lr/m and lr_scale 1/m. lr * weight_decay, what a step takes
-    off a matrix, does not depend on m; biases and LayerNorms are not decayed."""
+    """Every parameter is in exactly one group, with learning rate lr/m and lr_scale 1/m.
+
+    lr * weight_decay, what a step takes off a matrix, does not depend on m. Biases and
+    LayerNorms are not decayed."""
     model = FLM(config)
     groups, rows = param_groups(model, lr, weight_decay), table(config)
     group_of = {parameter: group for group in groups for parameter in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(group_of) == len(rows)
     for name, parameter in model.named_parameters():
         (row, m, _), group = rows[name], group_of[parameter]
-        assert group["lr"] == pytest.approx(lr / m, rel=1e-14) and group["lr_scale"] == pytest.approx(1 / m, rel=1e-14), name
-        assert group["lr"] * group["weight_decay"] == pytest.approx(0 if row == "vector" else lr * weight_decay, rel=1e-14), name
+        assert group["lr"] == pytest.approx(lr / m, rel=1e-14), name
+        assert group["lr_scale"] == pytest.approx(1 / m, rel=1e-14), name
+        decay = 0 if row == "vector" else lr * weight_decay
+        assert group["lr"] * group["weight_decay"] == pytest.approx(decay, rel=1e-14), name
 
 
 @few
-@given(configs())
+@given(parametrized())
 def test_groups_hold_plain_numbers(config):
-    """What a group says besides its parameters are plain floats, and no tensor carries an attribute: nothing is lost by
-    torch.compile, a checkpoint or another layout."""
+    """A group holds plain floats beside its parameters, and no tensor carries an attribute.
+
+    So nothing is lost by torch.compile, a checkpoint or another layout."""
     model = init_weights(FLM(config), 0)
-    assert all(type(value) is float for group in param_groups(model, 1e-3, 0.1)
-               for key, value in group.items() if key != "params")
+    for group in param_groups(model, 1e-3, 0.1):
+        assert all(type(value) is float for key, value in group.items() if key != "params")
     assert not any(vars(parameter) for parameter in model.parameters())
 
 
 def test_the_decay_of_a_step():
-    """Where every gradient is zero a step of AdamW takes lr * weight_decay of every matrix and embedding, at any width, and
-    nothing of biases and LayerNorms."""
+    """Where every gradient is zero, a step of AdamW takes lr * weight_decay of every matrix and
+    embedding, at any width, and nothing of biases and LayerNorms."""
     for width in (8, 32):
         model = FLM(tiny(d_model=width, d_ff=8 * width)).double()
         with torch.no_grad():
@@ -213,21 +239,30 @@ def test_the_decay_of_a_step():
 
 def test_stages_have_the_wholes_groups():
     """Each parameter of a pipeline stage learns at the rate and decay it has in the whole model."""
+
     def settings_of(model):
         groups = param_groups(model, 1e-3, 0.1)
         names = {parameter: name for name, parameter in model.named_parameters()}
-        return {names[p]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+        return {
+            names[p]: (group["lr"], group["weight_decay"])
+            for group in groups
+            for p in group["params"]
+        }
 
     config = tiny(tie_embeddings=False)
-    stages = settings_of(FLM(config, layers=[0], head=False)) | settings_of(FLM(config, layers=[1], embed=False))
+    stages = settings_of(FLM(config, layers=[0], head=False)) | settings_of(
+        FLM(config, layers=[1], embed=False)
+    )
     assert stages == settings_of(FLM(config))
 
 
-# ---- what the table is for ------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------
+# What the table is for
+
 
 def test_mup_is_nothing_at_the_base_width():
-    """At the base width muP and the standard parametrization are the same model: the same bits at the start and after five
-    steps of AdamW."""
+    """At the base width muP and the standard parametrization are the same model: the same bits
+    at the start and after five steps of AdamW."""
     config = tiny(d_model=16, n_heads=2, head_dim=8, d_ff=64, mup_base_width=16)
     models = [init_weights(FLM(config.replace(mup=mup)), 0) for mup in (True, False)]
     start = {name: value.clone() for name, value in weights(models[0]).items()}
@@ -235,13 +270,23 @@ def test_mup_is_nothing_at_the_base_width():
         train(model, optimizer_of(model, lr=1e-2, weight_decay=0.1), steps=5)
     on, off = map(weights, models)
     assert all(torch.equal(on[name], off[name]) for name in on)
-    assert all(not torch.equal(on[name], start[name]) for name in on)       # and they did learn
+    assert all(not torch.equal(on[name], start[name]) for name in on)  # and they did learn
 
 
 def logit_change(width: int, mup: bool) -> float:
     """How far three steps of AdamW move the logits, root mean square, in a model of that width."""
-    config = FLMConfig(n_layers=2, d_model=width, n_heads=width // 16, head_dim=16, d_ff=4 * width, vocab_size=32,
-                       max_seq_len=8, mup=mup, mup_base_width=32, init_std=0.1)
+    config = FLMConfig(
+        n_layers=2,
+        d_model=width,
+        n_heads=width // 16,
+        head_dim=16,
+        d_ff=4 * width,
+        vocab_size=32,
+        max_seq_len=8,
+        mup=mup,
+        mup_base_width=32,
+        init_std=0.1,
+    )
     model, tokens = init_weights(FLM(config), 0), torch.arange(32).view(4, 8)
     with torch.no_grad():
         before = model(tokens)
@@ -251,8 +296,8 @@ def logit_change(width: int, mup: bool) -> float:
 
 
 def test_updates_do_not_grow_with_the_width():
-    """The coordinate check in small: with one learning rate, a model 16 times as wide moves its logits about as far in three
-    steps under muP, and much further under the standard parametrization."""
+    """The coordinate check in small: with one learning rate, a model 16 times as wide moves its
+    logits about as far under muP, and much further under the standard parametrization."""
     on, off = (logit_change(512, mup) / logit_change(32, mup) for mup in (True, False))
-    assert 1 / 3 < on < 3               # seen: 0.56
-    assert off > 6                      # seen: 16, the ratio of the widths
+    assert 1 / 3 < on < 3  # seen: 0.56
+    assert off > 6  # seen: 16, the ratio of the widths

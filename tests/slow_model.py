@@ -1,0 +1,92 @@
+"""An independent model: the papers' formulas in numpy and loops. The oracle of the tests."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+
+from flm import FLM, FLMConfig
+
+
+def slow_score(q, k, distance: int, config: FLMConfig) -> float:
+    """xPos's score of a query and a key (D,), as the paper has it.
+
+    The sum over pairs of Re[q_i conj(k_i) exp(j distance theta_i)] zeta_i ** (distance / 512);
+    `distance` is the position of the query less that of the key."""
+    D, total = config.head_dim, 0.0
+    for i in range(D // 2):
+        theta, zeta = config.xpos_theta ** (-2 * i / D), (2 * i / D + 0.4) / 1.4
+        product = complex(q[2 * i], q[2 * i + 1]) * complex(k[2 * i], -k[2 * i + 1])
+        angle = complex(math.cos(distance * theta), math.sin(distance * theta))
+        total += (product * angle).real * zeta ** (distance / config.xpos_scale_base)
+    return total
+
+
+def causal(n: int, m: int) -> bool:
+    """Whether position n attends to position m in plain causal attention."""
+    return m <= n
+
+
+class SlowModel:
+    """The whole model on one sequence.
+
+    sees(n, m): whether position n attends to position m.
+    live: the growth masks: channels (C,), heads (H,), hidden (F,) and layers (L,)."""
+
+    def __init__(self, model: FLM, sees=causal, live: dict | None = None):
+        self.config, self.sees = model.config, sees
+        self.w = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+        c = model.config
+        ones = {"channels": c.d_model, "heads": c.n_heads, "hidden": c.d_ff, "layers": c.n_layers}
+        live = live or {name: np.ones(size) for name, size in ones.items()}
+        self.live = SimpleNamespace(**live)
+
+    def linear(self, x, name):
+        return x @ self.w[name + ".weight"].T + self.w[name + ".bias"]
+
+    def norm(self, x, name):
+        c = self.live.channels
+        mean = (x * c).sum(1, keepdims=True) / c.sum()
+        variance = ((x - mean) ** 2 * c).sum(1, keepdims=True) / c.sum()
+        x = (x - mean) / np.sqrt(variance + self.config.layer_norm_eps)
+        return (x * self.w[name + ".weight"] + self.w[name + ".bias"]) * c
+
+    def head(self, q, k, v):
+        """One head: q, k, v (T, D) -> (T, D)."""
+        T, D = q.shape
+        out = np.zeros((T, D))
+        for n in range(T):
+            seen = [m for m in range(T) if self.sees(n, m)]
+            scores = [slow_score(q[n], k[m], n - m, self.config) / math.sqrt(D) for m in seen]
+            weights = np.exp(scores) / np.exp(scores).sum()
+            out[n] = sum(weight * v[m] for weight, m in zip(weights, seen))
+        return out
+
+    def attention(self, x, name):
+        rows, D, heads = self.linear(x, name + ".qkv"), self.config.head_dim, []
+        for h, live in enumerate(self.live.heads):
+            q, k, v = (rows[:, (3 * h + part) * D : (3 * h + part + 1) * D] for part in range(3))
+            heads.append(self.head(q, k, v) * live)
+        return self.linear(np.concatenate(heads, axis=1), name + ".o")
+
+    def feed_forward(self, x, name):
+        y = self.linear(x, name + ".up")
+        gelu = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
+        return self.linear(gelu * self.live.hidden, name + ".down")
+
+    def logits(self, tokens):
+        """tokens (T,) -> logits (T, V)."""
+        c = self.config
+        x = self.w["embedding.weight"][np.asarray(tokens)] * c.input_mult
+        for i, live in enumerate(self.live.layers):
+            layer = f"layers.{i}"
+            x = x + live * self.attention(self.norm(x, layer + ".attn_norm"), layer + ".attn")
+            x = x + live * self.feed_forward(self.norm(x, layer + ".ff_norm"), layer + ".ff")
+        head = self.w["embedding.weight" if c.tie_embeddings else "head.weight"]
+        m = c.d_model / c.mup_base_width if c.mup else 1
+        return self.norm(x, "norm") @ head.T * c.output_mult / m
+
+
+def slow_forward(model: FLM, tokens, sees=causal, live: dict | None = None) -> np.ndarray:
+    """tokens (T,) -> logits (T, V). The other arguments are SlowModel's."""
+    return SlowModel(model, sees, live).logits(tokens)

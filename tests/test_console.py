@@ -1,0 +1,149 @@
+"""Tests of console.py: what a user sees when a command is refused, interrupted or not read.
+
+Each command is a small program in a process of its own, started by a shell, as users do."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, error
+
+import console
+
+pytestmark = pytest.mark.quick
+
+PROGRAM = """
+import os, signal, sys
+import console
+
+def main():
+    what = sys.argv[1]
+    if what == "value":
+        raise ValueError("--lr -1: must be above 0")
+    if what == "disk":
+        raise OSError(28, "No space left on device")
+    if what == "fault":
+        raise RuntimeError("a fault of ours")
+    if what == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    if what == "help":
+        import argparse
+        argparse.ArgumentParser(description="word " * 20_000).parse_args(["--help"])
+    if what == "stderr":
+        print("x" * 100_000, file=sys.stderr)
+    if what == "kill":
+        print("step 1")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "smile":
+        print("\\U0001f608")
+    if what == "lines":
+        for i in range(20_000):
+            print("line", i)
+    return int(what) if what.isdigit() else None
+
+console.run(main, "stopped by you")
+"""
+
+
+def shell(folder, command: str, **environment) -> tuple[int, str, str]:
+    """Run a line of bash in which `run WORD` is the program above -> (exit code, stdout, stderr).
+
+    The exit code is the program's, also in a pipe."""
+    (folder / "tool.py").write_text(PROGRAM)
+    run = f'set -o pipefail; run() {{ "{sys.executable}" tool.py "$@"; }}; '
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    words = ["bash", "-c", run + command]
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "command, code, err",
+    [
+        ("run 0", 0, ""),
+        ("run 3", 3, ""),
+        ("run value", 2, "tool.py: --lr -1: must be above 0\n"),
+        ("run disk", 2, "tool.py: [Errno 28] No space left on device\n"),
+        ("run interrupt", 130, "\ntool.py: stopped by you\n"),
+    ],
+)
+def test_exit_codes(tmp_path, command, code, err):
+    """Each way to end has its exit code, and its one screen on stderr."""
+    assert shell(tmp_path, command) == (code, "", err)
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path):
+    """What is no mistake of the user ends with Python's traceback."""
+    code, _, err = shell(tmp_path, "run fault")
+    assert code == 1 and "Traceback" in err and "a fault of ours" in err
+
+
+@pytest.mark.parametrize(
+    "command, code",
+    [
+        ("run lines >&-", 0),
+        ("run lines 2>&-", 0),
+        ("run stderr 2>&-", 0),
+        ("run lines >&- 2>&-", 0),
+        ("run value >&- 2>&-", 2),
+        ("run value 2>&-", 2),
+        ("run interrupt >&- 2>&-", 130),
+        ("run help >&-", 0),
+    ],
+)
+def test_closed_streams(tmp_path, command, code):
+    """A command whose stdout or stderr was closed by the caller does its work all the same."""
+    assert shell(tmp_path, command)[::2] == (code, "")
+
+
+@pytest.mark.parametrize("command", ["lines | true", "lines | head -n 1", "lines 2>&1 | true"])
+def test_nobody_reads_stdout(tmp_path, command):
+    """A reader that has gone ends the command, without a word: exit code 141, as for `yes`."""
+    code, _, err = shell(tmp_path, f"run {command}")
+    assert (code, err) == (141, "")
+
+
+def test_nobody_reads_the_help(tmp_path):
+    """argparse does not mind that nobody reads its help. Nothing is said."""
+    code, _, err = shell(tmp_path, "run help | true")
+    assert code in (0, 141) and err == ""
+
+
+def test_nobody_reads_stderr(tmp_path):
+    """The same where both streams go into the pipe and stderr is what breaks."""
+    assert shell(tmp_path, "run stderr 2>&1 | true")[0] == 141
+    assert shell(tmp_path, "run value 2>&1 | true")[0] in (2, 141)  # a short text may fit the pipe
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout(tmp_path):
+    """Output that cannot be written is told once, with exit code 2."""
+    code, _, err = shell(tmp_path, "run lines > /dev/full")
+    assert (code, err) == (2, "tool.py: [Errno 28] No space left on device\n")
+
+
+def test_what_was_printed_outlives_a_kill(tmp_path):
+    """Lines are written at once: a log file has them when the process is killed."""
+    shell(tmp_path, "run kill > log")
+    assert (tmp_path / "log").read_text() == "step 1\n"
+
+
+def test_a_terminal_that_does_not_know_a_character(tmp_path):
+    """An ASCII terminal shows the character's escape code."""
+    assert shell(tmp_path, "run smile", PYTHONIOENCODING="ascii") == (0, "\\U0001f608\n", "")
+
+
+def test_refuse_lists_each_problem_once():
+    """All problems are in one ValueError, each once, under the heading; none raises nothing."""
+    console.refuse([])
+    assert error(console.refuse, ["a", "b", "a"]) == "a\nb"
+    assert error(console.refuse, iter(["a", "b"]), "wrong:") == "wrong:\n  a\n  b"
+
+
+def test_the_program_is_named_as_it_was_called(monkeypatch):
+    """`python train.py` is train.py, `python -m lab.growth` is lab.growth."""
+    for path, name in (("train.py", "train.py"), ("/a/lab/growth.py", "lab.growth")):
+        monkeypatch.setattr(sys, "argv", [path])
+        assert console.program_name() == name
