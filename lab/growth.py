@@ -55,9 +55,8 @@ def read_schedules(words: list[str]) -> dict[str, list[dict]]:
             found = SCHEDULES[word] if word in SCHEDULES else json.loads(Path(word).read_text())
         except (OSError, ValueError) as error:
             names = ", ".join(SCHEDULES)
-            raise ValueError(
-                f"--stages {word}: neither one of {names} nor a readable JSON file ({error})"
-            ) from error
+            problem = f"neither one of {names} nor a readable JSON file ({error})"
+            raise ValueError(f"--stages {word}: {problem}") from error
         schedules |= found if isinstance(found, dict) else {Path(word).stem: found}
     return schedules
 
@@ -91,11 +90,9 @@ def equal_steps(stages: list[dict], budget: int, settings: train.Settings, final
     return max(2 * len(stages) - 1, round(budget * flops[0] / flops[1]))
 
 
-def bench_settings(
-    args: argparse.Namespace, words: list[str]
-) -> dict[tuple[str, int], list[train.Settings]]:
+def bench_settings(args: argparse.Namespace) -> dict[tuple[str, int], list[train.Settings]]:
     """{(name, budget): a run for each seed}. Raises ValueError for what train.py would refuse."""
-    common = runs.common_settings(words, set(), model=MODEL, **TRAINING)
+    common = runs.common_settings(args.train, set(), model=MODEL, **TRAINING)
     budgets = args.at or [min(args.steps)]
     checked = dataclasses.replace(common, steps=min(args.steps + budgets))
     final = train.resolve(checked)[1][-1].config
@@ -210,39 +207,35 @@ Seconds: of steps, evaluations and growths. Stages: layers x width, in shares of
 # 3. Command line
 
 
+STAGES_HELP = f"""of {", ".join(SCHEDULES)} (default all), or a JSON file of stages as train.py's,
+but with start, ramp and warmup in shares of the run; or of several: {{name: stages}}"""
+HELP = f"""How much sooner does a grown model reach the same loss? Train one size from scratch with
+several budgets, and by growth. Stop it at any time: the same command goes on. What follows -- goes
+to train.py, for every run; without it, all runs have:
+  {" ".join(MODEL[:6])}
+  {" ".join(MODEL[6:])} {" ".join(f"{train.flag(k)} {v}" for k, v in TRAINING.items())}
+
+examples:
+  python -m lab.growth --seeds 0 1 2
+  python -m lab.growth --stages mine.json --at 2000 4000 -- --data corpora/mine
+"""
+
+
 def make_parser() -> argparse.ArgumentParser:
-    model = f"--model {' '.join(MODEL)} " + " ".join(
-        f"{train.flag(name)} {value}" for name, value in TRAINING.items()
-    )
-    parser = argparse.ArgumentParser(
-        prog="lab.growth",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="How much sooner does a grown model reach the same loss? Train one size from\n"
-        "scratch with several budgets, and by growth. Stop it at any time: the same command goes on.\n"
-        f"What follows -- goes to train.py, for every run; without it:\n{model}",
-        epilog="examples:\n  python -m lab.growth --seeds 0 1 2\n"
-        "  python -m lab.growth --stages mine.json --at 2000 4000 -- --data corpora/mine",
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="lab.growth", description=HELP, formatter_class=raw)
+    add, names = parser.add_argument, list(SCHEDULES)
     numbers = {"type": int, "nargs": "+", "metavar": "STEPS"}
-    add = parser.add_argument
     add("--steps", **numbers, default=[2000, 4000], help="budgets from scratch (default 2000 4000)")
     add("--at", **numbers, help="budgets of the schedules (default: the smallest of --steps)")
-    add(
-        "--stages",
-        nargs="+",
-        default=list(SCHEDULES),
-        metavar="SCHEDULE",
-        help=f"of {', '.join(SCHEDULES)} (default all), or a JSON file: stages as train.py's, but "
-        "start, ramp and warmup in shares of the run; or several, as {name: stages}",
-    )
+    add("--stages", nargs="+", default=names, metavar="SCHEDULE", help=STAGES_HELP)
     runs.add_options(parser, out="runs/bench")
     return parser
 
 
 def main(argv: list[str] | None = None):
-    ours, words = runs.split_options(argv)
-    args = make_parser().parse_args(ours)
-    groups = bench_settings(args, words)
+    args = make_parser().parse_args(argv)
+    groups = bench_settings(args)
     every = [settings for group in groups.values() for settings in group]
     finished = runs.run_all(every, args.jobs, args.keep_checkpoints)
     rest = iter(finished)

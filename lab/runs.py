@@ -39,31 +39,22 @@ from schedule import Stage, training_flops
 # ----------------------------------------------------------------------------------------------
 # 1. What a study asks
 
-# Decided by every study, so that no run has them of its own.
+# Every study decides these, for each of its runs.
 DECIDED = {"out", "preset", "seed", "stages", "steps", "threads"}
-# Settings that do not change what a run computes. (The model is compared field by field.)
-NEUTRAL = set("out preset model stages device threads keep save_every".split())
-NEUTRAL |= set("eval_every eval_batch compile deterministic".split())
+# These do not change what a run computes. (Model and stages are compared field by field.)
+NEUTRAL = {"out", "preset", "model", "stages", "device", "threads", "compile", "deterministic"}
+NEUTRAL |= {"eval_every", "eval_batch", "save_every", "keep"}
 
 
 def add_options(parser: argparse.ArgumentParser, out: str):
-    """Add the options that all studies share. out: the default of --out."""
+    """Add the options that all studies share. out: the default of --out. What follows `--` on the
+    command line goes into `train`, for common_settings."""
     cores, add = torch.get_num_threads(), parser.add_argument
     add("--out", default=out, metavar="DIR", help="where runs and numbers go (default %(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0], help="of weights and data (default 0)")
-    add("--jobs", type=int, default=cores, help="runs at a time (default: one a core, %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default 0")
+    add("--jobs", type=int, default=cores, metavar="N", help="runs at a time (default %(default)s)")
     add("--keep-checkpoints", action="store_true", help="else a finished run keeps only its logs")
-
-
-def split_options(argv: list[str] | None) -> tuple[list[str], list[str]]:
-    """The command line before and after `--`: the study's own options, and train.py's.
-
-    >>> split_options(["--seeds", "0", "1", "--", "--lr", "0.01"])
-    (['--seeds', '0', '1'], ['--lr', '0.01'])
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    end = [*argv, "--"].index("--")
-    return argv[:end], argv[end + 1 :]
+    add("train", nargs="*", metavar="-- OPTION", help="options of train.py, for all runs")
 
 
 def common_settings(words: list[str], decided: set[str], **defaults) -> train.Settings:
@@ -261,10 +252,11 @@ def train_jobs(jobs: list[Job], at_a_time: int, keep_checkpoints: bool, bar: tqd
                     run = finish(job, process.exitcode, keep_checkpoints)
                     bar.total -= job.total - job.done  # what a diverged run never does
                     loss = "diverged" if run.val is None else f"{run.val:.3f}"
-                    bar.set_postfix_str(
-                        f"{job.folder.name}: {loss}, {len(jobs) + len(running)} left"
-                    )
+                    left = len(jobs) + len(running)
+                    bar.set_postfix_str(f"{left} runs left; {job.folder.name}: {loss}")
     finally:
+        if running:
+            bar.write("stopping: the runs under way save their last step; the same command goes on")
         for _, process in running.values():
             process.terminate()
         for _, process in running.values():
@@ -294,7 +286,9 @@ def run_all(
 
     Raises ValueError before anything runs for what train.py would refuse and for folders that
     hold runs of another study, and later where a run fails."""
-    console.refuse([f"--jobs {jobs}: must be at least 1"] * (jobs < 1))
+    folders = [run.out for run in runs]
+    problems = [f"{folder} is asked for twice" for folder in folders if folders.count(folder) > 1]
+    console.refuse(problems + [f"--jobs {jobs}: must be at least 1"] * (jobs < 1))
     planned = [train.resolve(run) for run in runs]
     foreign = [line for run in planned for line in differences(*run)]
     console.refuse(foreign[:10], "runs of another study are in the way, choose another --out:")
