@@ -239,7 +239,7 @@ def xpos_tables(
     if length > config.xpos_limit():
         raise ValueError(
             f"a length of {length:,} is past {config.xpos_limit():,}, where xPos's key scale "
-            f"leaves fp32 (trained length {config.max_seq_len:,}): use a shorter text"
+            "leaves fp32: use a shorter text"
         )
     D = config.head_dim
     two_i = torch.arange(0, D, 2, dtype=torch.float64)  # (D/2,)

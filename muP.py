@@ -284,10 +284,10 @@ EXIT_CODES = {"flat": 0, "not flat": 1, "cannot tell": 3}  # 2 is an error, as e
 def print_table(sizes: dict[str, Tensor], widths: list[int]):
     """How much larger the widest model's layers are, and with which power of the width."""
     steps = sizes["muP"].shape[2]
-    heading = "".join(f"{name:{7 * steps + 14}}" for name in sizes)
+    heading = "".join(f"  {name:{7 * steps}}   p ± noise" for name in sizes)
     print(
-        f"mean |activation| at width {widths[-1]} over width {widths[0]}, at step 0 to "
-        f"{steps - 1}; then p, where it grows as width^p, at the last step\n\n{'':12}{heading}"
+        f"mean |activation| at width {widths[-1]} over width {widths[0]}, at step 0 to {steps - 1};\n"
+        f"p: at the last step it grows as width^p\n\n{'':10}{heading}"
     )
     for i, layer in enumerate(LAYERS):
         line = f"{layer:10}"
