@@ -64,10 +64,10 @@ def common_settings(words: list[str], decided: set[str], **defaults) -> train.Se
     names one of them, or something that is no setting of a run, such as --resume."""
     given = vars(train.make_parser().parse_args(words))
     free = set(train.Settings.__dataclass_fields__) - DECIDED - decided
-    wrong = [f"-- {train.flag(name)}: the study decides it" for name in given if name not in free]
+    wrong = [f"{train.flag(name)}: the study decides it" for name in given if name not in free]
     if given.get("dtype") == "auto":
-        wrong.append("-- --dtype auto: all runs of a study need one arithmetic, name it")
-    console.refuse(wrong)
+        wrong.append("--dtype auto: all runs of a study need one arithmetic, name it")
+    console.refuse(wrong, "options after -- that cannot be there, leave them out:")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     fixed = {"threads": 1, "dtype": "float32", "stages": "none", "keep": 1}
     return train.Settings(**fixed | defaults | given)
@@ -83,9 +83,10 @@ def question(settings: train.Settings, stages: list[Stage], python: str) -> dict
 
 
 def read_question(folder: Path) -> dict:
-    """The question of the run in `folder`."""
-    saved = json.loads((folder / "config.json").read_text())
-    return question(*train.read_run(folder), saved["python"])
+    """The question of the run in `folder`. Raises ValueError where there is none."""
+    settings, stages = train.read_run(folder)
+    python = json.loads((folder / "config.json").read_text()).get("python")
+    return question(settings, stages, python)
 
 
 def differences(settings: train.Settings, stages: list[Stage]) -> list[str]:
@@ -144,7 +145,7 @@ def read_finished(folder: Path) -> FinishedRun | None:
         loss = [x["loss"] for x in lines if "loss" in x and x["step"] > steps - max(1, steps // 10)]
         growths = [(x["loss_before"], x["loss_after"]) for x in lines if "grown" in x]
         seconds = [sum(x.get(f"{k}_seconds", 0) for x in lines) for k in ("cpu", "wall")]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{folder} is not a run of train.py, or was edited ({what})") from error
     losses = [val[-1], statistics.fmean(loss)] if val and loss else None

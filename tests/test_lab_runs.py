@@ -162,6 +162,16 @@ def test_a_folder_of_another_study_is_refused(small, monkeypatch):
     assert run_all([dataclasses.replace(small, eval_every=3, keep=2)], jobs=1)[0].val
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "{"])
+def test_a_config_of_another_program_is_refused(small, text):
+    """A config.json that is no run's: a ValueError that names the folder, and the file stays."""
+    config = Path(small.out) / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text(text)
+    assert f"{config.parent} is not the folder of a run" in error(run_all, [small], jobs=1)
+    assert config.read_text() == text
+
+
 def test_another_python_has_another_text(small, monkeypatch):
     """The default corpus is the library of the Python that runs: another version is another
     study."""
@@ -175,10 +185,10 @@ def test_another_python_has_another_text(small, monkeypatch):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--resume runs/x", "-- --resume: the study decides it"),
-        ("--benchmark", "-- --benchmark: the study decides it"),
-        ("--seed 1 --threads 2", "-- --threads: the study decides it"),
-        ("--mup off", "-- --mup: the study decides it"),
+        ("--resume runs/x", "--resume: the study decides it"),
+        ("--benchmark", "--benchmark: the study decides it"),
+        ("--seed 1 --threads 2", "--threads: the study decides it"),
+        ("--mup off", "--mup: the study decides it"),
         ("--dtype auto", "need one arithmetic"),
     ],
 )
