@@ -52,10 +52,9 @@ def sweep_settings(args: argparse.Namespace) -> list[train.Settings]:
     """A run for each cell: parametrizations x widths x values x seeds."""
     clash = [word for word in args.model if word.startswith(f"{args.axis}=")]
     console.refuse(f"--model {word}: --axis decides it, leave it out" for word in clash)
-    small = model_config([INIT_STD, *args.model])
-    models = at_widths(
-        small.replace(mup_base_width=args.base_width or min(args.widths)), args.widths
-    )
+    base = args.base_width or min(args.widths)
+    small = model_config([INIT_STD, *args.model]).replace(mup_base_width=base)
+    models = at_widths(small, args.widths)
     fixed = {**TRAINING, "steps": args.steps, "eval_every": args.steps}
     common = runs.common_settings(args.train, {"model", "mup", args.axis}, **fixed)
     demo, cells = preset("demo").to_dict(), []
@@ -124,9 +123,8 @@ def worse_with_width(losses: dict[int, float | None], tolerance: float = WORSE) 
             lines.append(f"width {width} diverged")
             continue
         if loss > best + tolerance:
-            lines.append(
-                f"width {width} is worse than width {best_width} by {loss - best:.4f} nats"
-            )
+            worse = f"{loss - best:.4f} nats"
+            lines.append(f"width {width} is worse than width {best_width} by {worse}")
         best, best_width = min((best, best_width), (loss, width))
     return lines
 
@@ -156,9 +154,7 @@ def print_landscape(name: str, by_width: dict[int, dict], axis: str) -> dict:
         print(f"  it {verdict} within a factor of 2 over widths {min(best)} to {max(best)}")
     edge = [str(width) for width, value in best.items() if value in (values[0], values[-1])]
     if edge and len(values) > 1:
-        print(
-            f"  at width {', '.join(edge)} the best is at the edge of the grid: add --values beyond"
-        )
+        print(f"  at width {', '.join(edge)} it is at the edge of the grid: add --values beyond")
     chosen, worse = best[min(best)], []
     if chosen is not None:
         at_chosen = {width: row[chosen] for width, row in by_width.items()}
@@ -228,9 +224,7 @@ def fit_law(N: Sequence[float], loss: Sequence[float]) -> Law:
     N, loss = np.asarray(N, float), np.asarray(loss, float)
     if len(N) != len(loss) or len(np.unique(N)) < 4:
         n = len(np.unique(N))
-        raise ValueError(
-            f"{n} different model sizes for the 3 unknowns a, b and c: give at least 4"
-        )
+        raise ValueError(f"{n} different model sizes, 3 unknowns a, b and c: give at least 4")
     if not (np.isfinite(N).all() and (N > 0).all() and np.isfinite(loss).all()):
         given = f"N = {N.tolist()}, loss = {loss.tolist()}"
         raise ValueError(f"sizes and losses must be finite and sizes above 0: got {given}")
@@ -362,7 +356,9 @@ def predict(points: Points, hold_out: int, at: dict[int, float]) -> dict:
 
 
 def print_prediction(result: dict):
-    """The law and its two tables."""
+    """What was fitted, the law, and its two tables."""
+    widths, seeds = len(result["fitted"]), result["seeds"]
+    print(f"{result['source']}, {widths} widths fitted, mean of {seeds} seed(s):")
     law = f"{result['a']:.4g} N^{result['b']:.4g} + {result['c']:.4g}"
     print(f"L = {law}, N in millions of parameters\n")
     print(f"{'fitted':>10}{'N':>11}{'loss':>10}{'law':>10}{'residual':>10}")
@@ -370,7 +366,7 @@ def print_prediction(result: dict):
         print(f"{p['width']:>10}{p['N']:>11.3f}{p['loss']:>10.4f}", end="")
         print(f"{p['law']:>10.4f}{p['residual']:>+10.4f}")
     if result["predicted"]:
-        interval = "    95% over the seeds" if result["seeds"] > 1 else ""
+        interval = "    95% over the seeds" if seeds > 1 else ""
         print(f"\n{'predicted':>10}{'N':>11}{'law':>10}{'measured':>10}{'error':>18}{interval}")
     for p in result["predicted"]:
         known = f"{'not run':>10}{'':18}"
@@ -407,7 +403,6 @@ def predict_command(args: argparse.Namespace):
 
 # ----------------------------------------------------------------------------------------------
 # 4. Command line
-
 
 SWEEP = """Train a model for every cell of a grid: values of a hyper-parameter x widths x
 parametrizations x seeds, each a run of train.py. Stop it at any time: the same command goes on,
@@ -448,13 +443,7 @@ def add_predict(parser: argparse.ArgumentParser):
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="runs, or folders of runs")
     add("--points", metavar="FILE", help="instead of runs: published points, as JSON")
-    add(
-        "--hold-out",
-        type=int,
-        default=1,
-        metavar="K",
-        help="the K widest are not fitted (default 1)",
-    )
+    add("--hold-out", type=int, default=1, metavar="K", help="predict the K widest (default 1)")
     add("--at", type=int, nargs="+", default=[], metavar="C", help="predict these widths, too")
     add("--json", default="runs/predict.json", metavar="FILE", help="default runs/predict.json")
 
@@ -464,11 +453,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     raw = argparse.RawDescriptionHelpFormatter
     for name, text, add in (("sweep", SWEEP, add_sweep), ("predict", PREDICT, add_predict)):
-        add(
-            commands.add_parser(
-                name, help=text.split(":")[0], description=text, formatter_class=raw
-            )
-        )
+        help = text.split(":")[0]
+        add(commands.add_parser(name, help=help, description=text, formatter_class=raw))
     return parser
 
 

@@ -98,7 +98,7 @@ def test_the_published_points():
 @pytest.mark.parametrize(
     "N, loss, words",
     [
-        ([1, 2, 3], [3, 2.5, 2.2], "3 different model sizes for the 3 unknowns"),
+        ([1, 2, 3], [3, 2.5, 2.2], "3 different model sizes, 3 unknowns"),
         ([1, 2, 2, 2], [3, 2.5, 2.5, 2.5], "2 different model sizes"),
         ([1, 2, 4, 8], [2, 2.5, 2.8, 2.9], "a is negative"),  # rises
         ([1, 2, 4, 8], [3, 2.9, 2.7, 2.3], "Tried: b from -4.0 to -0.02"),  # falls ever faster
@@ -240,7 +240,9 @@ def test_a_prediction_before_and_after_the_run(tmp_path, capsys):
     assert late["predicted"] == pytest.approx(late["loss"], abs=1e-6)
     assert late["interval"][0] < late["loss"] < late["interval"][1]
     assert after["worse_with_width"] == [] and after["losses"]["384"].keys() == {"0", "1", "2"}
-    assert f"{late['predicted']:.4f}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "\n15 runs, held-out loss after 100 steps, 4 widths fitted, mean of 3 seed(s):\n" in out
+    assert f"{late['predicted']:.4f}" in out
 
 
 def test_what_a_finished_run_says(tmp_path):
