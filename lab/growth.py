@@ -23,7 +23,7 @@ from lab import runs
 from lab.report import write_json
 from lab.runs import FinishedRun
 from lab.transfer import mean
-from schedule import Stage, plan_stages, training_flops
+from schedule import Stage, in_samples, plan_stages, read_json, training_flops
 
 # fmt: off
 MODEL = ("n_layers=8", "d_model=32", "n_heads=1", "head_dim=32", "d_ff=128", "max_seq_len=128",
@@ -39,7 +39,6 @@ SCHEDULES = {
              {"config": {"n_layers": 8}, "start": 0.5, "ramp": 0.1, "warmup": 0.02}],
 }
 # fmt: on
-SHARES = ("start", "ramp", "warmup")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -52,31 +51,26 @@ def read_schedules(words: list[str]) -> dict[str, list[dict]]:
     schedules = {}
     for word in words:
         try:
-            found = SCHEDULES[word] if word in SCHEDULES else json.loads(Path(word).read_text())
-        except (OSError, ValueError) as error:
-            names = ", ".join(SCHEDULES)
-            problem = f"neither one of {names} nor a readable JSON file ({error})"
-            raise ValueError(f"--stages {word}: {problem}") from error
+            found = SCHEDULES[word] if word in SCHEDULES else read_json("--stages", word)
+        except ValueError as error:
+            raise ValueError(f"{error}; give a file or one of {', '.join(SCHEDULES)}") from error
         schedules |= found if isinstance(found, dict) else {Path(word).stem: found}
+    for name, stages in schedules.items():
+        console.refuse(schedule_problems(name, stages), f"--stages, schedule {name}:")
     return schedules
 
 
-def in_samples(stages: list[dict], samples: int) -> list[dict]:
-    """A schedule in shares of a run of so many samples, as one in samples. Raises ValueError for
-    what is no share.
-
-    >>> in_samples([{}, {"start": 0.5, "ramp": 0.1}], 8000)
-    [{}, {'start': 4000, 'ramp': 800}]
-    """
-    result, wrong = [], []
-    for stage in stages:
-        shares = {key: stage[key] for key in SHARES if key in stage}
-        good = {k: v for k, v in shares.items() if isinstance(v, (int, float)) and 0 <= v < 1}
-        wrong += [f"{key} = {shares[key]!r}" for key in shares.keys() - good.keys()]
-        result.append({**stage, **{key: round(v * samples) for key, v in good.items()}})
-    heading = "start, ramp and warmup of a schedule here are shares of its run, from 0 to 1:"
-    console.refuse(wrong, heading)
-    return result
+def schedule_problems(name: str, stages: list[dict]) -> list[str]:
+    """What keeps this from being a schedule of this bench."""
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        return [f"must be a list of stages, not {stages!r:.60}"]
+    shares = [(k, stage[k]) for stage in stages for k in ("start", "ramp", "warmup") if k in stage]
+    problems = [
+        f"{key} = {share!r}: must be a share of the run, from 0 to 1"
+        for key, share in shares
+        if not (isinstance(share, (int, float)) and 0 <= share < 1)
+    ]
+    return problems + ["is the name of the runs without growth"] * (name == "scratch")
 
 
 def equal_steps(stages: list[dict], budget: int, settings: train.Settings, final: FLMConfig) -> int:
@@ -97,8 +91,9 @@ def bench_settings(args: argparse.Namespace) -> dict[tuple[str, int], list[train
     checked = dataclasses.replace(common, steps=min(args.steps + budgets))
     final = train.resolve(checked)[1][-1].config
     result, out = {}, Path(args.out)
+    schedules = {"scratch": [{}], **read_schedules(args.stages)}
     out.mkdir(parents=True, exist_ok=True)
-    for name, stages in {"scratch": [{}], **read_schedules(args.stages)}.items():
+    for name, stages in schedules.items():
         for budget in args.steps if name == "scratch" else budgets:
             steps = equal_steps(stages, budget, common, final)
             file = out / f"{name}-{budget}.json"
