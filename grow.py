@@ -54,7 +54,7 @@ import muP
 from checkpoint import find_checkpoint, read_info, read_tensors, stored_tensors, write_checkpoint
 from flm import FLM, PRESETS, FLMConfig, growth_mask, parse_fields, preset
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. What can grow
 
 GROWS = ("n_layers", "d_model", "n_heads", "d_ff")
@@ -88,7 +88,7 @@ def check_growth(old: FLMConfig, new: FLMConfig):
     console.refuse(problems, "this model cannot grow into that one:")
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. Four operators
 #
 # A part is the name of a parameter without its layer. Each of its sides belongs to one dimension.
@@ -219,7 +219,7 @@ def source(name: str, plan: list[tuple[int | None, int | None]]) -> str | None:
     return None if old is None else f"layers.{old}.{part}"
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. One tensor
 
 STATES = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter
@@ -309,7 +309,7 @@ def growth_record(
     }
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. In memory
 
 
@@ -407,7 +407,7 @@ def g_stack(
     return grown, larger, record
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5. On disk, as the paper did it: training stops, a program extends the checkpoint, training loads
 #    it. A run of train.py grows in this way too.
 
@@ -520,7 +520,7 @@ def grow_checkpoint(
     return info
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6. The command line
 
 

@@ -29,7 +29,7 @@ import console
 from flm import FLMConfig, count_parameters, forward_flops, preset
 from grow import GROWS, check_growth, layer_plan
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. A stage
 
 
@@ -90,7 +90,7 @@ PAPER_BUDGET = 100_000  # dollars: the paper's title
 PAPER_SCRATCH_DAYS = 76.74  # the paper's own estimate of 101B throughout (section 2.3)
 PAPER_ZETTAFLOP = 52.76  # of the whole run, by the paper's count
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. Reading stages
 
 LIMIT = 10**18  # of every number: a larger one is a mistake, and floats overflow
@@ -206,7 +206,7 @@ def read_json(option: str, file: str):
         raise ValueError(f"{option} {file}: cannot be read ({error})") from error
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. Planning a run
 
 # The paper's recipe in miniature; start, ramp and warmup in shares of the run.
@@ -364,7 +364,7 @@ def total_steps(stages: list[Stage], samples: int = 0) -> int:
     return sum(ceil_div(rows, batch_size) for rows, batch_size in left if rows > 0)
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. At a sample
 
 
@@ -423,7 +423,7 @@ def training_flops(stages: list[Stage], samples: int) -> int:
     return flops
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5. The cost plan
 
 
@@ -534,7 +534,7 @@ def describe_paper(plan: dict) -> str:
     return PAPER_NOTES.format(PAPER_SCRATCH_DAYS, ours[0], PAPER_ZETTAFLOP, *ours[1:])
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6. The command line
 
 

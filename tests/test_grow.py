@@ -1,7 +1,6 @@
 """Tests of grow.py, sections 1 to 3 and 6: what can grow, the operators, one tensor, the words of a
 command line."""
 
-import doctest
 import json
 
 import pytest
@@ -19,12 +18,7 @@ from grow import check_growth, grow_tensor, layer_plan
 pytestmark = pytest.mark.quick
 
 
-def test_the_examples_in_docstrings():
-    """The examples in grow.py's docstrings are true."""
-    assert doctest.testmod(grow).failed == 0
-
-
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What can grow
 
 
@@ -77,7 +71,7 @@ def test_nothing_to_grow_is_refused():
     assert "no larger" in error(check_growth, tiny(), tiny(init_std=0.5))
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Four operators
 
 
@@ -150,7 +144,7 @@ def test_bad_layer_rules(rule, said):
     assert said in error(layer_plan, 2, 4, rule)
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One tensor
 
 
@@ -207,7 +201,7 @@ def test_a_tensor_of_another_shape_is_refused():
     assert message == f"{name} has the shape (9,), the configuration says (20,)"
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The words of a command line
 
 
