@@ -449,8 +449,8 @@ class FLM(nn.Module):
         """
         T, config = x.shape[1], self.config
         start, pad = (0, None) if cache is None else (cache.length, cache.pad)
-        block = max(1, config.max_seq_len // 2) if blockwise else None
-        visible = visible_slots(start, T, pad, block, x.device)
+        block_length = max(1, config.max_seq_len // 2) if blockwise else None
+        visible = visible_slots(start, T, pad, block_length, x.device)
         tables = self._tables(start, T, cache)
         if self.embedding is not None:
             x = self.embedding(x) * config.input_mult  # (B, T) -> (B, T, C)
@@ -489,7 +489,7 @@ class FLM(nn.Module):
         if not 0 <= c <= 1:
             raise ValueError(f"a growth mask of {c}: must lie in [0, 1]")
         config = self.config
-        old, layer_map = config.to_dict(), range(config.n_layers)  # nothing is new
+        old, layer_map = config.to_dict(), range(config.n_layers)  # as if nothing were new
         if record is not None and c < 1:
             old, layer_map = record["old"], record["layer_map"]
         names = ("d_model", "n_heads", "d_ff")

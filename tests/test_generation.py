@@ -245,7 +245,10 @@ def test_on_token_streams_what_is_returned():
     streamed = [[], []]
     model = build(tiny(), 4)
     stop = (generate(model, [[1], [2, 3]], 8)[0][4],)
-    note = lambda row, token: streamed[row].append(token)  # noqa: E731
+
+    def note(row, token):
+        streamed[row].append(token)
+
     new = generate(model, [[1], [2, 3]], 8, stop=stop, on_token=note)
     assert streamed == new and len(new[0]) < 8
 
