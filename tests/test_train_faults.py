@@ -37,6 +37,7 @@ from workshop import (
     workshop,
 )
 
+import checkpoint
 import data
 import muP
 import parallel
@@ -195,7 +196,7 @@ def test_killed_anywhere_in_a_save(corpus, monkeypatch, place):
         elif place == "before the rename":
             dies(Path, "rename", lambda path, _: path == tmp)
         else:
-            dies(train, "remove_old_checkpoints", lambda *_: whole.exists())
+            dies(checkpoint, "remove_old_checkpoints", lambda *_: whole.exists())
         with pytest.raises(Killed):
             train.train(s)
     assert find_checkpoint(s.out).name == ("step-00000004" if "old" in place else "step-00000002")

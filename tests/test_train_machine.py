@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,10 +103,19 @@ def test_the_line_about_the_machine_is_printed(corpus, capsys):
 BENCHMARK = ["--benchmark", "--model", *SIZE, "d_ff=128", "--batch-size", "8", "--device", "cpu"]
 
 
-def test_benchmark_prints_one_json_object(capsys, tmp_path):
-    """--benchmark prints one JSON object and leaves nothing behind. Its numbers agree with each
-    other, and its FLOPs with the formula of Narayanan et al. for d_ff = 4C: 72 B T L C^2 (1 + T/6C)
+def give_clock(monkeypatch, *seconds):
+    """A clock of its own for the benchmark: its three actions (forward, forward and backward,
+    update) take so many seconds, whatever the machine does besides."""
+    times = itertools.accumulate(itertools.chain([0.0], itertools.cycle([*seconds])))
+    marks = itertools.chain.from_iterable(itertools.pairwise(times))  # start, end, start, end ...
+    monkeypatch.setattr(train, "now", lambda device: next(marks))
+
+
+def test_benchmark_prints_one_json_object(monkeypatch, capsys, tmp_path):
+    """--benchmark prints one JSON object and leaves nothing behind. Its numbers agree with the
+    clock, and its FLOPs with the formula of Narayanan et al. for d_ff = 4C: 72 B T L C^2 (1 + T/6C)
     + 6 B T V C. 2%: printed numbers are rounded."""
+    give_clock(monkeypatch, 0.010, 0.035, 0.005)
     assert main([*BENCHMARK, "--micro-batch", "4", "--dtype", "float32"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found) == set(
@@ -114,16 +124,49 @@ def test_benchmark_prints_one_json_object(capsys, tmp_path):
         "torch".split()
     )
     B, C, L = 8, 32, 2
-    seconds = (found["forward_ms"] + found["backward_ms"] + found["optimizer_ms"]) / 1e3
+    times = found["forward_ms"], found["backward_ms"], found["optimizer_ms"]
+    assert times == pytest.approx((10, 25, 5))
     flops = 72 * B * T * L * C**2 * (1 + T / (6 * C)) + 6 * B * T * V * C
-    assert found["tokens_per_s"] == pytest.approx(B * T / seconds, rel=0.02)
-    assert found["achieved_gflops"] == pytest.approx(flops / seconds / 1e9, rel=0.02, abs=0.1)
-    used = flops / seconds / 1e12  # of one TFLOP/s, see workshop
+    assert found["tokens_per_s"] == pytest.approx(B * T / 0.04, rel=0.02)
+    assert found["achieved_gflops"] == pytest.approx(flops / 0.04 / 1e9, rel=0.02, abs=0.1)
+    used = flops / 0.04 / 1e12  # of one TFLOP/s, see workshop
     assert found["utilisation"] == pytest.approx(used, rel=0.02, abs=1e-4)
     shape = (found["batch_size"], found["seq_len"], found["vocab_size"], found["dtype"])
     assert shape == (B, T, V, "float32")
     assert found["parameters"] == sum(p.numel() for p in FLM(CONFIG.replace(d_ff=128)).parameters())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("peak, clock", [(1e12, (0.03, 0.02, 0.01)), (1e9, (1e-4, 2e-4, 1e-4))])
+def test_benchmark_refuses_to_print_nonsense(monkeypatch, capsys, peak, clock):
+    """A backward pass of less than no time, or a utilisation above 100%, can only come from a
+    machine that was busy: no number is printed."""
+    give_clock(monkeypatch, *clock)
+    monkeypatch.setattr(train, "matmul_rate", lambda device, dtype, n=0: peak)
+    with pytest.raises(ValueError, match="make no sense.*run the benchmark again"):
+        main([*BENCHMARK, "--dtype", "float32"])
+    assert "{" not in capsys.readouterr().out
+
+
+def test_benchmark_where_memory_is_not_known(monkeypatch, capsys):
+    """Without the module `resource` (Windows) all is printed, and the memory is null."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    give_clock(monkeypatch, 0.010, 0.035, 0.005)
+    assert main([*BENCHMARK, "--dtype", "float32"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["peak_memory_gib"] is None and found["tokens_per_s"] > 0
+
+
+def test_the_peak_is_the_best_of_several_measurements(corpus, monkeypatch, capsys):
+    """A busy machine only lowers a measurement. So the peak is measured again at each evaluation,
+    and the highest counts; a utilisation above 100% is called wrong, once."""
+    rates = iter([1.0, 1e15, 1e12, 1e13])
+    monkeypatch.setattr(train, "matmul_rate", lambda device, dtype, n=0: next(rates))
+    run = train.train(job(corpus, eval_every=2))["folder"]
+    lines = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
+    used = [line["utilisation"] for line in lines if "utilisation" in line]
+    assert min(used[:2]) > 1 and 0 < max(used[2:]) < 1e-3
+    assert capsys.readouterr().out.count("was measured while the machine was busy") == 1
 
 
 def test_matmul_rate_measures(monkeypatch):

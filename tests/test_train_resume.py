@@ -283,7 +283,8 @@ def test_resume_takes_what_may_change(corpus, other_corpus):
     used and kept."""
     s = job(corpus)
     train.train(s, stop_at=2)
-    go_on(s.out, steps=8, lr=1e-4, min_lr=0.5, eval_rows=2, eval_every=1, keep=1, data=other_corpus)
+    changes = dict(steps=8, lr=1e-4, min_lr=0.5, eval_rows=2, eval_every=1, keep=1)
+    go_on(s.out, **changes, data=other_corpus, data_changed=True)
     kept, lines = train.read_run(Path(s.out))[0], log(s.out)
     assert (kept.steps, kept.lr, kept.min_lr, kept.keep, kept.data) == (
         8,
