@@ -16,7 +16,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -41,9 +40,11 @@ from schedule import Stage, training_flops
 
 # Every study decides these, for each of its runs.
 DECIDED = {"out", "preset", "seed", "stages", "steps", "threads"}
-# These do not change what a run computes. (Model and stages are compared field by field.)
-NEUTRAL = {"out", "preset", "model", "stages", "device", "threads", "compile", "deterministic"}
-NEUTRAL |= {"eval_every", "eval_batch", "save_every", "keep"}
+# These do not change what a run computes. (Model and stages are compared field by field, the text
+# by its digest.)
+NEUTRAL = {"out", "preset", "model", "stages", "data", "data_changed", "tokenizer_file", "device"}
+NEUTRAL |= {"threads", "compile", "deterministic", "eval_every", "eval_batch"}
+NEUTRAL |= {"save_every", "save_minutes", "keep"}
 
 
 def add_options(parser: argparse.ArgumentParser, out: str):
@@ -73,11 +74,10 @@ def common_settings(words: list[str], decided: set[str], **defaults) -> train.Se
     return train.Settings(**fixed | defaults | given)
 
 
-def question(settings: train.Settings, stages: list[Stage], python: str) -> dict:
-    """What two runs must share to give the same numbers: {name: value}. python: the version whose
-    library is the text, where the settings name no other."""
+def question(settings: train.Settings, stages: list[Stage], digest: str) -> dict:
+    """What two runs must share to give the same numbers: {name: value}. digest: of the text."""
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NEUTRAL}
-    asked["data"] = settings.data or f"the library of Python {python}"
+    asked["text"] = digest
     asked["stages"] = [stage.to_dict() for stage in stages] if len(stages) > 1 else "none"
     return asked | stages[-1].config.to_dict()
 
@@ -85,16 +85,16 @@ def question(settings: train.Settings, stages: list[Stage], python: str) -> dict
 def read_question(folder: Path) -> dict:
     """The question of the run in `folder`. Raises ValueError where there is none."""
     settings, stages = train.read_run(folder)
-    python = json.loads((folder / "config.json").read_text()).get("python")
-    return question(settings, stages, python)
+    digest = json.loads((folder / "config.json").read_text()).get("corpus_digest")
+    return question(settings, stages, digest)
 
 
-def differences(settings: train.Settings, stages: list[Stage]) -> list[str]:
+def differences(settings: train.Settings, stages: list[Stage], digest: str) -> list[str]:
     """How the run in settings.out, if there is one, differs from the one that is asked for."""
     folder = Path(settings.out)
     if not (folder / "config.json").exists():
         return []
-    old, new = read_question(folder), question(settings, stages, platform.python_version())
+    old, new = read_question(folder), question(settings, stages, digest)
     names = [name for name in old | new if old.get(name) != new.get(name)]
     return [f"{folder} has {k} = {old.get(k)!r:.99}, this study {new.get(k)!r:.99}" for k in names]
 
@@ -291,14 +291,14 @@ def run_all(
     problems = [f"{folder} is asked for twice" for folder in folders if folders.count(folder) > 1]
     console.refuse(problems + [f"--jobs {jobs}: must be at least 1"] * (jobs < 1))
     planned = [train.resolve(run) for run in runs]
-    foreign = [line for run in planned for line in differences(*run)]
+    settings, stages = planned[0]
+    source = settings.data, settings.tokenizer, settings.tokenizer_file
+    corpus = train.open_corpus(*source, stages[-1].config)  # prepared once, before many runs would
+    foreign = [line for run in planned for line in differences(*run, corpus.digest)]
     console.refuse(foreign[:10], "runs of another study are in the way, choose another --out:")
     todo = [job for run in planned if (job := unfinished(*run))]
     todo.sort(key=lambda job: job.total - job.done)  # the longest begins first, and none last
     if todo:
-        settings, stages = planned[0]
-        corpus = settings.data, settings.tokenizer, settings.tokenizer_file
-        train.open_corpus(*corpus, stages[-1].config)  # prepared once, before many runs would
         todo[0].folder.parent.mkdir(parents=True, exist_ok=True)
         left = sum(job.total - job.done for job in todo)
         before = signal.signal(signal.SIGTERM, stop)

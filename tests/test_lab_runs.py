@@ -4,7 +4,7 @@ import dataclasses
 import fcntl
 import json
 import multiprocessing
-import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -172,14 +172,18 @@ def test_a_config_of_another_program_is_refused(small, text):
     assert config.read_text() == text
 
 
-def test_another_python_has_another_text(small, monkeypatch):
-    """The default corpus is the library of the Python that runs: another version is another
-    study."""
-    monkeypatch.setattr(platform, "python_version", lambda: "3.99")
-    settings, stages = train.resolve(dataclasses.replace(small, data=None))
-    here = runs.question(settings, stages, platform.python_version())
-    assert here["data"] == "the library of Python 3.99"
-    assert here != runs.question(settings, stages, "3.98")
+def test_another_text_is_another_study(small, corpus, tmp_path):
+    """A corpus that moved is the same text. Other text at the same path is another study, and the
+    runs that are there are left as they are."""
+    moved = shutil.copytree(corpus, tmp_path / "moved")
+    settings = dataclasses.replace(small, data=str(moved))
+    train.train(small)
+    assert run_all([settings], jobs=1)[0].val
+    shutil.rmtree(moved)
+    (tmp_path / "0.txt").write_text("another text, that has never been there before. " * 99)
+    write_corpus(tmp_path).rename(moved)
+    message = error(run_all, [settings], jobs=1)
+    assert "run has text = " in message and "choose another --out" in message
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,9 @@ def loss_after(steps: int, config: FLMConfig, seed: int, tokens, targets) -> flo
 # Predictions from runs
 
 
-def fake_run(folder: Path, width: int, seed: int, loss: float | None, **changes) -> Path:
+def fake_run(
+    folder: Path, width: int, seed: int, loss: float | None, text: str = "a", **changes
+) -> Path:
     """A folder as train.py leaves it: config.json of its own making, and a log of 100 steps with
     this held-out loss at the end."""
     sizes = {"d_model": width, "d_ff": 4 * width, "head_dim": 16, "n_heads": width // 16}
@@ -204,7 +206,7 @@ def fake_run(folder: Path, width: int, seed: int, loss: float | None, **changes)
     fixed = {"seed": seed, "steps": 100, "lr": 0.01, "model": model, "stages": "none"}
     s, stages = train.resolve(train.Settings(**fixed | changes))
     folder.mkdir(parents=True)
-    nothing = argparse.Namespace(why="none", path="none")
+    nothing = argparse.Namespace(why="none", path="none", digest=text)
     train.write_run(folder, s, stages, nothing, nothing)
     lines = [{"step": n + 1, "loss": 5.0 - n / s.steps} for n in range(s.steps)]
     lines += [{"step": s.steps, "val_loss": loss}] * (loss is not None)
@@ -263,19 +265,19 @@ def test_what_a_finished_run_says(tmp_path):
 
 
 def test_runs_that_do_not_belong_together(tmp_path):
-    """Every reason at once: steps, learning rate and data differ, seeds differ, one is there twice.
+    """Every reason at once: steps, learning rate and text differ, seeds differ, one is there twice.
     Before that, runs that have not finished or have diverged; a log that a killed run cut is not
     an error by itself."""
     law_runs(tmp_path, (32, 48))
     fake_run(tmp_path / "steps", 64, 0, 2.0, steps=50)
     fake_run(tmp_path / "lr", 64, 1, 2.0, lr=0.02)
-    fake_run(tmp_path / "data", 64, 7, 2.0, data="other")
+    fake_run(tmp_path / "text", 64, 7, 2.0, text="b")
     fake_run(tmp_path / "again", 32, 0, 2.0)
     message = error(lambda: collect(find_runs([str(tmp_path)])))
     for words in (
         "differ in steps: 100 (",
         "differ in lr: 0.01 (",
-        "differ in data: ",
+        'differ in text: "a" (',
         "different seeds: 32 has [0, 1, 2]; 48 has [0, 1, 2]; 64 has [0, 1, 7]",
         "second run of width 32 and seed 0",
     ):
