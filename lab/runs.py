@@ -189,13 +189,13 @@ class MeasuredRun(train.Run):
 
 
 def train_one(job: Job) -> int | None:
-    """Train a run, or go on with it. Returns the exit code, after a signal that stopped it."""
+    """Train a run, or go on with it. Returns the exit code: 128 + the signal that stopped it."""
     MeasuredRun.clocks = time.process_time(), time.perf_counter()
     resume = bool(list_checkpoints(job.folder))
     settings = train.resumed(str(job.folder), {}) if resume else job.settings
     try:
         result = train.train(settings, resume=resume, run_class=MeasuredRun)
-        return result["stopped"] and 128 + result["stopped"]
+        return sum(128 + number for number in result["signals"].values())
     except train.NonFinite as error:
         (job.folder / DIVERGED).write_text(f"{error}\n")
 

@@ -180,8 +180,10 @@ def test_another_text_is_another_study(small, corpus, tmp_path):
     train.train(small)
     assert run_all([settings], jobs=1)[0].val
     shutil.rmtree(moved)
-    (tmp_path / "0.txt").write_text("another text, that has never been there before. " * 99)
-    write_corpus(tmp_path).rename(moved)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "0.txt").write_text("another text, that has never been there before. " * 99)
+    write_corpus(other).rename(moved)
     message = error(run_all, [settings], jobs=1)
     assert "run has text = " in message and "choose another --out" in message
 
