@@ -23,7 +23,7 @@ from lab import runs
 from lab.report import write_json
 from lab.runs import FinishedRun
 from lab.transfer import mean
-from schedule import Stage, plan_stages, training_flops
+from schedule import Stage, in_samples, plan_stages, read_json, training_flops
 
 # fmt: off
 MODEL = ("n_layers=8", "d_model=32", "n_heads=1", "head_dim=32", "d_ff=128", "max_seq_len=128",
@@ -39,7 +39,6 @@ SCHEDULES = {
              {"config": {"n_layers": 8}, "start": 0.5, "ramp": 0.1, "warmup": 0.02}],
 }
 # fmt: on
-SHARES = ("start", "ramp", "warmup")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -52,32 +51,26 @@ def read_schedules(words: list[str]) -> dict[str, list[dict]]:
     schedules = {}
     for word in words:
         try:
-            found = SCHEDULES[word] if word in SCHEDULES else json.loads(Path(word).read_text())
-        except (OSError, ValueError) as error:
-            names = ", ".join(SCHEDULES)
-            raise ValueError(
-                f"--stages {word}: neither one of {names} nor a readable JSON file ({error})"
-            ) from error
+            found = SCHEDULES[word] if word in SCHEDULES else read_json("--stages", word)
+        except ValueError as error:
+            raise ValueError(f"{error}; give a file or one of {', '.join(SCHEDULES)}") from error
         schedules |= found if isinstance(found, dict) else {Path(word).stem: found}
+    for name, stages in schedules.items():
+        console.refuse(schedule_problems(name, stages), f"--stages, schedule {name}:")
     return schedules
 
 
-def in_samples(stages: list[dict], samples: int) -> list[dict]:
-    """A schedule in shares of a run of so many samples, as one in samples. Raises ValueError for
-    what is no share.
-
-    >>> in_samples([{}, {"start": 0.5, "ramp": 0.1}], 8000)
-    [{}, {'start': 4000, 'ramp': 800}]
-    """
-    result, wrong = [], []
-    for stage in stages:
-        shares = {key: stage[key] for key in SHARES if key in stage}
-        good = {k: v for k, v in shares.items() if isinstance(v, (int, float)) and 0 <= v < 1}
-        wrong += [f"{key} = {shares[key]!r}" for key in shares.keys() - good.keys()]
-        result.append({**stage, **{key: round(v * samples) for key, v in good.items()}})
-    heading = "start, ramp and warmup of a schedule here are shares of its run, from 0 to 1:"
-    console.refuse(wrong, heading)
-    return result
+def schedule_problems(name: str, stages: list[dict]) -> list[str]:
+    """What keeps this from being a schedule of this bench."""
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        return [f"must be a list of stages, not {stages!r:.60}"]
+    shares = [(k, stage[k]) for stage in stages for k in ("start", "ramp", "warmup") if k in stage]
+    problems = [
+        f"{key} = {share!r}: must be a share of the run, from 0 to 1"
+        for key, share in shares
+        if not (isinstance(share, (int, float)) and 0 <= share < 1)
+    ]
+    return problems + ["is the name of the runs without growth"] * (name == "scratch")
 
 
 def equal_steps(stages: list[dict], budget: int, settings: train.Settings, final: FLMConfig) -> int:
@@ -91,17 +84,16 @@ def equal_steps(stages: list[dict], budget: int, settings: train.Settings, final
     return max(2 * len(stages) - 1, round(budget * flops[0] / flops[1]))
 
 
-def bench_settings(
-    args: argparse.Namespace, words: list[str]
-) -> dict[tuple[str, int], list[train.Settings]]:
+def bench_settings(args: argparse.Namespace) -> dict[tuple[str, int], list[train.Settings]]:
     """{(name, budget): a run for each seed}. Raises ValueError for what train.py would refuse."""
-    common = runs.common_settings(words, set(), model=MODEL, **TRAINING)
+    common = runs.common_settings(args.train, set(), model=MODEL, **TRAINING)
     budgets = args.at or [min(args.steps)]
     checked = dataclasses.replace(common, steps=min(args.steps + budgets))
     final = train.resolve(checked)[1][-1].config
     result, out = {}, Path(args.out)
+    schedules = {"scratch": [{}], **read_schedules(args.stages)}
     out.mkdir(parents=True, exist_ok=True)
-    for name, stages in {"scratch": [{}], **read_schedules(args.stages)}.items():
+    for name, stages in schedules.items():
         for budget in args.steps if name == "scratch" else budgets:
             steps = equal_steps(stages, budget, common, final)
             file = out / f"{name}-{budget}.json"
@@ -210,39 +202,35 @@ Seconds: of steps, evaluations and growths. Stages: layers x width, in shares of
 # 3. Command line
 
 
+STAGES_HELP = f"""of {", ".join(SCHEDULES)} (default all), or a JSON file of stages as train.py's,
+but with start, ramp and warmup in shares of the run; or of several: {{name: stages}}"""
+HELP = f"""How much sooner does a grown model reach the same loss? Train one size from scratch with
+several budgets, and by growth. Stop it at any time: the same command goes on. What follows -- goes
+to train.py, for every run; without it, all runs have:
+  {" ".join(MODEL[:6])}
+  {" ".join(MODEL[6:])} {" ".join(f"{train.flag(k)} {v}" for k, v in TRAINING.items())}
+
+examples:
+  python -m lab.growth --seeds 0 1 2
+  python -m lab.growth --stages mine.json --at 2000 4000 -- --data corpora/mine
+"""
+
+
 def make_parser() -> argparse.ArgumentParser:
-    model = f"--model {' '.join(MODEL)} " + " ".join(
-        f"{train.flag(name)} {value}" for name, value in TRAINING.items()
-    )
-    parser = argparse.ArgumentParser(
-        prog="lab.growth",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="How much sooner does a grown model reach the same loss? Train one size from\n"
-        "scratch with several budgets, and by growth. Stop it at any time: the same command goes on.\n"
-        f"What follows -- goes to train.py, for every run; without it:\n{model}",
-        epilog="examples:\n  python -m lab.growth --seeds 0 1 2\n"
-        "  python -m lab.growth --stages mine.json --at 2000 4000 -- --data corpora/mine",
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="lab.growth", description=HELP, formatter_class=raw)
+    add, names = parser.add_argument, list(SCHEDULES)
     numbers = {"type": int, "nargs": "+", "metavar": "STEPS"}
-    add = parser.add_argument
     add("--steps", **numbers, default=[2000, 4000], help="budgets from scratch (default 2000 4000)")
     add("--at", **numbers, help="budgets of the schedules (default: the smallest of --steps)")
-    add(
-        "--stages",
-        nargs="+",
-        default=list(SCHEDULES),
-        metavar="SCHEDULE",
-        help=f"of {', '.join(SCHEDULES)} (default all), or a JSON file: stages as train.py's, but "
-        "start, ramp and warmup in shares of the run; or several, as {name: stages}",
-    )
+    add("--stages", nargs="+", default=names, metavar="SCHEDULE", help=STAGES_HELP)
     runs.add_options(parser, out="runs/bench")
     return parser
 
 
 def main(argv: list[str] | None = None):
-    ours, words = runs.split_options(argv)
-    args = make_parser().parse_args(ours)
-    groups = bench_settings(args, words)
+    args = make_parser().parse_args(argv)
+    groups = bench_settings(args)
     every = [settings for group in groups.values() for settings in group]
     finished = runs.run_all(every, args.jobs, args.keep_checkpoints)
     rest = iter(finished)

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -39,31 +38,24 @@ from schedule import Stage, training_flops
 # ----------------------------------------------------------------------------------------------
 # 1. What a study asks
 
-# Decided by every study, so that no run has them of its own.
+# Every study decides these, for each of its runs.
 DECIDED = {"out", "preset", "seed", "stages", "steps", "threads"}
-# Settings that do not change what a run computes. (The model is compared field by field.)
-NEUTRAL = set("out preset model stages device threads keep save_every".split())
-NEUTRAL |= set("eval_every eval_batch compile deterministic".split())
+# These do not change what a run computes. (Model and stages are compared field by field, the text
+# by its digest.)
+NEUTRAL = {"out", "preset", "model", "stages", "data", "data_changed", "tokenizer_file", "device"}
+NEUTRAL |= {"threads", "compile", "deterministic", "eval_every", "eval_batch"}
+NEUTRAL |= {"save_every", "save_minutes", "keep"}
 
 
 def add_options(parser: argparse.ArgumentParser, out: str):
-    """Add the options that all studies share. out: the default of --out."""
+    """Add the options that all studies share. out: the default of --out. What follows `--` on the
+    command line goes into `train`, for common_settings."""
     cores, add = torch.get_num_threads(), parser.add_argument
     add("--out", default=out, metavar="DIR", help="where runs and numbers go (default %(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0], help="of weights and data (default 0)")
-    add("--jobs", type=int, default=cores, help="runs at a time (default: one a core, %(default)s)")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default 0")
+    add("--jobs", type=int, default=cores, metavar="N", help="runs at a time (default %(default)s)")
     add("--keep-checkpoints", action="store_true", help="else a finished run keeps only its logs")
-
-
-def split_options(argv: list[str] | None) -> tuple[list[str], list[str]]:
-    """The command line before and after `--`: the study's own options, and train.py's.
-
-    >>> split_options(["--seeds", "0", "1", "--", "--lr", "0.01"])
-    (['--seeds', '0', '1'], ['--lr', '0.01'])
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    end = [*argv, "--"].index("--")
-    return argv[:end], argv[end + 1 :]
+    add("train", nargs="*", metavar="-- OPTION", help="options of train.py, for all runs")
 
 
 def common_settings(words: list[str], decided: set[str], **defaults) -> train.Settings:
@@ -73,36 +65,36 @@ def common_settings(words: list[str], decided: set[str], **defaults) -> train.Se
     names one of them, or something that is no setting of a run, such as --resume."""
     given = vars(train.make_parser().parse_args(words))
     free = set(train.Settings.__dataclass_fields__) - DECIDED - decided
-    wrong = [f"-- {train.flag(name)}: the study decides it" for name in given if name not in free]
+    wrong = [f"{train.flag(name)}: the study decides it" for name in given if name not in free]
     if given.get("dtype") == "auto":
-        wrong.append("-- --dtype auto: all runs of a study need one arithmetic, name it")
-    console.refuse(wrong)
+        wrong.append("--dtype auto: all runs of a study need one arithmetic, name it")
+    console.refuse(wrong, "options after -- that cannot be there, leave them out:")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     fixed = {"threads": 1, "dtype": "float32", "stages": "none", "keep": 1}
     return train.Settings(**fixed | defaults | given)
 
 
-def question(settings: train.Settings, stages: list[Stage], python: str) -> dict:
-    """What two runs must share to give the same numbers: {name: value}. python: the version whose
-    library is the text, where the settings name no other."""
+def question(settings: train.Settings, stages: list[Stage], digest: str) -> dict:
+    """What two runs must share to give the same numbers: {name: value}. digest: of the text."""
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NEUTRAL}
-    asked["data"] = settings.data or f"the library of Python {python}"
+    asked["text"] = digest
     asked["stages"] = [stage.to_dict() for stage in stages] if len(stages) > 1 else "none"
     return asked | stages[-1].config.to_dict()
 
 
 def read_question(folder: Path) -> dict:
-    """The question of the run in `folder`."""
-    saved = json.loads((folder / "config.json").read_text())
-    return question(*train.read_run(folder), saved["python"])
+    """The question of the run in `folder`. Raises ValueError where there is none."""
+    settings, stages = train.read_run(folder)
+    digest = json.loads((folder / "config.json").read_text()).get("corpus_digest")
+    return question(settings, stages, digest)
 
 
-def differences(settings: train.Settings, stages: list[Stage]) -> list[str]:
+def differences(settings: train.Settings, stages: list[Stage], digest: str) -> list[str]:
     """How the run in settings.out, if there is one, differs from the one that is asked for."""
     folder = Path(settings.out)
     if not (folder / "config.json").exists():
         return []
-    old, new = read_question(folder), question(settings, stages, platform.python_version())
+    old, new = read_question(folder), question(settings, stages, digest)
     names = [name for name in old | new if old.get(name) != new.get(name)]
     return [f"{folder} has {k} = {old.get(k)!r:.99}, this study {new.get(k)!r:.99}" for k in names]
 
@@ -153,7 +145,7 @@ def read_finished(folder: Path) -> FinishedRun | None:
         loss = [x["loss"] for x in lines if "loss" in x and x["step"] > steps - max(1, steps // 10)]
         growths = [(x["loss_before"], x["loss_after"]) for x in lines if "grown" in x]
         seconds = [sum(x.get(f"{k}_seconds", 0) for x in lines) for k in ("cpu", "wall")]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{folder} is not a run of train.py, or was edited ({what})") from error
     losses = [val[-1], statistics.fmean(loss)] if val and loss else None
@@ -197,13 +189,13 @@ class MeasuredRun(train.Run):
 
 
 def train_one(job: Job) -> int | None:
-    """Train a run, or go on with it. Returns the exit code, after a signal that stopped it."""
+    """Train a run, or go on with it. Returns the exit code: 128 + the signal that stopped it."""
     MeasuredRun.clocks = time.process_time(), time.perf_counter()
     resume = bool(list_checkpoints(job.folder))
     settings = train.resumed(str(job.folder), {}) if resume else job.settings
     try:
         result = train.train(settings, resume=resume, run_class=MeasuredRun)
-        return result["stopped"] and 128 + result["stopped"]
+        return sum(128 + number for number in result["signals"].values())
     except train.NonFinite as error:
         (job.folder / DIVERGED).write_text(f"{error}\n")
 
@@ -261,10 +253,11 @@ def train_jobs(jobs: list[Job], at_a_time: int, keep_checkpoints: bool, bar: tqd
                     run = finish(job, process.exitcode, keep_checkpoints)
                     bar.total -= job.total - job.done  # what a diverged run never does
                     loss = "diverged" if run.val is None else f"{run.val:.3f}"
-                    bar.set_postfix_str(
-                        f"{job.folder.name}: {loss}, {len(jobs) + len(running)} left"
-                    )
+                    left = len(jobs) + len(running)
+                    bar.set_postfix_str(f"{left} runs left; {job.folder.name}: {loss}")
     finally:
+        if running:
+            bar.write("stopping: the runs under way save their last step; the same command goes on")
         for _, process in running.values():
             process.terminate()
         for _, process in running.values():
@@ -294,16 +287,18 @@ def run_all(
 
     Raises ValueError before anything runs for what train.py would refuse and for folders that
     hold runs of another study, and later where a run fails."""
-    console.refuse([f"--jobs {jobs}: must be at least 1"] * (jobs < 1))
+    folders = [run.out for run in runs]
+    problems = [f"{folder} is asked for twice" for folder in folders if folders.count(folder) > 1]
+    console.refuse(problems + [f"--jobs {jobs}: must be at least 1"] * (jobs < 1))
     planned = [train.resolve(run) for run in runs]
-    foreign = [line for run in planned for line in differences(*run)]
+    settings, stages = planned[0]
+    source = settings.data, settings.tokenizer, settings.tokenizer_file
+    corpus = train.open_corpus(*source, stages[-1].config)  # prepared once, before many runs would
+    foreign = [line for run in planned for line in differences(*run, corpus.digest)]
     console.refuse(foreign[:10], "runs of another study are in the way, choose another --out:")
     todo = [job for run in planned if (job := unfinished(*run))]
     todo.sort(key=lambda job: job.total - job.done)  # the longest begins first, and none last
     if todo:
-        settings, stages = planned[0]
-        corpus = settings.data, settings.tokenizer, settings.tokenizer_file
-        train.open_corpus(*corpus, stages[-1].config)  # prepared once, before many runs would
         todo[0].folder.parent.mkdir(parents=True, exist_ok=True)
         left = sum(job.total - job.done for job in todo)
         before = signal.signal(signal.SIGTERM, stop)

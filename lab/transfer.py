@@ -28,11 +28,11 @@ import torch
 
 import console
 import train
-from flm import FLMConfig, count_parameters, parse_fields, preset
+from flm import count_parameters, preset
 from lab import runs
 from lab.report import write_json
 from lab.runs import FinishedRun
-from muP import SMALL, at_widths
+from muP import SMALL, at_widths, model_config
 
 # ----------------------------------------------------------------------------------------------
 # 1. The sweep
@@ -44,41 +44,29 @@ AXES = {
     "output_mult": [0.5, 1.0, 2.0, 4.0, 8.0],
 }
 # Where they are not the axis. (The paper's init_std, 0.016 at width 256, is 0.045 at width 32.)
-MODEL = {**SMALL, "init_std": 0.05, "output_mult": 2.0}
 TRAINING = {"lr": 0.008, "batch_size": 16, "warmup": 800}
+INIT_STD = "init_std=0.05"
 
 
-def small_model(words: list[str], axis: str, base_width: int) -> FLMConfig:
-    """The model of a sweep, changed by FIELD=VALUE. Raises ValueError for what is no field or no
-    value, and for fields that other options decide."""
-    changes, problems = parse_fields(words)
-    decided = {"d_model", "n_heads", "d_ff", "mup", axis} & changes.keys()
-    problems += [f"--model {name}: other options decide it, leave it out" for name in decided]
-    console.refuse(problems)
-    return preset("demo").replace(**{"mup_base_width": base_width, **MODEL, **changes})
-
-
-def sweep_settings(args: argparse.Namespace, words: list[str]) -> list[train.Settings]:
-    """A run for each cell: parametrizations x widths x values x seeds. words: for train.py."""
-    lists = {name: getattr(args, name) for name in ("widths", "values", "seeds", "mup")}
-    twice = [name for name, given in lists.items() if len(set(given)) < len(given)]
-    console.refuse(f"--{name} {' '.join(map(str, lists[name]))}: names one twice" for name in twice)
-    decided = {"model", "mup", args.axis}
+def sweep_settings(args: argparse.Namespace) -> list[train.Settings]:
+    """A run for each cell: parametrizations x widths x values x seeds."""
+    clash = [word for word in args.model if word.startswith(f"{args.axis}=")]
+    console.refuse(f"--model {word}: --axis decides it, leave it out" for word in clash)
+    base = args.base_width or min(args.widths)
+    small = model_config([INIT_STD, *args.model]).replace(mup_base_width=base)
+    models = at_widths(small, args.widths)
     fixed = {**TRAINING, "steps": args.steps, "eval_every": args.steps}
-    common = runs.common_settings(words, decided, **fixed)
-    models = at_widths(small_model(args.model, args.axis, min(args.widths)), args.widths)
+    common = runs.common_settings(args.train, {"model", "mup", args.axis}, **fixed)
     demo, cells = preset("demo").to_dict(), []
-    for mup, width, value, seed in itertools.product(
-        args.mup, args.widths, args.values, args.seeds
-    ):
+    grid = itertools.product(args.mup, models, args.values or AXES[args.axis], args.seeds)
+    for mup, width, value, seed in grid:
         name = f"{'mup' if mup == 'on' else 'standard'}-w{width:04}-{args.axis}{value:g}-seed{seed}"
-        cell = {"mup": mup, "seed": seed, "out": str(Path(args.out) / name)}
-        model = models[width]
+        cell, model = {"mup": mup, "seed": seed, "out": str(Path(args.out) / name)}, models[width]
         if args.axis == "lr":
             cell["lr"] = value
         else:
             model = model.replace(**{args.axis: value})
-        fields = {k: v for k, v in model.to_dict().items() if v != demo[k] and k != "mup"}
+        fields = {k: v for k, v in model.to_dict().items() if v != demo[k]}
         cell["model"] = tuple(f"{k}={v}" for k, v in fields.items())
         cells.append(dataclasses.replace(common, **cell))
     return cells
@@ -135,9 +123,8 @@ def worse_with_width(losses: dict[int, float | None], tolerance: float = WORSE) 
             lines.append(f"width {width} diverged")
             continue
         if loss > best + tolerance:
-            lines.append(
-                f"width {width} is worse than width {best_width} by {loss - best:.4f} nats"
-            )
+            worse = f"{loss - best:.4f} nats"
+            lines.append(f"width {width} is worse than width {best_width} by {worse}")
         best, best_width = min((best, best_width), (loss, width))
     return lines
 
@@ -145,8 +132,8 @@ def worse_with_width(losses: dict[int, float | None], tolerance: float = WORSE) 
 def print_worse(losses: dict[int, float | None], label: str) -> list[str]:
     """Print the verdict of worse_with_width, and return its lines."""
     lines = worse_with_width(losses)
-    verdict = f"NOT always better: {'; '.join(lines)}" if lines else "never worse"
-    print(f"{label}: wider is {verdict} (tolerance {WORSE} nats)")
+    verdict = "NOT always better" if lines else "never worse"
+    print(f"{label}: wider is {verdict} (tolerance {WORSE} nats)", *lines, sep="\n  ")
     return lines
 
 
@@ -161,14 +148,13 @@ def print_landscape(name: str, by_width: dict[int, dict], axis: str) -> dict:
             cells.append(f"{loss + '* '[best[width] != value]} ".rjust(11))
         print(f"{value:>12g}" + "".join(cells))
     shown = ", ".join(f"{w}: {'none' if v is None else format(v, 'g')}" for w, v in best.items())
-    verdict = "holds" if holds(best) else "does NOT hold"
-    span = f". It {verdict} within a factor of 2 over widths {min(best)} to {max(best)}."
-    print(f"{name}: best {axis} by width: {shown}{span if len(best) > 1 else ''}")
+    print(f"{name}: best {axis} by width: {shown}")
+    if len(best) > 1:
+        verdict = "holds" if holds(best) else "does NOT hold"
+        print(f"  it {verdict} within a factor of 2 over widths {min(best)} to {max(best)}")
     edge = [str(width) for width, value in best.items() if value in (values[0], values[-1])]
     if edge and len(values) > 1:
-        print(
-            f"  at width {', '.join(edge)} the best is at the edge of the grid: add --values beyond"
-        )
+        print(f"  at width {', '.join(edge)} it is at the edge of the grid: add --values beyond")
     chosen, worse = best[min(best)], []
     if chosen is not None:
         at_chosen = {width: row[chosen] for width, row in by_width.items()}
@@ -176,10 +162,9 @@ def print_landscape(name: str, by_width: dict[int, dict], axis: str) -> dict:
     return {"best": best, "holds": holds(best), "worse_with_width": worse}
 
 
-def sweep(args: argparse.Namespace, words: list[str]):
+def sweep(args: argparse.Namespace):
     """`python -m lab.transfer sweep`: run every cell, print the tables, write sweep.json."""
-    args.values = args.values or AXES[args.axis]
-    finished = runs.run_all(sweep_settings(args, words), args.jobs, args.keep_checkpoints)
+    finished = runs.run_all(sweep_settings(args), args.jobs, args.keep_checkpoints)
     table, report = landscape(finished, args.axis), {}
     for name, by_width in table.items():
         print(f"\n{name}: held-out loss after {args.steps} steps, nats per token, mean of ", end="")
@@ -232,15 +217,14 @@ def fit_law(N: Sequence[float], loss: Sequence[float]) -> Law:
     choose and no local minimum to end in. Raises ValueError for fewer than 4 different N, and
     where no such law falls: then there is no number.
 
-    >>> fit_law([1, 4, 16, 64], [3.0, 2.5, 2.25, 2.125])
-    Law(a=1.0, b=-0.5, c=2.0)
+    >>> law = fit_law([1, 4, 16, 64], [3.0, 2.5, 2.25, 2.125])  # 1 / sqrt(N) + 2
+    >>> round(law(256), 6)
+    2.0625
     """
     N, loss = np.asarray(N, float), np.asarray(loss, float)
     if len(N) != len(loss) or len(np.unique(N)) < 4:
         n = len(np.unique(N))
-        raise ValueError(
-            f"{n} different model sizes for the 3 unknowns a, b and c: give at least 4"
-        )
+        raise ValueError(f"{n} different model sizes, 3 unknowns a, b and c: give at least 4")
     if not (np.isfinite(N).all() and (N > 0).all() and np.isfinite(loss).all()):
         given = f"N = {N.tolist()}, loss = {loss.tolist()}"
         raise ValueError(f"sizes and losses must be finite and sizes above 0: got {given}")
@@ -258,7 +242,7 @@ def fit_law(N: Sequence[float], loss: Sequence[float]) -> Law:
             f"{SCAN[1]}, with a and c solved for at each; the residuals are smallest {where}.\n"
             f"Use longer runs, more seeds, or leave out the narrowest width"
         )
-    return Law(a / center**b, b, c)
+    return Law(float(a / center**b), b, c)
 
 
 def bootstrap(
@@ -292,24 +276,25 @@ Points = dict[int, dict]  # {width: {"N": millions of parameters, "losses": {see
 
 def find_runs(paths: list[str]) -> list[FinishedRun]:
     """The finished runs in these folders; a folder of runs stands for all of them. Raises
-    ValueError for each run that has not finished, or diverged."""
-    folders = []
+    ValueError for runs that have not finished, or diverged."""
+    found = []
     for path in map(Path, paths):
         inside = sorted(file.parent for file in path.glob("*/config.json"))
-        folders += [path] if (path / "config.json").exists() or not inside else inside
-    found = {folder: runs.read_finished(folder) for folder in folders}
-    problems = [f"{folder}: no finished run in it" for folder, run in found.items() if run is None]
-    problems += [f"{run.folder} diverged" for run in found.values() if run and run.val is None]
-    console.refuse(problems, "these are not finished runs, run their sweep to its end:")
-    return sorted(found.values(), key=lambda run: (run.config.d_model, run.asked["seed"]))
+        alone = (path / "config.json").exists() or not inside
+        found += [(folder, runs.read_finished(folder)) for folder in ([path] if alone else inside)]
+    bad = [folder for folder, run in found if run is None or run.val is None]
+    console.refuse(f"{folder}: no finished run, or one that diverged" for folder in bad)
+    return sorted(
+        (run for _, run in found), key=lambda run: (run.config.d_model, run.asked["seed"])
+    )
 
 
 VARIES = {"d_model", "n_heads", "d_ff", "seed"}  # between the runs of one fit
 
 
-def collect(finished: list[FinishedRun], which: str) -> Points:
-    """Runs as points of one fit, narrowest first. which: "val" or "train" loss. Raises ValueError
-    where the runs differ in more than width and seed, or a width lacks a seed of another."""
+def collect(finished: list[FinishedRun]) -> Points:
+    """Runs as points of one fit, narrowest first. Raises ValueError where the runs differ in more
+    than width and seed, or a width lacks a seed of another."""
     problems, points = [], {}
     for key in sorted(set().union(*(run.asked for run in finished)) - VARIES):
         values = [json.dumps(run.asked.get(key)) for run in finished]
@@ -320,7 +305,7 @@ def collect(finished: list[FinishedRun], which: str) -> Points:
         losses = points.setdefault(width, {"N": run.N / 1e6, "losses": {}})["losses"]
         if seed in losses:
             problems.append(f"{run.folder} is a second run of width {width} and seed {seed}")
-        losses[seed] = getattr(run, which)
+        losses[seed] = run.val
     seeds = {width: list(point["losses"]) for width, point in points.items()}
     if any(given != seeds[min(seeds)] for given in seeds.values()):
         each = "; ".join(f"{width} has {given}" for width, given in seeds.items())
@@ -371,16 +356,17 @@ def predict(points: Points, hold_out: int, at: dict[int, float]) -> dict:
 
 
 def print_prediction(result: dict):
-    """The law and its two tables."""
-    print(
-        f"L = {result['a']:.4g} N^{result['b']:.4g} + {result['c']:.4g}, N in millions of parameters\n"
-    )
+    """What was fitted, the law, and its two tables."""
+    widths, seeds = len(result["fitted"]), result["seeds"]
+    print(f"{result['source']}, {widths} widths fitted, mean of {seeds} seed(s):")
+    law = f"{result['a']:.4g} N^{result['b']:.4g} + {result['c']:.4g}"
+    print(f"L = {law}, N in millions of parameters\n")
     print(f"{'fitted':>10}{'N':>11}{'loss':>10}{'law':>10}{'residual':>10}")
     for p in result["fitted"]:
         print(f"{p['width']:>10}{p['N']:>11.3f}{p['loss']:>10.4f}", end="")
         print(f"{p['law']:>10.4f}{p['residual']:>+10.4f}")
     if result["predicted"]:
-        interval = "    95% over the seeds" if result["seeds"] > 1 else ""
+        interval = "    95% over the seeds" if seeds > 1 else ""
         print(f"\n{'predicted':>10}{'N':>11}{'law':>10}{'measured':>10}{'error':>18}{interval}")
     for p in result["predicted"]:
         known = f"{'not run':>10}{'':18}"
@@ -389,9 +375,7 @@ def print_prediction(result: dict):
         interval = "    {:.4f} to {:.4f}".format(*p["interval"]) if p.get("interval") else ""
         print(f"{p['width']:>10}{p['N']:>11.3f}{p['predicted']:>10.4f}{known}{interval}")
     if failed := result["draws_without_law"]:
-        print(
-            f"in {failed} of 1000 random draws of the seeds, no law fits: the interval leaves them out"
-        )
+        print(f"no law fits {failed} of 1000 random draws of seeds: they are not in the interval")
 
 
 def predict_command(args: argparse.Namespace):
@@ -400,130 +384,83 @@ def predict_command(args: argparse.Namespace):
         raise ValueError(
             "give either folders of runs (and --at WIDTH for widths without one) or --points FILE"
         )
-    at, extra, source = {}, {}, args.points
     if args.points:
-        points = read_points(Path(args.points))
+        points, at, origin = read_points(Path(args.points)), {}, {"source": args.points}
     else:
         finished = find_runs(args.runs)
-        points = collect(finished, args.loss)
-        wider = at_widths(finished[0].config, args.at)
+        points, wider = collect(finished), at_widths(finished[0].config, args.at)
         at = {width: count_parameters(config) / 1e6 for width, config in wider.items()}
-        kind, steps = (
-            {"val": "held-out", "train": "training"}[args.loss],
-            finished[0].asked["steps"],
-        )
-        source = f"{len(finished)} runs, {kind} loss after {steps} steps"
-        losses = {width: point["losses"] for width, point in points.items()}
-        extra = {
-            "losses": losses,
-            "same_in_all": runs.same_in_all(finished),
-            "torch": torch.__version__,
-        }
-    result = predict(points, args.hold_out, at)
-    widths, seeds = len(result["fitted"]), result["seeds"]
-    print(f"{source}, {widths} widths fitted, mean of {seeds} seed(s):")
+        same = runs.same_in_all(finished)
+        source = f"{len(finished)} runs, held-out loss after {same['steps']} steps"
+        origin = {"source": source, "same_in_all": same, "torch": torch.__version__}
+        origin["losses"] = {width: point["losses"] for width, point in points.items()}
+    result = predict(points, args.hold_out, at) | origin
     print_prediction(result)
     means = {width: mean(point["losses"].values()) for width, point in points.items()}
-    worse = print_worse(means, "in these runs")
-    write_json(args.json, {**result, "source": source, "worse_with_width": worse, **extra})
+    result["worse_with_width"] = print_worse(means, "in these runs")
+    write_json(args.json, result)
 
 
 # ----------------------------------------------------------------------------------------------
 # 4. Command line
 
+SWEEP = """Train a model for every cell of a grid: values of a hyper-parameter x widths x
+parametrizations x seeds, each a run of train.py. Stop it at any time: the same command goes on,
+and does not run finished cells again. What follows -- goes to train.py, for every cell.
 
-def add_sweep(commands):
-    """Add the options of `sweep`."""
-    p = commands.add_parser(
-        "sweep",
-        help="loss over a hyper-parameter and the width",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train a model for every cell of a grid: values of a hyper-parameter x widths x\n"
-        "parametrizations x seeds, each a run of train.py. Stop it at any time: the same command\n"
-        "goes on, and does not run finished cells again. What follows -- goes to train.py, for\n"
-        "every cell.",
-        epilog="examples:\n"
-        "  python -m lab.transfer sweep --values 0.004 0.008 0.016 -- --data corpora/mine\n"
-        "  python -m lab.transfer sweep --axis output_mult --widths 32 128 -- --lr 0.016\n"
-        "  python -m lab.transfer sweep --mup on --widths 32 48 64 80 --values 0.008 --seeds 0 1",
-    )
-    grid = "; ".join(f"{axis} {' '.join(map(str, values))}" for axis, values in AXES.items())
-    model = " ".join(f"{k}={v}" for k, v in MODEL.items())
-    both = ("on", "off")
-    p.add_argument("--axis", choices=AXES, default="lr", help="the hyper-parameter (default lr)")
-    p.add_argument("--values", type=float, nargs="+", metavar="X", help=f"its values ({grid})")
-    widths = {"type": int, "nargs": "+", "metavar": "C", "default": [32, 64, 128, 256]}
-    p.add_argument("--widths", **widths, help="d_model (default 32 64 128 256)")
-    p.add_argument("--mup", nargs="+", choices=both, default=both, help="(default: on off)")
-    p.add_argument("--steps", type=int, default=200, help="of every run (default %(default)s)")
-    p.add_argument(
-        "--model",
-        nargs="+",
-        default=[],
-        metavar="FIELD=VALUE",
-        help=f"change the model ({model}; mup_base_width, where m is 1: the narrowest width)",
-    )
-    runs.add_options(p, out="runs/sweep")
+examples:
+  python -m lab.transfer sweep --values 0.004 0.008 0.016 -- --data corpora/mine
+  python -m lab.transfer sweep --axis output_mult --widths 32 128 -- --lr 0.016
+  python -m lab.transfer sweep --mup on --widths 32 48 64 80 --values 0.008 --seeds 0 1
+"""
+PREDICT = """Fit L = a N^b + c to finished runs of several widths: hold the widest out, predict it,
+and compare. N is the number of parameters.
+
+examples:
+  python -m lab.transfer predict runs/narrow --hold-out 0 --at 256   before the wide run
+  python -m lab.transfer predict runs/narrow runs/wide               after it
+"""
 
 
-def add_predict(commands):
-    """Add the options of `predict`."""
-    p = commands.add_parser(
-        "predict",
-        help="the loss of a wide model, from narrow ones",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Fit L = a N^b + c to finished runs of several widths (their own logs), hold the\n"
-        "widest out, and compare.",
-        epilog="examples:\n"
-        "  python -m lab.transfer predict runs/narrow --hold-out 0 --at 256   before the wide run\n"
-        "  python -m lab.transfer predict runs/narrow runs/wide               after it",
-    )
-    add = p.add_argument
-    add(
-        "runs",
-        nargs="*",
-        metavar="RUN",
-        help="runs alike in all but width and seed, or folders of runs",
-    )
+def add_sweep(parser: argparse.ArgumentParser):
+    """The options of `sweep`."""
+    add = parser.add_argument
+    grid = "; ".join(f"{axis}: {' '.join(map(str, values))}" for axis, values in AXES.items())
+    model = " ".join([*(f"{k}={v}" for k, v in SMALL.items()), INIT_STD])
+    widths, both = [32, 64, 128, 256], ["on", "off"]
+    add("--axis", choices=AXES, default="lr", help="the hyper-parameter (default lr)")
+    add("--values", type=float, nargs="+", metavar="X", help=f"its values (default {grid})")
+    add("--widths", type=int, nargs="+", default=widths, metavar="C", help="default 32 64 128 256")
+    add("--mup", nargs="+", choices=both, default=both, help="default both: on off")
+    add("--base-width", type=int, metavar="C", help="where m is 1 (default: the narrowest)")
+    add("--steps", type=int, default=200, help="of every run (default 200)")
+    add("--model", nargs="+", default=[], metavar="FIELD=VALUE", help=f"(default {model})")
+    runs.add_options(parser, out="runs/sweep")
+
+
+def add_predict(parser: argparse.ArgumentParser):
+    """The options of `predict`."""
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="runs, or folders of runs")
     add("--points", metavar="FILE", help="instead of runs: published points, as JSON")
-    add(
-        "--hold-out",
-        type=int,
-        default=1,
-        metavar="K",
-        help="predict the K widest, do not fit them (default 1)",
-    )
+    add("--hold-out", type=int, default=1, metavar="K", help="predict the K widest (default 1)")
     add("--at", type=int, nargs="+", default=[], metavar="C", help="predict these widths, too")
-    add(
-        "--loss",
-        choices=("val", "train"),
-        default="val",
-        help="held-out, or the last tenth of training",
-    )
-    add(
-        "--json",
-        default="runs/predict.json",
-        metavar="FILE",
-        help="for the numbers (default %(default)s)",
-    )
+    add("--json", default="runs/predict.json", metavar="FILE", help="default runs/predict.json")
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lab.transfer", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    add_sweep(commands)
-    add_predict(commands)
+    raw = argparse.RawDescriptionHelpFormatter
+    for name, text, add in (("sweep", SWEEP, add_sweep), ("predict", PREDICT, add_predict)):
+        help = text.split(":")[0]
+        add(commands.add_parser(name, help=help, description=text, formatter_class=raw))
     return parser
 
 
 def main(argv: list[str] | None = None):
-    ours, words = runs.split_options(argv)
-    args = make_parser().parse_args(ours)
-    if args.command == "sweep":
-        return sweep(args, words)
-    if words:
-        raise ValueError(f"-- {' '.join(words)}: only sweep hands options on to train.py")
-    predict_command(args)
+    args = make_parser().parse_args(argv)
+    sweep(args) if args.command == "sweep" else predict_command(args)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ WORDS = ["--eval-rows", "8", "--device", "cpu"]
 
 
 def write_corpus(folder: Path) -> Path:
-    """A small prepared corpus inside `folder`."""
-    for i in range(8):
+    """A small prepared corpus inside `folder`, of its files and eight more."""
+    for i in range(1, 9):
         lines = (f"line {i * n} of a small text\n" for n in range(100))
         (folder / f"{i}.txt").write_text("".join(lines))
     tokenizer = data.get_tokenizer("bytes")

@@ -18,8 +18,8 @@ import muP
 import train
 from flm import FLM, FLMConfig, LayerNorm, forward_flops, preset
 from lab import growth, runs
-from lab.growth import SCHEDULES, describe, in_samples, speed_up
-from schedule import PAPER_SCRATCH_DAYS, PAPER_STAGES
+from lab.growth import SCHEDULES, describe, speed_up
+from schedule import PAPER_SCRATCH_DAYS, PAPER_STAGES, in_samples
 
 TINY = "--model n_layers=2 d_model=16 n_heads=1 head_dim=16 d_ff=32 max_seq_len=16 --batch-size 4 "
 TINY += "--warmup 4 --eval-rows 4 --device cpu"
@@ -170,9 +170,12 @@ def test_speed_up_without_a_line():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--stages", "nothere"], "neither one of small.* nor a readable JSON file"),
-        (["--stages", "SAMPLES"], "shares of its run, from 0 to 1.*start = 400"),
+        (["--stages", "nothere"], "--stages nothere: cannot be read.*one of small, early, once"),
+        (["--stages", "SAMPLES"], "SAMPLES:.*start = 400: must be a share of the run, from 0 to 1"),
+        (["--stages", "NUMBER"], "NUMBER:.*must be a list of stages, not 3"),
+        (["--stages", "NAMED"], "mine:.*must be a list of stages, not \\['small'\\]"),
         (["--stages", "SHRINKS"], "n_layers.*2.*1"),
+        (["--stages", "OURS"], "scratch:.*the name of the runs without growth"),
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--at", "-3"], "--steps -3: must be at least 1"),
         (["--jobs", "0"], "--jobs 0: must be at least 1"),
@@ -181,6 +184,7 @@ def test_speed_up_without_a_line():
 def test_bad_input(place, words, message):
     """What cannot run is refused before anything runs."""
     schedules = {"SAMPLES": [DOUBLE[0], DOUBLE[1] | {"start": 400}]}
+    schedules |= {"NUMBER": 3, "NAMED": {"mine": ["small"]}, "OURS": {"scratch": DOUBLE}}
     schedules["SHRINKS"] = [{}, {"config": {"n_layers": 1}, "start": 0.5}]
     for name, stages in schedules.items():
         (place / f"{name}.json").write_text(json.dumps(stages))

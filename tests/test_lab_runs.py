@@ -4,7 +4,7 @@ import dataclasses
 import fcntl
 import json
 import multiprocessing
-import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,13 +58,15 @@ class Bar:
     def set_postfix_str(self, words):
         self.words.append(words)
 
+    write = set_postfix_str
+
 
 # ----------------------------------------------------------------------------------------------
 # Real runs, in processes of their own
 
 
 def test_runs_go_on_and_are_not_run_twice(small, monkeypatch):
-    """A run that was stopped half-way, a new one, and one whose numbers overflow, two at a time.
+    """A run that was stopped half-way, and one whose numbers overflow, side by side.
 
     The first ends, bit for bit, as it does without a stop. What diverged is a result. Progress
     counts the FLOPs that were left, all of them and no more. Finished runs keep their logs alone,
@@ -73,15 +75,14 @@ def test_runs_go_on_and_are_not_run_twice(small, monkeypatch):
     train.train(small, stop_at=2)
     assert read_finished(Path(small.out)) is None
     monkeypatch.setattr(runs, "tqdm", Bar)
-    study = [small, elsewhere(small, "seed", seed=1), elsewhere(small, "inf", lr=1e30)]
-    first, second, third = finished = run_all(study, jobs=2)
+    study = [small, elsewhere(small, "inf", seed=1, lr=1e30)]
+    first, second = finished = run_all(study, jobs=2)
 
-    assert first.val == whole["val_loss"] != second.val
-    assert (third.val, third.train) == (None, None)
+    assert first.val == whole["val_loss"] and (second.val, second.train) == (None, None)
     assert (first.asked["seed"], second.asked["seed"]) == (0, 1)
     step = training_flops(first.stages, first.stages[-1].end) // 4
-    overflowed = len((third.folder / "metrics.jsonl").read_text().splitlines())
-    assert overflowed < 4 and Bar.last.done == Bar.last.total == step * (2 + 4 + overflowed)
+    overflowed = len((second.folder / "metrics.jsonl").read_text().splitlines())
+    assert overflowed < 4 and Bar.last.done == Bar.last.total == step * (2 + overflowed)
     assert any("inf: diverged" in words for words in Bar.last.words)
     for run in finished:
         assert not list_checkpoints(run.folder) and not runs.text_log(run.folder).exists()
@@ -91,17 +92,17 @@ def test_runs_go_on_and_are_not_run_twice(small, monkeypatch):
 
 
 def test_a_run_that_fails_says_why(small):
-    """The words of the run reach the user, with the file that has all of them. The runs beside it
-    save and stop: the command ends, and their folders hold no half-written checkpoint."""
+    """The words of the run reach the user, with the file that has all of them. What is not ours
+    stays as it was, and no other run begins."""
     foreign = Path(small.out)
     foreign.mkdir(parents=True)
     (foreign / "notes.txt").write_text("mine")
-    beside = elsewhere(small, "beside", steps=100_000, save_every=100_000)
-    message = error(run_all, [small, beside], jobs=2)
+    later = elsewhere(small, "later", steps=2)  # less to do, so it would be the second
+    message = error(run_all, [small, later], jobs=1)
     for words in ("run ended with code 2", f"{foreign}.log", "exists and is not a run"):
         assert words in message
     assert (foreign / "notes.txt").read_text() == "mine"
-    assert not list(Path(beside.out).glob("*.tmp"))
+    assert not Path(later.out).exists()
 
 
 SWEEP = ["--mup", "on", "--widths", "16", "--values", "0.01", "--steps", "1000000", "--model"]
@@ -161,23 +162,39 @@ def test_a_folder_of_another_study_is_refused(small, monkeypatch):
     assert run_all([dataclasses.replace(small, eval_every=3, keep=2)], jobs=1)[0].val
 
 
-def test_another_python_has_another_text(small, monkeypatch):
-    """The default corpus is the library of the Python that runs: another version is another
-    study."""
-    monkeypatch.setattr(platform, "python_version", lambda: "3.99")
-    settings, stages = train.resolve(dataclasses.replace(small, data=None))
-    here = runs.question(settings, stages, platform.python_version())
-    assert here["data"] == "the library of Python 3.99"
-    assert here != runs.question(settings, stages, "3.98")
+@pytest.mark.parametrize("text", ["{}", "[]", "{"])
+def test_a_config_of_another_program_is_refused(small, text):
+    """A config.json that is no run's: a ValueError that names the folder, and the file stays."""
+    config = Path(small.out) / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text(text)
+    assert f"{config.parent} is not the folder of a run" in error(run_all, [small], jobs=1)
+    assert config.read_text() == text
+
+
+def test_another_text_is_another_study(small, corpus, tmp_path):
+    """A corpus that moved is the same text. Other text at the same path is another study, and the
+    runs that are there are left as they are."""
+    moved = shutil.copytree(corpus, tmp_path / "moved")
+    settings = dataclasses.replace(small, data=str(moved))
+    train.train(small)
+    assert run_all([settings], jobs=1)[0].val
+    shutil.rmtree(moved)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "0.txt").write_text("another text, that has never been there before. " * 99)
+    write_corpus(other).rename(moved)
+    message = error(run_all, [settings], jobs=1)
+    assert "run has text = " in message and "choose another --out" in message
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--resume runs/x", "-- --resume: the study decides it"),
-        ("--benchmark", "-- --benchmark: the study decides it"),
-        ("--seed 1 --threads 2", "-- --threads: the study decides it"),
-        ("--mup off", "-- --mup: the study decides it"),
+        ("--resume runs/x", "--resume: the study decides it"),
+        ("--benchmark", "--benchmark: the study decides it"),
+        ("--seed 1 --threads 2", "--threads: the study decides it"),
+        ("--mup off", "--mup: the study decides it"),
         ("--dtype auto", "need one arithmetic"),
     ],
 )
@@ -194,5 +211,7 @@ def test_all_runs_have_one_arithmetic():
     assert (settings.dtype, settings.threads, settings.lr) == ("float64", 1, 0.1)
 
 
-def test_jobs_must_be_a_number_of_runs(small):
+def test_what_run_all_refuses(small):
+    """No runs at a time, and two runs in one folder."""
+    assert error(run_all, [small, small], jobs=1) == f"{small.out} is asked for twice"
     assert error(run_all, [small], jobs=0) == "--jobs 0: must be at least 1"

@@ -19,8 +19,19 @@ from small_runs import WORDS, train_here, write_corpus
 import train
 from flm import FLM, FLMConfig, loss_sum, preset
 from lab import runs, transfer
-from lab.transfer import Law, best_values, bootstrap, collect, find_runs, fit_law, holds
-from lab.transfer import landscape, predict, read_points, worse_with_width
+from lab.transfer import (
+    Law,
+    best_values,
+    bootstrap,
+    collect,
+    find_runs,
+    fit_law,
+    holds,
+    landscape,
+    predict,
+    read_points,
+    worse_with_width,
+)
 from muP import at_widths, init_weights, param_groups, text_batch
 
 POINTS = ROOT / "tutorials/measurements/muscaling-points.json"
@@ -87,7 +98,7 @@ def test_the_published_points():
 @pytest.mark.parametrize(
     "N, loss, words",
     [
-        ([1, 2, 3], [3, 2.5, 2.2], "3 different model sizes for the 3 unknowns"),
+        ([1, 2, 3], [3, 2.5, 2.2], "3 different model sizes, 3 unknowns"),
         ([1, 2, 2, 2], [3, 2.5, 2.5, 2.5], "2 different model sizes"),
         ([1, 2, 4, 8], [2, 2.5, 2.8, 2.9], "a is negative"),  # rises
         ([1, 2, 4, 8], [3, 2.9, 2.7, 2.3], "Tried: b from -4.0 to -0.02"),  # falls ever faster
@@ -185,7 +196,9 @@ def loss_after(steps: int, config: FLMConfig, seed: int, tokens, targets) -> flo
 # Predictions from runs
 
 
-def fake_run(folder: Path, width: int, seed: int, loss: float | None, **changes) -> Path:
+def fake_run(
+    folder: Path, width: int, seed: int, loss: float | None, text: str = "a", **changes
+) -> Path:
     """A folder as train.py leaves it: config.json of its own making, and a log of 100 steps with
     this held-out loss at the end."""
     sizes = {"d_model": width, "d_ff": 4 * width, "head_dim": 16, "n_heads": width // 16}
@@ -193,7 +206,7 @@ def fake_run(folder: Path, width: int, seed: int, loss: float | None, **changes)
     fixed = {"seed": seed, "steps": 100, "lr": 0.01, "model": model, "stages": "none"}
     s, stages = train.resolve(train.Settings(**fixed | changes))
     folder.mkdir(parents=True)
-    nothing = argparse.Namespace(why="none", path="none")
+    nothing = argparse.Namespace(why="none", path="none", digest=text)
     train.write_run(folder, s, stages, nothing, nothing)
     lines = [{"step": n + 1, "loss": 5.0 - n / s.steps} for n in range(s.steps)]
     lines += [{"step": s.steps, "val_loss": loss}] * (loss is not None)
@@ -213,7 +226,7 @@ def test_a_prediction_before_and_after_the_run(tmp_path, capsys):
     """From folders on disk to numbers: the law of synthetic runs is found; what is predicted for a
     width that has not been run (--at) is exactly what is predicted once it has, and held out; the
     JSON says what the table says."""
-    narrow, wide, reports = tmp_path / "narrow", tmp_path / "wide", {}
+    narrow, wide = tmp_path / "narrow", tmp_path / "wide"
 
     def report(name, *words):
         transfer.main(["predict", *map(str, words), "--json", str(tmp_path / name)])
@@ -229,7 +242,9 @@ def test_a_prediction_before_and_after_the_run(tmp_path, capsys):
     assert late["predicted"] == pytest.approx(late["loss"], abs=1e-6)
     assert late["interval"][0] < late["loss"] < late["interval"][1]
     assert after["worse_with_width"] == [] and after["losses"]["384"].keys() == {"0", "1", "2"}
-    assert f"{late['predicted']:.4f}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "\n15 runs, held-out loss after 100 steps, 4 widths fitted, mean of 3 seed(s):\n" in out
+    assert f"{late['predicted']:.4f}" in out
 
 
 def test_what_a_finished_run_says(tmp_path):
@@ -250,19 +265,19 @@ def test_what_a_finished_run_says(tmp_path):
 
 
 def test_runs_that_do_not_belong_together(tmp_path):
-    """Every reason at once: steps, learning rate and data differ, seeds differ, one is there twice.
+    """Every reason at once: steps, learning rate and text differ, seeds differ, one is there twice.
     Before that, runs that have not finished or have diverged; a log that a killed run cut is not
     an error by itself."""
     law_runs(tmp_path, (32, 48))
     fake_run(tmp_path / "steps", 64, 0, 2.0, steps=50)
     fake_run(tmp_path / "lr", 64, 1, 2.0, lr=0.02)
-    fake_run(tmp_path / "data", 64, 7, 2.0, data="other")
+    fake_run(tmp_path / "text", 64, 7, 2.0, text="b")
     fake_run(tmp_path / "again", 32, 0, 2.0)
-    message = error(lambda: collect(find_runs([str(tmp_path)]), "val"))
+    message = error(lambda: collect(find_runs([str(tmp_path)])))
     for words in (
         "differ in steps: 100 (",
         "differ in lr: 0.01 (",
-        "differ in data: ",
+        'differ in text: "a" (',
         "different seeds: 32 has [0, 1, 2]; 48 has [0, 1, 2]; 64 has [0, 1, 7]",
         "second run of width 32 and seed 0",
     ):
@@ -273,7 +288,7 @@ def test_runs_that_do_not_belong_together(tmp_path):
         log.write('{"step": 1')
     (fake_run(tmp_path / "nan", 80, 1, None) / runs.DIVERGED).touch()
     message = error(find_runs, [str(tmp_path)])
-    assert "unfinished: no finished run" in message and "nan diverged" in message
+    assert "unfinished: no finished run" in message and "nan: no finished" in message
     (tmp_path / "steps/config.json").write_text("{}")
     assert "is not" in error(find_runs, [str(tmp_path / "steps")])
 
@@ -391,12 +406,12 @@ def test_a_sweep(tmp_path, capsys, monkeypatch):
         ("sweep --model n_layer=3", ["n_layer=3", "n_layers"]),
         ("sweep --model d_model=64", ["--model d_model", "leave it out"]),
         ("sweep --axis output_mult --model output_mult=3", ["--model output_mult", "leave it out"]),
-        ("sweep --widths 32 32", ["names one twice"]),
+        ("sweep --widths 32 --seeds 1 1", ["sweep/mup-w0032-lr0.002-seed1 is asked for twice"]),
         ("sweep --values -1", ["--lr -1.0: must be"]),
         ("sweep --axis init_std --values 0", ["init_std = 0.0"]),
         ("sweep -- --resume runs/x", ["--resume: the study decides it"]),
         ("sweep -- --lr 0.1", ["--lr: the study decides it"]),
-        ("predict -- --lr 1", ["only sweep hands options on"]),
+        ("predict -- --lr", ["--lr: no finished run"]),
         ("predict", ["give either folders of runs"]),
         ("predict nowhere --points x.json", ["give either"]),
         ("predict nowhere", ["nowhere: no finished run"]),
@@ -434,9 +449,8 @@ def test_the_help_tells_what_a_command_does(command, words, capsys):
     examples = re.findall(r"python -m lab\.transfer (\S.*?)(?:   .*)?$", out, re.M)
     assert examples
     for example in examples:
-        ours, theirs = runs.split_options(example.split())
-        transfer.make_parser().parse_args(ours)
-        train.make_parser().parse_args(theirs)
+        args = transfer.make_parser().parse_args(example.split())
+        train.make_parser().parse_args(getattr(args, "train", []))
 
 
 # ----------------------------------------------------------------------------------------------
