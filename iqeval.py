@@ -42,6 +42,7 @@ import shutil
 import string
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -152,8 +153,7 @@ class Task:
         problems = []
         for name, value in difficulty.items():
             if name not in self.knobs:
-                known = ", ".join(self.knobs) or "none"
-                problems.append(f"{self.name} has no knob {name!r}: it has {known}")
+                problems.append(f"{self.name} has no knob {name!r}: it has {', '.join(self.knobs)}")
             elif problem := self.knobs[name].problem(value):
                 problems.append(f"{self.name}: {name} = {value!r} {problem}")
         console.refuse(problems)
@@ -895,7 +895,7 @@ def endings(model, item: Item, prompt: list[int]) -> list[list[int]]:
 
 
 def answer_all(
-    model, items: list[Item], batch_size: int = BATCH, progress: Callable = lambda n: None
+    model, items: list[Item], batch_size: int = BATCH
 ) -> tuple[list[str | None], list[int]]:
     """(what the model answers to each item, the tokens that each item needs).
 
@@ -917,17 +917,10 @@ def answer_all(
             texts = model.complete(batch_prompts, budget(items))
         for i, text in zip(batch, texts):
             answers[i] = text
-        progress(len(batch))
-    progress(len(items) - len(fitting))
     return answers, need
 
 
-def evaluate(
-    model,
-    suite: dict[str, list[Item]],
-    batch_size: int = BATCH,
-    progress: Callable = lambda n: None,
-) -> dict[str, dict]:
+def evaluate(model, suite: dict[str, list[Item]], batch_size: int = BATCH) -> dict[str, dict]:
     """The scores of a model on every list of items.
 
     {name: {"kind", "paper", "chance", "lazy", "n", "right", "accuracy", "interval", "left_out",
@@ -935,9 +928,9 @@ def evaluate(
     an item needs. accuracy and interval: None where no item fits. ValueError: no item of any task
     fits the context."""
     results = {}
-    for name, items in suite.items():
+    for name, items in tqdm(suite.items(), unit="tasks", dynamic_ncols=True, disable=None):
         task = items[0].task
-        answers, need = answer_all(model, items, batch_size, progress)
+        answers, need = answer_all(model, items, batch_size)
         rows = [
             {"answer": item.answer, "said": text, "right": said(task.metric, text) == item.answer}
             for item, text in zip(items, answers)
@@ -1029,20 +1022,17 @@ CLAIMS = {
 }
 
 
-def corpus(
-    documents: int, seed: int, progress: Callable = lambda n: None
-) -> tuple[list[dict], list[dict]]:
+def corpus(documents: int, seed: int) -> tuple[list[dict], list[dict]]:
     """(rows {"text"} of the language signal, rows {"text", "proposition", "label"} of the teacher
     signal), about `documents` of each, from the training split."""
     language, teacher = [], []
-    for name, weight in MIX.items():
+    for name, weight in tqdm(MIX.items(), unit="tasks", dynamic_ncols=True, disable=None):
         # A symbolic task comes in two halves: with symbols and, from another seed, with words.
         variants = [{"labels": kind} for kind in LABELS] if TASKS[name].kind == "symbolic" else [{}]
         n = max(2, round(documents * weight / len(variants) / sum(MIX.values())))
         for shift, options in enumerate(variants):
             found = TASKS[name].generate(n, 2 * seed + shift, "train", **options)
             language += [{"text": f"{item.prompt} {item.answer}\n"} for item in found]
-            progress(n)
     for name, weight in CLAIMS.items():
         n = max(2, round(documents * weight / sum(CLAIMS.values())))
         for item in TASKS[name].generate(n, 2 * seed, "train"):
@@ -1052,7 +1042,7 @@ def corpus(
     return language, teacher
 
 
-def make_corpus(out: str | Path, documents: int, seed: int, progress: bool = False) -> dict:
+def make_corpus(out: str | Path, documents: int, seed: int) -> dict:
     """Write the corpus as text.jsonl and teacher.jsonl, and prepare it, in the new folder `out`.
 
     Returns the meta of data.prepare. ValueError before any work if `out` is not free."""
@@ -1062,8 +1052,7 @@ def make_corpus(out: str | Path, documents: int, seed: int, progress: bool = Fal
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         problems.append(f"--out {out}: exists and is not an empty folder; choose another name")
     console.refuse(problems)
-    with tqdm(total=documents, unit="documents", dynamic_ncols=True, disable=not progress) as bar:
-        signals = corpus(documents, seed, bar.update)
+    signals = corpus(documents, seed)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / name for name in ("text.jsonl", "teacher.jsonl")]
         for path, rows in zip(files, signals):
@@ -1134,9 +1123,9 @@ def run_problems(args: argparse.Namespace) -> list[str]:
 def score_checkpoint(args: argparse.Namespace, suite: dict[str, list[Item]]):
     """Print the table of a checkpoint's scores and write every answer to --out."""
     model = CheckpointModel(args.checkpoint, pick_device(args.device), args.tokenizer_file)
-    with tqdm(total=sum(map(len, suite.values())), unit="items", dynamic_ncols=True) as bar:
-        results = evaluate(model, suite, args.batch_size, bar.update)
-        seconds = bar.format_dict["elapsed"]
+    start = time.perf_counter()
+    results = evaluate(model, suite, args.batch_size)
+    seconds = time.perf_counter() - start
     print(table(results, model.context))
     report = {"options": vars(args), "context": model.context, "torch": torch.__version__}
     report |= {"seconds": round(seconds, 1), "tasks": results}
@@ -1272,7 +1261,7 @@ def main(argv: list[str] | None = None):
     if args.command == "run":
         score_checkpoint(args, make_suite(args, run_problems(args)))
     elif args.command == "make":
-        meta = make_corpus(args.out, args.documents, args.seed, progress=True)
+        meta = make_corpus(args.out, args.documents, args.seed)
         tokens = meta["sources"][0]["train"]["tokens"]
         labels = meta["teacher"]["train"]["documents"]
         print(

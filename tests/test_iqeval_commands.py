@@ -151,6 +151,6 @@ def test_mistakes_from_outside(tmp_path):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "did you mean single-fact" in done.stderr and len(done.stderr.splitlines()) < 20
-    command = f"{sys.executable} iqeval.py show two-facts --items 300 | head -1"
+    command = f"{sys.executable} iqeval.py show two-facts --items 60 | head -1"
     piped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, shell=True)
     assert piped.stderr == "" and piped.stdout.startswith("---")
