@@ -22,6 +22,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,12 +73,16 @@ DATASETS = {
 }
 # fmt: on
 BABI = {"single-fact": 1, "two-facts": 2}  # task: supporting sentences of each answer
-TASKS = {
-    name: Task(
-        name, "symbolic", None, {}, {}, "2 per label", count, "likelihood", 1 / len(words), paper
-    )
-    for name, (_, count, paper, _, _, words) in DATASETS.items()
-} | {name: iqeval.TASKS[name] for name in BABI}
+
+
+def dataset_task(name: str, dataset: Dataset) -> Task:
+    """The task of a SuperGLUE or CLUE file."""
+    shape = ("2 per label", dataset.count, "likelihood", 1 / len(dataset.words), dataset.paper)
+    return Task(name, "symbolic", None, {}, {}, *shape)
+
+
+TASKS = {name: dataset_task(name, dataset) for name, dataset in DATASETS.items()}
+TASKS |= {name: replace(iqeval.TASKS[name], lazy=("", None)) for name in BABI}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -220,7 +225,7 @@ def story_items(name: str, path: str | Path, n: int, rng: random.Random) -> list
         raise ValueError(f"{path} has {len(stories)} questions: 3 examples and a query need 4")
     for i in rng.sample(range(len(stories)), min(n, len(stories))):
         others = rng.sample([j for j in range(len(stories)) if j != i], 3)
-        items.append(iqeval.story_item([stories[j] for j in [*others, i]], rng))
+        items.append(iqeval.story_item([stories[j] for j in [*others, i]]))
     return items
 
 

@@ -59,6 +59,8 @@ def solve_slicing(prompt):
     shown, x = pairs(prompt)
     (keep,) = {len(y) for _, y in shown}
     assert all(a.startswith(y) for a, y in shown)
+    cut = {len(a) - len(y) for a, y in shown}
+    assert len(cut) > 1, "it is not the number of letters cut off that is always the same"
     return x[:keep]
 
 
@@ -113,23 +115,20 @@ def solve_entailment(text, claim):
 
 
 def solve_comparison(text, claim):
-    form = r"(\w+) is taller than (\w+)\." if "taller" in text else r"(小.)比(小.)高。"
-    taller = set(re.findall(form, text))
+    form = r"(\w+) is above (\w+)\." if "above" in text else r"(.)比(.)高。"
+    above = set(re.findall(form, text))
     for _ in range(10):
-        taller |= {(a, d) for a, b in taller for c, d in taller if b == c}
+        above |= {(a, d) for a, b in above for c, d in above if b == c}
     ((a, b),) = re.findall(form, claim)
-    assert ((a, b) in taller) != ((b, a) in taller)
-    return (a, b) in taller
+    assert ((a, b) in above) != ((b, a) in above)
+    return (a, b) in above
 
 
 def solve_sense(rule, text):
-    senses = re.findall(r"[Aa] (\w+) \w+ is an? (\w+)", rule) or re.findall(
-        r"(\w)\w\w是(动物|工具)", rule
-    )
-    senses = dict(senses)
-    first, second = re.findall(r" a (\w+) \w+\.", text) or re.findall(
-        r"(?:看见|有)(\w)\w\w。", text
-    )
+    english, chinese = r"(\w+) \w+: (\w+)", r"(\w)\w\w:(动物|工具)"
+    senses = dict(re.findall(english, rule) or re.findall(chinese, rule))
+    first, second = re.findall(r" a (\w+) \w+\.", text) or re.findall(r"[先后](\w)\w\w", text)
+    assert len(senses) == 4 and first != second
     return senses[first] == senses[second]
 
 
@@ -142,7 +141,7 @@ def solve_symbolic(prompt):
     solver = solve_sense
     if "Every" in prompt or "都是" in prompt:
         solver = solve_entailment
-    elif "taller" in prompt or "高" in prompt:
+    elif "above" in prompt or "高" in prompt:
         solver = solve_comparison
     meaning = {}
     for *fields, label in blocks[:-1]:

@@ -34,11 +34,12 @@ def test_every_task_has_a_solver():
 
 @pytest.mark.parametrize("name", TASKS)
 def test_answers_are_those_of_an_independent_solver(name):
-    """Each answer follows from the printed prompt alone, and `wrong` is another one."""
+    """Each answer follows from the printed prompt alone; a choice is one of two different
+    labels."""
     for split in iqeval.SPLITS:
         for item in TASKS[name].generate(60, 7, split):
-            assert SOLVERS[name](item.prompt) == item.answer != item.facts["wrong"]
-            assert not item.labels or {item.answer, item.facts["wrong"]} <= set(item.labels)
+            assert SOLVERS[name](item.prompt) == item.answer
+            assert not item.labels or item.answer in item.labels and len(set(item.labels)) == 2
 
 
 DIFFICULTIES = [
@@ -51,8 +52,12 @@ DIFFICULTIES = [
     ("key-retrieval", {"keys": 8, "length": 900}),
     ("single-fact", {"sentences": 2}),
     ("two-facts", {"sentences": 12}),
+    ("claim-full-repeating", {"length": 20}),
+    ("claim-head-slicing", {"length": 20}),
+    ("claim-replace-lowercase", {"length": 20}),
+    ("claim-single-fact", {"sentences": 9}),
     ("entailment-en", {"chain": 3, "shots": 1}),
-    ("comparison-zh", {"people": 6, "shots": 4}),
+    ("comparison-zh", {"people": 7, "shots": 4}),
     ("sense-en", {"shots": 1}),
 ]
 
@@ -110,7 +115,7 @@ def test_the_corpus_of_make_holds_no_evaluation_item():
 def test_claims_are_scored_as_they_are_trained(tmp_path):
     """What is scored, a prompt with an emoji right behind it, is token by token what the prepared
     corpus holds: a model meets in the evaluation what it met in training."""
-    iqeval.make_corpus(tmp_path / "iq", 300, 0, "train")
+    iqeval.make_corpus(tmp_path / "iq", 300, 0)
     tokenizer, corpus = data.get_tokenizer("bytes"), data.Corpus(tmp_path / "iq", 768)
     rows = corpus.rows("train", "teacher", 0, corpus.n_rows("train", "teacher"))[0].tolist()
     texts = [tokenizer.decode([t if t < 256 else 0 for t in row]) for row in rows]
@@ -223,17 +228,14 @@ def test_prompts_have_their_stated_lengths(name):
 
 @pytest.mark.parametrize("length", [0, 10, 300, 2000])
 def test_the_noise_around_the_keys_has_its_length(length):
-    """`length` bounds the noise from above, and it stops within a sentence of it; at most `keys`
-    keys, all different."""
-    counts = set()
+    """`length` bounds the noise from above, and it stops within a sentence of it; three different
+    keys by default."""
     for item in TASKS["key-retrieval"].generate(40, 1, length=length):
         hidden = r"The key of \w+ is \d+\. Remember \d+\. ?"
         body = re.sub(hidden, "", item.prompt.split("\n")[1] + " ").strip()
         assert length - 2 * max(map(len, iqeval.NOISE)) < len(body) <= length
         keys = item.facts["keys"]
-        counts.add(len(keys))
-        assert len(set(keys.values())) == len(keys)
-    assert counts == {1, 2, 3}
+        assert len(set(keys.values())) == len(keys) == 3
 
 
 def test_the_papers_counts_and_scores():
@@ -267,3 +269,37 @@ def test_a_pool_keeps_to_its_split():
         lambda: (rng.choice("abcdef"), rng.random()), 3, key=lambda pair: pair[0]
     )
     assert len({letter for letter, _ in pairs}) == 3
+
+
+@pytest.mark.parametrize("name", [name for name in CLAIMS if name != "claim-single-fact"])
+def test_a_false_claim_about_a_string_looks_like_a_true_one(name):
+    """It has a length of a true claim, and only letters of the text; of a rewritten or repeated
+    text it has the very letters, of a beginning it stands in the text too. The string that is
+    claimed about has no letter twice, so every exchange of two letters makes it another string."""
+    for item in TASKS[name].generate(300, 1):
+        text, claim = item.facts["text"], item.facts["proposition"].split()[-1]
+        if name == "claim-head-slicing":
+            assert claim in text and 3 <= len(claim)
+            assert len(set(text)) == len(item.facts["query"]) > len(claim)
+        else:
+            copies = 2 if name == "claim-full-repeating" else 1
+            assert sorted(claim) == sorted(text.lower() * copies)
+            assert len(set(text.lower())) == len(text)
+
+
+def test_a_false_claim_about_a_story_names_one_of_its_places():
+    """And the person that it names is in the story, too."""
+    for item in TASKS["claim-single-fact"].generate(300, 1):
+        who, *_, place = item.facts["proposition"].removesuffix(".").split()
+        assert f"{who} " in item.facts["text"] and f" {place}." in item.facts["text"]
+
+
+@pytest.mark.parametrize("name", ["comparison-en", "comparison-zh"])
+def test_no_sentence_compares_whom_the_claim_compares(name):
+    """And neither of the two stands at an end of the order: both are named twice."""
+    for item in TASKS[name].generate(100, 1):
+        text, claim = item.prompt.split("\n\n")[-1].split("\n")[:2]
+        form = r"(\w+) is above (\w+)" if name == "comparison-en" else r"(\w)比(\w)"
+        ((a, b),) = re.findall(form, claim)
+        assert text.count(a) == text.count(b) == 2
+        assert not any(a in line and b in line for line in re.split("[.。]", text))

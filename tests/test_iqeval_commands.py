@@ -50,7 +50,7 @@ def test_a_name_that_is_no_task_gets_the_nearest():
 def test_run_tells_everything_that_is_wrong_at_once(tmp_path):
     """One screen for all mistakes, before any model is loaded."""
     words = ["run", "somewhere", "--batch-size", "0", "--out", str(tmp_path)]
-    words += ["--tasks", "headtail", "single-fact", "--items", "0", "--device", "toaster"]
+    words += ["--tasks", "headtail", "single-fact", "--items", "0"]
     text = refusal(iqeval.main, [*words, "--set", "sentences=x", "sentences=3"])
     for part in (
         "--batch-size 0",
@@ -58,7 +58,6 @@ def test_run_tells_everything_that_is_wrong_at_once(tmp_path):
         "did you mean head-tail",
         "sentences=...: given twice",
         "--items 0: ask for 1 to 100,000",
-        "toaster",
     ):
         assert part in text
     text = refusal(iqeval.main, ["run", "somewhere", "--set", "colour=3", "length"])
@@ -96,13 +95,13 @@ def test_show_prints_tasks_or_items(capsys):
 
 
 def test_play_marks_what_it_is_told(capsys, monkeypatch):
-    """It stops at an empty line, and says what chance is."""
+    """It stops at an empty line, and says what chance and laziness get."""
     items = TASKS["head-tail"].generate(2, 5)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{items[0].answer}\nno idea\n\n"))
     iqeval.main(["play", "head-tail", "--seed", "5"])
     played = capsys.readouterr().out
     assert "right\n" in played and f"no, it is: {items[1].answer}" in played
-    assert "1 of 2 right: 50%" in played and "chance is 0.0" in played
+    assert "1 of 2 right: 50%" in played and "chance is 0.0%; the best lazy strategy" in played
 
 
 @pytest.mark.parametrize("name", ["claim-head-slicing", "sense-en"])
@@ -123,7 +122,7 @@ def test_make_writes_a_corpus_that_train_takes(tmp_path):
     """The folder holds the raw texts and the prepared shards; rows of the preset's length come out
     of it, with both signals; and train.py takes a step on it."""
     out = tmp_path / "iq"
-    iqeval.make_corpus(out, 300, 0, "train")
+    iqeval.make_corpus(out, 300, 0)
     corpus = data.Corpus(out, PRESETS["iq-demo"].max_seq_len)
     assert corpus.n_rows("train", "language") > 50 and corpus.n_rows("train", "teacher") > 5
     assert corpus.n_rows("val", "teacher") > 0
@@ -141,7 +140,7 @@ def test_make_refuses_before_it_works(tmp_path):
     """A folder that is not empty, and too few documents, both at once; nothing is left behind."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("work")
-    text = refusal(iqeval.make_corpus, tmp_path / "mine", 5, 0, "train")
+    text = refusal(iqeval.make_corpus, tmp_path / "mine", 5, 0)
     assert "exists and is not an empty folder" in text and "--documents 5: too few" in text
     assert [p.name for p in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
 
@@ -152,6 +151,6 @@ def test_mistakes_from_outside(tmp_path):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "did you mean single-fact" in done.stderr and len(done.stderr.splitlines()) < 20
-    command = f"{sys.executable} iqeval.py show two-facts --items 300 | head -1"
+    command = f"{sys.executable} iqeval.py show two-facts --items 60 | head -1"
     piped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, shell=True)
     assert piped.stderr == "" and piped.stdout.startswith("---")

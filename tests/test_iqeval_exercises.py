@@ -15,14 +15,15 @@ from iqeval import TASKS
 
 
 def test_06_exercise_1_any_key():
-    """One to three keys, equally likely: (1 + 1/2 + 1/3) / 3 = 11/18 = 61% for naming any of them.
-    With `keys=8` it is 34%."""
-    for keys, expected in ((3, 11 / 18), (8, sum(1 / k for k in range(1, 9)) / 8)):
+    """One of three keys: 1/3. With `keys=8` it is 1/8. With one to three keys, equally likely, it
+    would be (1 + 1/2 + 1/3) / 3 = 11/18 = 61%: "at most 3 keys" does not say how often there are
+    fewer."""
+    for keys in (3, 8):
         items = TASKS["key-retrieval"].generate(1500, 1, keys=keys, length=0)
         rng = random.Random(0)
         any_key = lambda item: rng.choice(re.findall(r"is (\d+)\.", item.prompt))  # noqa: E731
-        assert accuracy(items, any_key) == pytest.approx(expected, abs=0.04)
-    assert round(11 / 18, 2) == 0.61 and round(expected, 2) == 0.34
+        assert accuracy(items, any_key) == pytest.approx(1 / keys, abs=0.04)
+    assert round(11 / 18, 2) == 0.61
 
 
 def test_06_exercise_2_three_items():
@@ -35,14 +36,18 @@ def test_06_exercise_2_three_items():
     assert round(2 * 1.96**2 * p * (1 - p) / d**2, -1) == 9_160
 
 
-def test_06_exercise_3_the_last_place():
-    """Naming the last place of a story is right in about 54% of the default items. In long stories
-    the asked person is the last mover one time in four, and else there by accident one time in six:
-    1/4 + 3/4 * 1/6 = 37.5%."""
-    for sentences, expected in ((5, 0.54), (80, 0.375)):
-        items = TASKS["single-fact"].generate(800, 2, sentences=sentences)
-        last = lambda item: re.search(r"(\w+)\.$", item.facts["sentences"][-1])[1]  # noqa: E731
-        assert accuracy(items, last) == pytest.approx(expected, abs=0.055)
+def test_06_exercise_3_the_last_place(monkeypatch):
+    """It is right in about 36% of the default items, for 40% of the stories whose answer it is are
+    thrown away. With none thrown away, in stories of 80 sentences, the asked person is the last
+    mover one time in four, and else there by accident one time in six: 1/4 + 3/4 * 1/6 = 37.5%; in
+    the short stories of the default it is 46%, for not all four people are in them."""
+    last = lambda item: re.search(r"(\w+)\.$", item.facts["sentences"][-1])[1]  # noqa: E731
+    task = TASKS["single-fact"]
+    assert accuracy(task.generate(800, 2), last) == pytest.approx(0.36, abs=0.055)
+    monkeypatch.setitem(iqeval.KEEP, 1, 1.0)
+    assert accuracy(task.generate(800, 2), last) == pytest.approx(0.46, abs=0.055)
+    long = task.generate(800, 2, sentences=80)
+    assert accuracy(long, last) == pytest.approx(0.375, abs=0.055)
 
 
 def test_06_exercise_4_the_shorter_label():
@@ -72,19 +77,21 @@ def test_06_exercise_5_too_few():
 
 
 LAZY_JUDGES = [
-    ("claim-full-repeating", 0.80),
-    ("claim-head-slicing", 0.845),
-    ("claim-replace-lowercase", 0.785),
-    ("claim-single-fact", 0.87),
+    ("claim-full-repeating", 0.695),
+    ("claim-head-slicing", 0.64),
+    ("claim-replace-lowercase", 0.62),
+    ("claim-single-fact", 0.50),
 ]
 
 
 @pytest.mark.parametrize("name, expected", LAZY_JUDGES)
 def test_06_exercise_6_the_first_letter(name, expected):
-    """Half of the false claims about a string are made of another one, whose first letter is right
-    one time in 26; the others have one wrong letter, which is the first in one of n: the lazy judge
-    is right in about 80, 84 and 79%. A story's false claim names one of five other places, of which
-    some are in the story: 87%."""
+    """Of a false claim about a lowercased string of n letters, 7 to 10, two letters are exchanged.
+    The first is one of them with probability 2/n, on average 0.24: right in 0.5 + 0.5 * 0.24 = 62%.
+    Of a false beginning of k letters, one is wrong: 1/k is 0.28 on average, so 64%. Of the false
+    claims about a doubled string, a fifth is turned, so that the first letter is another one; three
+    fifths begin with an exchange, and 2/n is 0.32 there: 0.5 + 0.5 * (0.2 + 0.6 * 0.32) = 69.5%. A
+    false place is always in the story, too: 50%."""
     right, items = 0, TASKS[name].generate(1000, 0)
     for item in items:
         text, claim = item.facts["text"], item.facts["proposition"].removesuffix(".").split()[-1]

@@ -43,12 +43,19 @@ def suite():
     return {name: task.generate(120, 0) for name, task in TASKS.items()}
 
 
+def wrong(item):
+    """A wrong answer of the right form: the other label, the next number, one letter more."""
+    if item.labels:
+        return next(label for label in item.labels if label != item.answer)
+    return str(int(item.answer) + 1) if item.task.metric == "number" else item.answer + "x"
+
+
 def test_the_oracle_scores_everything_and_a_wrong_answer_nothing(suite):
     """100% for a model that always knows, 0% for one that gives a wrong answer of the right
     form."""
     for r in evaluate(Answers(suite, lambda item: item.answer), suite).values():
         assert r["accuracy"] == 1.0 and r["n"] == 120
-    for r in evaluate(Answers(suite, lambda item: item.facts["wrong"]), suite).values():
+    for r in evaluate(Answers(suite, wrong), suite).values():
         assert r["accuracy"] == 0.0
 
 
@@ -92,7 +99,8 @@ SAID = [
     ("exact", "  kitchen\n\nMary", "kitchen"),
     ("exact", " kitchen.", "kitchen."),
     ("exact", "", ""),
-    ("exact", " a b \n", "a b "),
+    ("exact", " a b \n", "a b"),
+    ("exact", "kitchen \t", "kitchen"),
     ("number", " 123. Remember 45", "123"),
     ("number", " nothing\n7", ""),
 ]
@@ -100,7 +108,8 @@ SAID = [
 
 @pytest.mark.parametrize("metric, text, counts", SAID)
 def test_what_counts_of_a_text(metric, text, counts):
-    """The first line without its leading space; for numbers the first one in it."""
+    """The first line without the space around it, as lm-evaluation-harness compares; for numbers
+    the first one in it."""
     assert iqeval.said(metric, text) == counts
 
 
@@ -164,6 +173,18 @@ def test_items_longer_than_the_context_are_reported(model):
     expected = r"context of 768 tokens:\n  single-fact: the shortest needs \d+ tokens\n  make the"
     with pytest.raises(ValueError, match=expected):
         evaluate(model, {"single-fact": suite["single-fact"]})
+
+
+def test_a_difficulty_that_was_changed_has_no_known_lazy_score():
+    """The scores of laziness are measured at the default difficulty; labels in words change
+    none."""
+    known = TASKS["entailment-en"].lazy
+    for knobs, lazy in (({}, known), ({"labels": "words"}, known), ({"chain": 2}, ("", None))):
+        items = TASKS["entailment-en"].generate(2, 0, **knobs)
+        results = evaluate(Answers({"": items}, lambda item: item.answer), {"": items})
+        assert results[""]["lazy"] == lazy
+        row = iqeval.table(results, 100).splitlines()[1]
+        assert row.split("|")[0].split()[-1] == ("-" if lazy[1] is None else f"{lazy[1]:.1f}")
 
 
 def test_a_label_that_tokenizes_to_nothing_is_refused(model):
