@@ -8,14 +8,15 @@
 
 Read it from top to bottom:
 
-    1. Settings            every option, its default, and which modes read it
-    2. The machine         device, dtype, and the peak rate that utilisation is measured against
-    3. Evaluation          nats per token and bits per byte on held-out documents
-    4. The parts of a step the model's share of this rank, the optimizer, the update
-    5. The folder of a run lock, config.json, log
-    6. The run             RunState, Run and its loop: the whole step is in Run.train_step
-    7. Other modes         evaluation of a checkpoint, benchmark
-    8. The command line
+    1. Settings                every option, its default, and which modes read it
+    2. The machine             device, dtype, and the peak rate that utilisation is measured against
+    3. Evaluation              nats per token and bits per byte on held-out documents
+    4. The parts of a step     this rank's share of the model, the optimizer, the update
+    5. The folder of a run     the lock, config.json, the log, the text
+    6. The run                 RunState and Run; the whole step is Run.train_step
+    7. The loop                from the settings to the last checkpoint: train
+    8. Other modes             the evaluation of a checkpoint, the benchmark
+    9. The command line
 
 Letters as in flm.py: B batch, in rows of T tokens. A row is a "sample"; everything is counted in
 samples. What the paper says of training is here: AdamW (0.9, 0.95), decay 0.1, clipping at 1.0, a
@@ -50,22 +51,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import checkpoint
 import console
 import data
+import grow
 import muP
 import parallel
-from checkpoint import (
-    export_weights,
-    find_checkpoint,
-    load_model,
-    pick_device,
-    read_info,
-    read_tensors,
-    read_training,
-    remove_old_checkpoints,
-    training_tensors,
-    write_checkpoint,
-)
+import schedule
+from checkpoint import find_checkpoint, read_info
 from console import refuse
 from flm import (
     IGNORE,
@@ -76,19 +69,9 @@ from flm import (
     parse_fields,
     preset,
 )
-from grow import grow_checkpoint
 from parallel import Layout, Worker, World
 from sample import continue_texts
-from schedule import (
-    RECIPES,
-    Stage,
-    extend_stages,
-    given_stages,
-    learning_rate,
-    plan_stages,
-    total_steps,
-    training_flops,
-)
+from schedule import RECIPES, Stage, learning_rate, training_flops
 
 # --------------------------------------------------------------------------------------------------
 # 1. Settings
@@ -98,19 +81,24 @@ COUNT = (1, math.inf, "at least 1")
 POSITIVE = (sys.float_info.min, sys.float_info.max, "a number above 0")
 NOT_NEGATIVE = (0, sys.float_info.max, "0 or above")
 SHARE = (0, 1, "between 0 and 1")
+SEED = (0, 2**63 - 1, "between 0 and 2^63 - 1")
 
-EVAL = ("eval_only",)
-BENCH = ("benchmark",)
-BOTH = ("eval_only", "benchmark")
+MODES = ("resume", "auto_resume", "eval_only", "export", "benchmark")  # of the command line
+EVAL, BENCH, BOTH = ("eval_only",), ("benchmark",), ("eval_only", "benchmark")
 
 
 def option(default, help: str, **more):
     """A field of Settings, with all that the rest of the program wants to know of it.
 
-    resume: whether --resume may change it. modes: the other modes of train.py that read it.
-    valid: the values that it may have. group: in --help, the heading of it and the next ones.
-    metavar, choices: argparse's."""
+    resume: whether --resume may change it. modes: the other MODES that read it. valid: the values
+    that it may have. group: in --help, the heading of it and the next ones. metavar, choices:
+    argparse's."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+def layout_option(default, help: str, **more):
+    """An option that says how a model lies on processes. It changes no result."""
+    return option(default, help, resume=True, modes=BOTH, **more)
 
 
 # fmt: off
@@ -118,86 +106,116 @@ def option(default, help: str, **more):
 class Settings:
     """Every option of a run, as plain JSON values. None: the preset's recipe decides (RECIPES)."""
 
-    preset: str = option("demo", "the model: demo, iq-demo, flm-proxy, flm-16b, flm-51b or flm-101b",
-                         group="what to train", modes=BENCH)
-    model: tuple[str, ...] = option((), "change fields of the model: --model d_model=384 n_heads=6",
-                                    metavar="FIELD=VALUE", modes=BENCH)
-    mup: str = option("on", "on: maximal update parametrization; off: the standard one",
-                      choices=("on", "off"), modes=BENCH)
-    stages: str | None = option(None, "growth in the run: a JSON file of stages, paper, or none "
-                                "(not given: those of the preset's recipe)", metavar="FILE")
-    init_from: str | None = option(None, "begin a new run with the model, the moments and the place "
-                                   "in the data of a checkpoint", metavar="CHECKPOINT")
-    seed: int = option(0, "of the initial weights and of the order of the data", modes=BENCH)
+    preset: str = option(
+        "demo", "the model: demo, iq-demo, flm-proxy, flm-16b, flm-51b or flm-101b",
+        group="what to train", modes=BENCH)
+    model: tuple[str, ...] = option(
+        (), "change fields of the model: --model d_model=384 n_heads=6",
+        metavar="FIELD=VALUE", modes=BENCH)
+    mup: str = option(
+        "on", "on: maximal update parametrization; off: the standard one",
+        choices=("on", "off"), modes=BENCH)
+    stages: str | None = option(
+        None, "growth in the run: a JSON file of stages, paper, or none (not given: those of the "
+        "preset's recipe)", metavar="FILE")
+    init_from: str | None = option(
+        None, "begin a new run with the model, the moments and the place in the data of a "
+        "checkpoint", metavar="CHECKPOINT")
+    seed: int = option(
+        0, "of the initial weights and of the order of the data", valid=SEED, modes=BENCH)
 
-    data: str | None = option(None, "a folder from data.py prepare (not given: Python's standard "
-                              "library)", group="on what", metavar="DIR", resume=True, modes=EVAL)
-    tokenizer: str = option("bytes", "tokenizer of the standard library; a prepared folder has its "
-                            "own", choices=("bytes", "cl100k_base"), modes=EVAL)
-    tokenizer_file: str | None = option(None, "cl100k_base.tiktoken, where it cannot be downloaded",
-                                        metavar="PATH", resume=True, modes=EVAL)
-    teacher_fraction: float = option(0.0, "share of rows with FreeLM's teacher signal", valid=SHARE)
+    data: str | None = option(
+        None, "a folder from data.py prepare (not given: Python's standard library)",
+        group="on what", metavar="DIR", resume=True, modes=EVAL)
+    data_changed: bool = option(
+        False, "with --resume: go on though the text is another one than before", resume=True)
+    tokenizer: str = option(
+        "bytes", "tokenizer of the standard library; a prepared folder has its own",
+        choices=("bytes", "cl100k_base"), modes=EVAL)
+    tokenizer_file: str | None = option(
+        None, "cl100k_base.tiktoken, where it cannot be downloaded",
+        metavar="PATH", resume=True, modes=EVAL)
+    teacher_fraction: float = option(
+        0.0, "share of rows with FreeLM's teacher signal", valid=SHARE)
 
-    steps: int | None = option(None, "optimizer steps; the cosine ends with the last one",
-                               group="how", valid=COUNT, resume=True)
+    steps: int | None = option(
+        None, "optimizer steps; the cosine ends with the last one",
+        group="how", valid=COUNT, resume=True)
     batch_size: int | None = option(None, "rows per step", valid=COUNT, modes=BENCH)
-    micro_batch: int | None = option(None, "rows per forward pass; gradients add up (not given: all "
-                                     "rows; with --pp: 1)", valid=COUNT, resume=True, modes=BENCH)
-    lr: float | None = option(None, "peak learning rate at the proxy's width; muP scales it for "
-                              "each group of parameters", valid=POSITIVE, resume=True)
-    min_lr: float = option(0.015, "end of the cosine, as a share of the peak (the paper: 6e-6 of "
-                           "4e-4)", valid=SHARE, resume=True)
-    warmup: int | None = option(None, "warm-up of the learning rate, in samples",
-                                metavar="SAMPLES", valid=NOT_NEGATIVE)
+    micro_batch: int | None = option(
+        None, "rows per forward pass; gradients add up (not given: all rows; with --pp: 1)",
+        valid=COUNT, resume=True, modes=BENCH)
+    lr: float | None = option(
+        None, "peak learning rate at the proxy's width; muP scales it for each group of parameters",
+        valid=POSITIVE, resume=True)
+    min_lr: float = option(
+        0.015, "end of the cosine, as a share of the peak (the paper: 6e-6 of 4e-4)",
+        valid=SHARE, resume=True)
+    warmup: int | None = option(
+        None, "warm-up of the learning rate, in samples", metavar="SAMPLES", valid=NOT_NEGATIVE)
     weight_decay: float = option(0.1, "decay of matrices", valid=NOT_NEGATIVE)
     clip: float = option(1.0, "largest norm of the whole gradient", valid=POSITIVE, resume=True)
 
-    out: str | None = option(None, "the run's folder (not given: the first free one of "
-                             "runs/PRESET, runs/PRESET-2, ...)", group="watching and keeping",
-                             metavar="DIR")
+    out: str | None = option(
+        None, "the run's folder (not given: the first free one of runs/PRESET, runs/PRESET-2, ...)",
+        group="watching and keeping", metavar="DIR")
     eval_every: int = option(100, "steps between evaluations", valid=COUNT, resume=True)
-    eval_rows: int = option(256, "held-out rows of an evaluation, spread over the held-out documents",
-                            valid=COUNT, resume=True, modes=EVAL)
-    eval_batch: int | None = option(None, "rows per forward pass of an evaluation (not given: as in "
-                                    "training)", valid=COUNT, resume=True, modes=EVAL)
+    eval_rows: int = option(
+        256, "held-out rows of an evaluation, spread over the held-out documents",
+        valid=COUNT, resume=True, modes=EVAL)
+    eval_batch: int | None = option(
+        None, "rows per forward pass of an evaluation (not given: as in training)",
+        valid=COUNT, resume=True, modes=EVAL)
     save_every: int = option(200, "steps between checkpoints", valid=COUNT, resume=True)
-    keep: int = option(2, "newest checkpoints that are kept", valid=COUNT, resume=True)
+    save_minutes: float = option(
+        30.0, "minutes after which a checkpoint is written in any case", valid=POSITIVE,
+        resume=True)
+    keep: int = option(
+        2, "newest checkpoints that are kept (and one more until a step has shown that the newest "
+        "is sound)", valid=COUNT, resume=True)
 
-    device: str = option("auto", "auto, cpu or cuda", group="on which machine", resume=True,
-                         modes=BOTH)
-    threads: int | None = option(None, "CPU threads (not given: PyTorch decides, one per core)",
-                                 valid=COUNT, resume=True, modes=BOTH)
-    dtype: str = option("auto", "arithmetic: auto, bfloat16 (over fp32 weights), float32, float64",
-                        choices=("auto", "bfloat16", "float32", "float64"), modes=BOTH)
-    compile: bool = option(False, "torch.compile each block: a slow start, then faster steps",
-                           resume=True, modes=BENCH)
+    device: str = option(
+        "auto", "auto, cpu or cuda", group="on which machine", resume=True, modes=BOTH)
+    threads: int | None = option(
+        None, "CPU threads (not given: PyTorch decides, one per core)",
+        valid=COUNT, resume=True, modes=BOTH)
+    dtype: str = option(
+        "auto", "arithmetic: auto, bfloat16 (over fp32 weights), float32, float64",
+        choices=("auto", "bfloat16", "float32", "float64"), modes=BOTH)
+    compile: bool = option(
+        False, "torch.compile each block: a slow start, then faster steps",
+        resume=True, modes=BENCH)
     deterministic: bool = option(False, "the same bits on CUDA too; slower", resume=True)
 
-    dp: int | None = option(None, "data parallelism: copies of the model, each with a share of the "
-                            "batch (not given: all processes that are left)",
-                            group="on how many processes, started with torchrun (parallel.py)",
-                            valid=COUNT, resume=True, modes=BOTH)
-    tp: int = option(1, "tensor parallelism: processes that share every matrix", valid=COUNT,
-                     resume=True, modes=BOTH)
-    pp: int = option(1, "pipeline parallelism: processes that share the layers", valid=COUNT,
-                     resume=True, modes=BOTH)
-    schedule: str = option("1F1B", "the pipeline schedule",
-                           choices=tuple(parallel.PIPELINE_SCHEDULES), resume=True, modes=BOTH)
-    sequence_parallel: bool = option(False, "cut the sequence, too, over the --tp processes",
-                                     resume=True, modes=BOTH)
-    shard_optimizer: bool = option(False, "cut weights, gradients and moments over the --dp "
-                                   "processes (with --tp or --pp it is always so)", resume=True,
-                                   modes=BOTH)
-    activation_checkpointing: bool = option(False, "compute activations again in the backward pass: "
-                                            "less memory, a third more work", resume=True,
-                                            modes=BOTH)
+    dp: int | None = layout_option(
+        None, "data parallelism: copies of the model, each with a share of the batch (not given: "
+        "all processes that are left)", valid=COUNT,
+        group="on how many processes, started with torchrun (parallel.py)")
+    tp: int = layout_option(
+        1, "tensor parallelism: processes that share every matrix", valid=COUNT)
+    pp: int = layout_option(
+        1, "pipeline parallelism: processes that share the layers", valid=COUNT)
+    schedule: str = layout_option(
+        "1F1B", "the pipeline schedule", choices=tuple(parallel.PIPELINE_SCHEDULES))
+    sequence_parallel: bool = layout_option(
+        False, "cut the sequence, too, over the --tp processes")
+    shard_optimizer: bool = layout_option(
+        False, "cut weights, gradients and moments over the --dp processes (with --tp or --pp it "
+        "is always so)")
+    activation_checkpointing: bool = layout_option(
+        False, "compute activations again in the backward pass: less memory, a third more work")
+
+    def __post_init__(self):  # JSON and argparse know no tuples
+        object.__setattr__(self, "model", tuple(self.model))
 # fmt: on
 
 
 FIELDS = dataclasses.fields(Settings)
+LAYOUT = [field.name for field in dataclasses.fields(Layout)]  # each is an option
 
 
 def flag(name: str) -> str:
+    """The option of a setting: "--batch-size" of "batch_size"."""
     return "--" + name.replace("_", "-")
 
 
@@ -222,6 +240,8 @@ def resolve(settings: Settings) -> tuple[Settings, list[Stage]]:
         s = dataclasses.replace(s, warmup=min(s.warmup, max(0, s.steps * s.batch_size // 12)))
     changes, problems = parse_fields(s.model)
     problems = [f"--model {problem}" for problem in problems] + check_settings(s)
+    if s.data_changed:
+        problems.append("--data-changed: a new run has no text before; leave it out")
     try:
         config = config.replace(**{"mup": s.mup == "on", **changes})
         if s.init_from:
@@ -232,9 +252,9 @@ def resolve(settings: Settings) -> tuple[Settings, list[Stage]]:
 
     # The recipe's stages are made for the preset's own model.
     word = "none" if s.stages is None and (s.model or s.init_from) else s.stages
-    given = given_stages(word, s.preset, s.steps, s.batch_size)
+    given = schedule.given_stages(word, s.preset, s.steps, s.batch_size)
     numbers = dict(steps=s.steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup, seen=seen)
-    stages = plan_stages(given, config, **numbers)
+    stages = schedule.plan_stages(given, config, **numbers)
     if s.init_from:
         wanted, found = stages[0].config.to_dict(), config.to_dict()
         differ = [f"{k} {v}, not {wanted[k]}" for k, v in found.items() if v != wanted[k]]
@@ -257,22 +277,17 @@ def read_start(s: Settings) -> tuple[FLMConfig, int]:
 def plan_layout(s: Settings, stages: list[Stage], processes: int) -> Layout:
     """The layout of these settings on so many processes. Raises ValueError with every reason why
     a stage does not fit it."""
-    names = [field.name for field in dataclasses.fields(Layout)]
     dp = s.dp or max(1, processes // (s.tp * s.pp))
-    layout = Layout(**{name: getattr(s, name) for name in names} | {"dp": dp})
+    layout = Layout(**{name: getattr(s, name) for name in LAYOUT} | {"dp": dp})
     problems = []
     if layout.size != processes:
-        given = f"dp {dp} x tp {s.tp} x pp {s.pp} = {layout.size} processes"
         start = f"torchrun --standalone --nproc-per-node {layout.size} train.py ..."
-        problems.append(
-            f"{given}, but torchrun started {processes}"
-            if processes > 1
-            else f"{given}, but this is one: start them with {start}, or take one: "
-            "--dp 1 --tp 1 --pp 1"
-        )
-    for i, stage in enumerate(stages):
+        alone = f"this is one: start them with {start}, or take one: --dp 1 --tp 1 --pp 1"
+        found = f"torchrun started {processes}" if processes > 1 else alone
+        problems.append(f"dp {dp} x tp {s.tp} x pp {s.pp} = {layout.size} processes, but {found}")
+    for i, stage in enumerate(stages, 1):
         found = parallel.check_layout(layout, stage.config, stage.batch_size, s.micro_batch)
-        problems += [f"stage {i + 1}: {text}" if len(stages) > 1 else text for text in found]
+        problems += [f"stage {i}: {text}" if len(stages) > 1 else text for text in found]
     refuse(problems, "this layout does not fit:")
     return layout
 
@@ -280,25 +295,18 @@ def plan_layout(s: Settings, stages: list[Stage], processes: int) -> Layout:
 # --------------------------------------------------------------------------------------------------
 # 2. The machine
 
-# Dense bf16 peaks in FLOP/s, from the makers' data sheets. The longest name that is part of the
+# Dense bf16 peaks in TFLOP/s, from the makers' data sheets. The longest name that is part of the
 # card's own name counts.
+# fmt: off
 PEAKS = {
-    "A100": 312e12,
-    "A800": 312e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "B200": 2250e12,
-    "A10": 125e12,
-    "A40": 150e12,
-    "A6000": 155e12,
-    "L4": 121e12,
-    "L40": 181e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    "A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "H100 PCIe": 756, "B200": 2250,
+    "A10": 125, "A40": 150, "A6000": 155, "L4": 121, "L40": 181, "L40S": 362, "RTX 4090": 165,
+    "RTX 3090": 71,
 }
+# fmt: on
+
+# A CPU with one of these computes bf16 matrix products faster than fp32 ones.
+BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 
 
 @dataclass(frozen=True)
@@ -307,8 +315,9 @@ class Machine:
 
     device: torch.device
     dtype: torch.dtype  # of the arithmetic
-    peak: float  # FLOP/s that utilisation is measured against
+    peak: float  # FLOP/s that utilisation is measured against, of all ranks
     why: str  # one line for a person
+    measured: bool = True  # whether the peak is a measured one, not a data sheet's
 
     @property
     def weights(self) -> torch.dtype:
@@ -319,6 +328,13 @@ class Machine:
     def exact(self) -> Machine:
         """The same machine, computing in the dtype of the weights."""
         return dataclasses.replace(self, dtype=self.weights)
+
+    def measure_again(self, world: World) -> Machine:
+        """The best of several measurements is the peak: a busy machine only lowers one of them."""
+        if not self.measured:
+            return self
+        (rate,) = world.sum(matmul_rate(self.device, self.dtype, 1024))
+        return dataclasses.replace(self, peak=max(self.peak, rate))
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -348,8 +364,17 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 2048) -> floa
         size = min(n, 2 * size)
 
 
-# A CPU with one of these computes bf16 matrix products faster than fp32 ones.
-BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
+def check_device(name: str, world: World) -> torch.device:
+    """The device that this rank computes on. Raises ValueError where ranks would share a GPU."""
+    device, cards = checkpoint.pick_device(name), torch.cuda.device_count()
+    shared = device.index is not None or world.neighbours > cards
+    if device.type == "cuda" and world.size > 1 and shared:
+        raise ValueError(
+            f"--device {name}: {world.neighbours} processes on this machine take a GPU each, and "
+            f"it has {cards}: give torchrun --nproc-per-node {cards} and train.py --device cuda, "
+            "or --device cpu"
+        )
+    return device
 
 
 def pick_dtype(device: torch.device, dtype: str) -> tuple[str, str]:
@@ -369,37 +394,24 @@ def pick_dtype(device: torch.device, dtype: str) -> tuple[str, str]:
     return "float32", " (no bf16 instructions known of this processor)"
 
 
-def check_device(name: str, world: World) -> torch.device:
-    """The device that this rank computes on. Raises ValueError where ranks would share a GPU."""
-    device, cards = pick_device(name), torch.cuda.device_count()
-    shared = device.index is not None or world.neighbours > cards
-    if device.type == "cuda" and world.size > 1 and shared:
-        raise ValueError(
-            f"--device {name}: {world.neighbours} processes on this machine take a GPU each, and it "
-            f"has {cards}: give torchrun --nproc-per-node {cards} and train.py --device cuda, or "
-            "--device cpu"
-        )
-    return device
-
-
 def pick_machine(device: str, dtype: str, world: World = World()) -> Machine:
     """Choose where and in what to compute, and say why. Rank 0 chooses the arithmetic; utilisation
     is measured against the rates of all ranks together."""
     place = world.raise_on_all_ranks(check_device, device, world)
     dtype, reason = world.broadcast_from_rank_0(pick_dtype(place, dtype))
-    kind, cuda = getattr(torch, dtype), place.type == "cuda"
-    name = f"cpu with {torch.get_num_threads()} threads"
-    if cuda:
+    kind, name = getattr(torch, dtype), f"cpu with {torch.get_num_threads()} threads"
+    if place.type == "cuda":
         name = torch.cuda.get_device_name(place)
-    sheet = max((card for card in PEAKS if card in name), key=len, default=None)
-    if sheet and kind == torch.bfloat16:
-        rate, source = PEAKS[sheet], "its dense peak"
+    cards = [card for card in PEAKS if card in name and kind == torch.bfloat16]
+    if cards:
+        rate, source = 1e12 * PEAKS[max(cards, key=len)], "its dense peak"
     else:
-        rate, source = matmul_rate(place, kind, 4096 if cuda else 2048), "a measured matrix product"
+        rate = matmul_rate(place, kind, 4096 if place.type == "cuda" else 2048)
+        source = "a matrix product measured at the start"
     why = f"{name}, {dtype}{reason}; utilisation is against {rate / 1e9:,.0f} GFLOP/s, {source}"
     if world.size > 1:
         why = f"{world.size} processes, rank 0 on {why}"
-    return Machine(place, kind, *world.sum(rate), why)
+    return Machine(place, kind, *world.sum(rate), why, measured=not cards)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -415,12 +427,9 @@ def held_out_rows(
     n_rows = corpus.n_rows("val", signal_name)
     n = min(rows, n_rows)
     share = -(-n // world.layout.dp)  # the last rank may have fewer
-    size = min(micro, share)
-    begin = world.at("dp") * share
-    mine = [
-        corpus.rows("val", signal_name, j * n_rows // n, 1)
-        for j in range(begin, min(begin + share, n))
-    ]
+    size, begin = min(micro, share), world.at("dp") * share
+    picked = range(begin, min(begin + share, n))
+    mine = [corpus.rows("val", signal_name, j * n_rows // n, 1) for j in picked]
     blank = torch.zeros(1, corpus.seq_len, dtype=torch.long)
     missing = parallel.rows_needed(world.layout, share, size) - len(mine)
     mine += [(blank, blank + IGNORE)] * missing
@@ -439,12 +448,10 @@ def score_labels(
     logits, targets = logits.flatten(0, 1), targets.flatten()
     swapped = torch.where(targets == devil, angry, targets)
     swapped = torch.where(targets == angry, devil, swapped)
-    loss, other = (
-        parallel.local(
-            torch.nn.functional.cross_entropy(logits, y, ignore_index=IGNORE, reduction="none")
-        )
-        for y in (targets, swapped)
+    cross_entropy = functools.partial(
+        torch.nn.functional.cross_entropy, logits, ignore_index=IGNORE, reduction="none"
     )
+    loss, other = (parallel.local(cross_entropy(y)) for y in (targets, swapped))
     right = (loss < other) + 0.5 * (loss == other)
     is_label = (targets == angry) | (targets == devil)
     return torch.stack([loss.sum(), (right * is_label).sum()])
@@ -473,12 +480,12 @@ def evaluate(worker: Worker, corpus: data.Corpus, rows: int, micro: int) -> dict
         known = targets[targets != IGNORE] if world.at("tp") == world.at("pp") == 0 else targets[:0]
         labels = ((known == angry) | (known == devil)).sum()
         counts = [int(value) for value in (known.numel(), lengths[known].sum(), labels)]
-        nats, right, tokens, length, labels = world.sum(nats, right, *counts)
+        nats, right, count, length, labels = world.sum(nats, right, *counts)
         if name == "language":
             bits = nats / math.log(2) / length
-            result |= {"val_loss": nats / tokens, "val_bpb": bits, "val_tokens": int(tokens)}
+            result |= {"val_loss": nats / count, "val_bpb": bits, "val_tokens": int(count)}
         else:
-            result |= {"teacher_loss": nats / tokens, "teacher_accuracy": right / labels}
+            result |= {"teacher_loss": nats / count, "teacher_accuracy": right / labels}
             result |= {"teacher_labels": int(labels)}
     return result
 
@@ -502,11 +509,20 @@ def describe_config(config: FLMConfig) -> str:
     return f"{config.n_layers} layers of width {config.d_model}, {size:,} parameters"
 
 
+def empty_worker(
+    config: FLMConfig, machine: Machine, world: World, compiled: bool = False
+) -> Worker:
+    """This rank's share of a model, not filled yet."""
+    dtypes = machine.weights, machine.dtype
+    parts = parallel.build_parts(config, world, machine.device, *dtypes, compiled)
+    return Worker(parts, world, machine.dtype)
+
+
 def allocate(
     config: FLMConfig, machine: Machine, world: World = World(), compiled: bool = False
 ) -> Worker:
-    """This rank's share of a model to train, not filled yet. Raises ValueError where weights,
-    gradients and AdamW's two moments cannot fit into the memory."""
+    """empty_worker for training. Raises ValueError where weights, gradients and AdamW's two moments
+    cannot fit into the memory."""
     layout = world.layout
     share = layout.tp * layout.pp * (layout.dp if layout.sharded else 1)
     need = 4 * machine.weights.itemsize * count_parameters(config) / share
@@ -524,33 +540,24 @@ def allocate(
     return empty_worker(config, machine, world, compiled)
 
 
-def empty_worker(
-    config: FLMConfig, machine: Machine, world: World, compiled: bool = False
-) -> Worker:
-    dtypes = machine.weights, machine.dtype
-    parts = parallel.build_parts(config, world, machine.device, *dtypes, compiled)
-    return Worker(parts, world, machine.dtype)
-
-
 def load_worker(path: Path, machine: Machine, world: World) -> tuple[Worker, dict]:
     """The model of a checkpoint for an evaluation, its masks in place, and its info. A step folder
     is read in any layout, an exported file by one process."""
     if path.is_file():
-        model, info = load_model(path, machine.device)
+        model, info = checkpoint.load_model(path, machine.device)
         return Worker([model.to(machine.weights)], world, machine.dtype), info
     info = world.raise_on_all_ranks(read_info, path)
     worker = empty_worker(FLMConfig.from_dict(info["config"]), machine, world)
-    world.raise_on_all_ranks(read_tensors, path, {"model": dict(worker.named)})
+    tensors = {"model": dict(worker.named)}
+    world.raise_on_all_ranks(checkpoint.read_tensors, path, tensors)
     worker.set_masks(info["growth"], growth_mask(info["growth"], info["samples"]))
     return worker, info
 
 
 def make_optimizer(worker: Worker, s: Settings) -> torch.optim.AdamW:
-    """AdamW over muP's groups, with the paper's betas (section 2.4)."""
-    groups = [
-        group for part in worker.parts for group in muP.param_groups(part, s.lr, s.weight_decay)
-    ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    """AdamW over muP's groups of parameters, with the paper's betas (section 2.4)."""
+    groups = [muP.param_groups(part, s.lr, s.weight_decay) for part in worker.parts]
+    return torch.optim.AdamW(itertools.chain(*groups), betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
 class NonFinite(RuntimeError):
@@ -595,25 +602,35 @@ LOCK_MARK = (
 def replace_file(path: Path, text: str):
     """Write a file whole or not at all."""
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text)
-    tmp.replace(path)
+    try:
+        tmp.write_text(text)
+        tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def read_run(folder) -> tuple[Settings, list[Stage]]:
     """Settings and stages of an existing run. Raises ValueError where there is none."""
     try:
         run = json.loads((Path(folder) / "config.json").read_text())
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in run["settings"].items()}
-        return Settings(**given), [Stage.from_dict(stage) for stage in run["stages"]]
+        return Settings(**run["settings"]), [Stage.from_dict(stage) for stage in run["stages"]]
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{folder} is not the folder of a run: no readable config.json in it ({error})"
         ) from error
 
 
-def recorded_corpus(folder) -> str | None:
-    """Where the text of an existing run lay. The default corpus is that of one Python version."""
-    return json.loads((Path(folder) / "config.json").read_text()).get("corpus")
+def find_text(run: Path, given: str | None) -> tuple[str, str | None]:
+    """(where the text of an existing run is, its digest when the run began). given: --data. Raises
+    ValueError where the folder of before is gone."""
+    config = json.loads((run / "config.json").read_text())
+    text = given or config["corpus"]
+    if text == config["corpus"] and not Path(text).exists():
+        raise ValueError(
+            f"the text of {run} was in {text}, and from here there is no such folder: say where it "
+            "is with --data DIR"
+        )
+    return text, config.get("corpus_digest")
 
 
 def write_run(
@@ -621,9 +638,10 @@ def write_run(
 ):
     """Write config.json: everything that the run can be repeated from."""
     content = {
-        "settings": dataclasses.asdict(s),
+        "settings": dataclasses.asdict(s) | {"data_changed": False},  # said once, not for ever
         "stages": [stage.to_dict() for stage in stages],
         "corpus": str(corpus.path),
+        "corpus_digest": corpus.digest,
         "machine": machine.why,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -632,8 +650,9 @@ def write_run(
 
 
 def has_checkpoint(folder) -> bool:
+    """Whether there is a run in the folder that can be resumed."""
     try:
-        return Path(folder).is_dir() and find_checkpoint(folder).is_dir()
+        return find_checkpoint(folder).is_dir()
     except ValueError:
         return False
 
@@ -644,8 +663,8 @@ def check_unused(folder: Path):
     if has_checkpoint(folder):
         where = shlex.quote(str(folder))
         raise ValueError(
-            f"{folder} holds another run: go on with it (--resume {where}) or choose another folder "
-            "(--out)"
+            f"{folder} holds another run: go on with it (--resume {where}) or choose another "
+            "folder (--out)"
         )
     lock = folder / "lock"
     ours = lock.is_file() and lock.read_text().startswith(LOCK_MARK)
@@ -680,20 +699,19 @@ def claim_folder(s: Settings, stack: contextlib.ExitStack) -> str:
 
     If the run ends before its first checkpoint, what was made is removed again, and nothing else.
     Raises ValueError for a folder that holds something, OSError where it cannot be made."""
-    names = [s.out] if s.out else (f"runs/{s.preset}-{n}" for n in itertools.count(1))
-    for name in names:
-        folder = Path(name.removesuffix("-1") if not s.out else name)
+    for n in itertools.count(1):
+        folder = Path(s.out or f"runs/{s.preset}" + (f"-{n}" if n > 1 else ""))
         made = [path for path in (folder, *folder.parents) if not path.exists()]
-        if not made and not s.out:
-            continue
-        check_unused(folder)
+        if s.out:
+            check_unused(folder)
         try:
             folder.mkdir(parents=True, exist_ok=bool(s.out))
             break
-        except FileExistsError:  # another run was faster
+        except FileExistsError:  # a run of ours, perhaps one that began a moment ago
             continue
         except OSError as error:
-            raise OSError(f"cannot make the run's folder {folder}: {error.strerror}") from error
+            problem = f"cannot make the run's folder {folder}: {error.strerror}"
+            raise OSError(f"{problem}; choose another (--out)") from error
     lock_folder(folder, stack)
     check_unused(folder)
     stack.callback(remove_unbegun, folder, made)
@@ -725,7 +743,8 @@ def cut_log(path: Path, step: int, stage: int):
                 kept.append(line)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{path}, line {number} is no line of a log ({error!r}): remove that line"
+                f"{path}, line {number} is not a line of a log, which is JSON with a step "
+                f"({error!r}): remove that line"
             ) from error
     replace_file(path, "".join(kept))
 
@@ -738,11 +757,15 @@ def default_corpus(tokenizer: str, tokenizer_file: str | None, config: FLMConfig
         encoding = data.get_tokenizer(tokenizer, tokenizer_file)
         check_vocabulary(encoding, config, folder)
         print(f"preparing the default corpus, Python {version}'s own source, in {folder}")
-        data.prepare({"stdlib": data.stdlib_files()}, folder, encoding)
+        try:
+            data.prepare({"stdlib": data.stdlib_files()}, folder, encoding)
+        except (ValueError, OSError):
+            if not Path(folder).exists():  # else another run was faster, with the same text
+                raise
     return folder
 
 
-def check_vocabulary(encoding, config: FLMConfig, folder):
+def check_vocabulary(encoding, config: FLMConfig, folder: str):
     if encoding.n_vocab > config.vocab_size:
         raise ValueError(
             f"{folder} is made of {encoding.name} tokens, whose ids go up to "
@@ -765,11 +788,24 @@ def open_corpus(
     check_vocabulary(corpus.tokenizer, config, folder)
     for split, n in corpus.teacher_left_out.items():
         if n:
-            print(
-                f"{folder}: {n:,} teacher items ({split}) are longer than {config.max_seq_len} "
-                "tokens and left out"
-            )
+            too_long = f"longer than {config.max_seq_len} tokens and left out"
+            print(f"{folder}: {n:,} teacher items ({split}) are {too_long}")
     return corpus
+
+
+def check_corpus(s: Settings, corpus: data.Corpus, digest: str | None):
+    """Raises ValueError for a text that a run cannot use, or that is not the text of before."""
+    if s.teacher_fraction and not corpus.n_rows("train", "teacher"):
+        raise ValueError(
+            f"--teacher-fraction {s.teacher_fraction}, but {corpus.path} has no teacher signal: "
+            "prepare it with --teacher FILE.jsonl"
+        )
+    if digest not in (None, corpus.digest) and not s.data_changed:
+        raise ValueError(
+            f"the text in {corpus.path} is not the one that this run began with, so the batches "
+            "would be other ones: give the folder of the same text (--data DIR), or say that you "
+            "want another text (--data-changed)"
+        )
 
 
 def check_tokenizer(corpus: data.Corpus, name: str, where):
@@ -814,10 +850,12 @@ class Run:
         self.settings, self.stages, self.world = settings, stages, world
         self.machine, self.corpus, self.state = machine, corpus, state
         self.folder = Path(settings.out)
-        self.last_step = state.step + total_steps(stages, state.samples)
-        self.saved = None  # the step of the newest checkpoint
+        self.last_step = state.step + schedule.total_steps(stages, state.samples)
         self.worker = self.optimizer = None  # see build
         self.metrics = self.bar = None  # the open log and the progress bar; see train
+        self.signals = []  # the numbers of those that this process has received
+        self.saved, self.save_by = None, math.inf  # the newest checkpoint's step; time of the next
+        self.save_is_due = self.warned = False
 
     @property
     def stage(self) -> Stage:
@@ -828,20 +866,19 @@ class Run:
         """The step folder of the state that the run is in."""
         return self.folder / f"step-{self.state.step:08d}"
 
-    def build(self, checkpoint: Path | None = None):
+    def build(self, path: Path | None = None):
         """The model of the present stage and its optimizer: from a checkpoint, or with initial
         weights. The model before it is freed first."""
         self.free()
         s, world, state = self.settings, self.world, self.state
-        self.worker = world.raise_on_all_ranks(
-            allocate, self.stage.config, self.machine, world, s.compile
-        )
+        options = self.stage.config, self.machine, world, s.compile
+        self.worker = world.raise_on_all_ranks(allocate, *options)
         self.optimizer = make_optimizer(self.worker, s)
-        if checkpoint is None:
+        if path is None:
             self.worker.init_weights(s.seed)
         else:
-            named = self.worker.named
-            world.raise_on_all_ranks(read_training, named, self.optimizer, checkpoint)
+            mine = self.worker.named, self.optimizer
+            world.raise_on_all_ranks(checkpoint.read_training, *mine, path)
             self.worker.set_masks(state.growth, growth_mask(state.growth, state.samples))
 
     def free(self):
@@ -852,41 +889,40 @@ class Run:
         if self.machine.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    # ---- The step
+    # ----------------------------------------------------------------------------------------------
+    # The step
 
     def train_step(self):
-        """One optimizer step, all of it. Raises NonFinite before the update changes a weight."""
+        """One optimizer step, all of it. Raises NonFinite before the update changes a weight, and
+        parallel.Stopped between two micro-batches where a rank has received a signal."""
         s, state, world, B = self.settings, self.state, self.world, self.stage.batch_size
         start = now(self.machine.device)
 
-        # This dp rank's rows, (B/dp, T) each, and the number of targets in the whole batch.
-        tokens, targets = self.corpus.batch(
-            s.seed,
-            state.samples,
-            B,
-            rank=world.at("dp"),
-            ranks=world.layout.dp,
-            teacher_fraction=s.teacher_fraction,
+        # This dp rank's rows, (B/dp, T) each; the number of targets in the whole batch.
+        share = dict(
+            rank=world.at("dp"), ranks=world.layout.dp, teacher_fraction=s.teacher_fraction
         )
-        counts_here = world.at("tp") == world.at("pp") == 0  # each row once
+        tokens, targets = self.corpus.batch(s.seed, state.samples, B, **share)
+        counts_here = world.at("tp") == world.at("pp") == 0  # so that each row counts once
         (count,) = world.sum(counts_here * int((targets != IGNORE).sum()))
 
         # Forward and backward; check, clip, AdamW.
         micro = parallel.micro_rows(world.layout, B, s.micro_batch)
-        nats = self.worker.gradients(tokens, targets, micro, max(1, count))
+        nats = self.worker.gradients(tokens, targets, micro, max(1, count), self.stopped)
         lr = learning_rate(self.stages, state.samples + B, s.min_lr)
         loss, norm = update(self.worker, self.optimizer, s.clip, lr, nats, max(1, count))
 
-        before = training_flops(self.stages, state.samples)
+        if self.is_sound(loss):  # the loss of the weights that the step began with
+            self.confirm()
+        flops = training_flops(self.stages, state.samples + B)
+        flops -= training_flops(self.stages, state.samples)
         state.step, state.samples = state.step + 1, state.samples + B
         growth = state.growth
         if growth and growth["start"] + growth["ramp"] > state.samples - B:
             self.worker.set_masks(growth, growth_mask(growth, state.samples))
 
         seconds = now(self.machine.device) - start
-        rate = B * self.corpus.seq_len / seconds
-        flops = training_flops(self.stages, state.samples) - before
-        used = flops / seconds / self.machine.peak
+        rate, used = B * self.corpus.seq_len / seconds, flops / seconds / self.machine.peak
         self.log(
             loss=loss,
             grad_norm=norm,
@@ -895,10 +931,30 @@ class Run:
             tokens_per_s=rate,
             utilisation=used,
         )
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tok/s, MFU {used:.0%}", False)
-        self.bar.update()
+        self.show(f"loss {loss:.3f}, {rate:,.0f} tok/s, MFU {used:.0%}", used)
 
-    # ---- Between steps
+    # ----------------------------------------------------------------------------------------------
+    # Between two steps
+
+    def show(self, text: str, used: float):
+        """Move the bar on. Says once that a utilisation cannot be."""
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if used > 1 and not self.warned:
+            peak = f"{self.machine.peak / 1e9:,.0f} GFLOP/s"
+            self.bar.write(
+                f"a utilisation of {used:.0%} cannot be: the peak of {peak} was measured while the "
+                "machine was busy; the next evaluation measures it again"
+            )
+            self.warned = True
+
+    def stopped(self) -> bool:
+        """Whether any rank has received a signal; all ranks learn it here. They also learn whether
+        a checkpoint is due by rank 0's clock (save_is_due)."""
+        late = self.world.rank == 0 and time.monotonic() > self.save_by
+        asked, late = self.world.sum(len(self.signals), late)
+        self.save_is_due = late > 0
+        return asked > 0
 
     def log(self, **values):
         """One line of metrics.jsonl."""
@@ -913,31 +969,40 @@ class Run:
         return evaluate(worker, self.corpus, s.eval_rows, s.eval_batch or micro)
 
     def evaluate(self) -> dict:
-        """Evaluate, log, and print."""
+        """Evaluate, log, print; measure the machine again. Raises NonFinite."""
         result = self.held_out(self.worker)
+        if not math.isfinite(result["val_loss"]):
+            raise NonFinite(f"held-out loss {result['val_loss']} after step {self.state.step}")
         self.log(**result)
         self.bar.write(f"step {self.state.step:>6}: {describe(result)}")
+        self.machine = self.machine.measure_again(self.world)
         return result
 
     def save(self):
-        """Write the checkpoint of this step, if there is none yet, and remove old ones."""
-        if self.saved == self.state.step:
-            return
-        info = dataclasses.asdict(self.state) | {
-            "config": self.stage.config.to_dict(),
-            "tokenizer": self.corpus.tokenizer.name,
-            "dtype": name_of(self.machine.weights),
-            "layout": str(self.world.layout),
-            "torch": torch.__version__,
-        }
-        tensors = training_tensors(self.worker.named, self.optimizer)
-        write_checkpoint(self.checkpoint, tensors, info, self.world.control)
-        self.saved = self.state.step
-        self.world.on_rank_0(remove_old_checkpoints, self.folder, self.settings.keep)
+        """Write the checkpoint of this step, if there is none yet."""
+        if self.saved != self.state.step:
+            info = dataclasses.asdict(self.state) | {
+                "config": self.stage.config.to_dict(),
+                "tokenizer": self.corpus.tokenizer.name,
+                "dtype": name_of(self.machine.weights),
+                "layout": str(self.world.layout),
+                "torch": torch.__version__,
+            }
+            tensors = checkpoint.training_tensors(self.worker.named, self.optimizer)
+            checkpoint.write_checkpoint(self.checkpoint, tensors, info, self.world.control)
+            self.saved = self.state.step
+        self.save_by = time.monotonic() + 60 * self.settings.save_minutes
 
-    def stopped(self, asked: list[int]) -> bool:
-        """Whether any rank has received a signal."""
-        return self.world.sum(len(asked))[0] > 0
+    def is_sound(self, loss: float) -> bool:
+        """Whether weights with this loss are worth going back to: not if they are twice as bad as a
+        blind guess. A run that diverges may go on for long before a number is not finite."""
+        return loss < 2 * math.log(self.stage.config.vocab_size)
+
+    def confirm(self):
+        """Older checkpoints may go, if there is one of this step: its weights are sound."""
+        if self.saved == self.state.step:
+            keep = self.settings.keep
+            self.world.on_rank_0(checkpoint.remove_old_checkpoints, self.folder, keep)
 
     def growth_is_due(self) -> bool:
         following = self.stages[self.state.stage + 1 :]
@@ -950,72 +1015,104 @@ class Run:
         self.save()
         before = self.loss_of(self.checkpoint)
         self.state.stage += 1
-        grown = self.folder / f"stage-{self.state.stage}.tmp"
-        self.world.on_rank_0(shutil.rmtree, grown, ignore_errors=True)  # of a run that was killed
+        config, grown = self.stage.config, self.folder / f"stage-{self.state.stage}.tmp"
         options = dict(seed=self.settings.seed, layers=self.stage.layers, ramp=self.stage.ramp)
-        config = self.stage.config
-        info = self.world.on_rank_0(grow_checkpoint, self.checkpoint, config, grown, **options)
+        self.world.on_rank_0(shutil.rmtree, grown, ignore_errors=True)  # of a run that was killed
+        info = self.world.on_rank_0(grow.grow_checkpoint, self.checkpoint, config, grown, **options)
         self.state.growth = info["growth"]
         after = self.loss_of(grown)
         self.build(grown)
         self.world.on_rank_0(shutil.rmtree, grown)
-        self.log(
-            stage=self.state.stage, grown=config.to_dict(), loss_before=before, loss_after=after
-        )
+        record = {"grown": config.to_dict(), "loss_before": before, "loss_after": after}
+        self.log(stage=self.state.stage, **record)
         self.bar.write(
             f"step {self.state.step:>6}: grown to {describe_config(config)}; held-out loss "
             f"{before:.4f} before, {after:.4f} after, {after - before:+.4f}"
         )
 
-    def loss_of(self, checkpoint: Path) -> float:
+    def loss_of(self, path: Path) -> float:
         """The held-out loss of a checkpoint, in the full precision of its weights."""
         self.free()
-        worker, _ = load_worker(checkpoint, self.machine.exact, self.world)
+        worker, _ = load_worker(path, self.machine.exact, self.world)
         return self.held_out(worker)["val_loss"]
 
     def other_layout(self) -> str | None:
         """The options of the layout that the next stage names, if it is neither that of this job
         nor that of this stage: then the job ends, and the next job begins the stage on it."""
         following = self.stages[self.state.stage + 1]
-        wanted = {axis: getattr(following, axis) for axis in AXES if getattr(following, axis)}
-        here, before = (
-            {axis: getattr(place, axis) for axis in wanted}
-            for place in (self.world.layout, self.stage)
+        wanted = {k: getattr(following, k) for k in ("dp", "tp", "pp") if getattr(following, k)}
+        for place in (self.world.layout, self.stage):
+            if self.world.size == 1 or all(getattr(place, k) == n for k, n in wanted.items()):
+                return None
+        return " ".join(f"--{k} {n}" for k, n in wanted.items())
+
+    def sound_checkpoint(self) -> str | None:
+        """The newest checkpoint whose next step had a sound loss. Newer ones get another name, and
+        so are no checkpoints any more; nothing happens where none is sound."""
+        log = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        losses = {line["step"] - 1: line["loss"] for line in log if "loss" in line}
+        ruined = []
+        for path in reversed(checkpoint.list_checkpoints(self.folder)):
+            if self.is_sound(losses.get(checkpoint.step_of(path.name), math.inf)):
+                for old in ruined:
+                    names = (old.with_name(f"{old.name}.diverged-{n}") for n in itertools.count(1))
+                    old.rename(next(name for name in names if not name.exists()))
+                return str(path)
+            ruined.append(path)
+        return None
+
+    def advice(self, error: NonFinite) -> str:
+        """What to do about numbers that are not finite."""
+        s, sound = self.settings, self.world.on_rank_0(self.sound_checkpoint)
+        text = f"step {self.state.step + 1} stopped before the optimizer: {error}.\n"
+        fresh = f"begin a new run with a smaller --lr (now {s.lr:g}), a longer --warmup (now "
+        fresh += f"{s.warmup} samples) or --dtype float32"
+        if not sound:
+            return f"{text}No checkpoint is sound: {fresh}"
+        go_on = f"{resume_command(self.world, self.folder)} --lr {s.lr / 10:g}"
+        text += (
+            f"The newest sound checkpoint is {sound}; newer ones are named .diverged now. Go on "
         )
-        if self.world.size == 1 or wanted in (here, before):
-            return None
-        return " ".join(f"--{axis} {n}" for axis, n in wanted.items())
+        return f"{text}from it with a smaller learning rate:\n  {go_on}\nor {fresh}"
 
 
-AXES = ("dp", "tp", "pp")
+# --------------------------------------------------------------------------------------------------
+# 7. The loop
 
 
 def resumed_stages(s: Settings) -> list[Stage]:
     """The stages of the run in s.out, with what --resume may change: its end, and the peak of the
     learning rate."""
     old, stages = read_run(s.out)
-    return extend_stages(stages, s.steps - old.steps, s.lr / old.lr)
+    return schedule.extend_stages(stages, s.steps - old.steps, s.lr / old.lr)
 
 
-def check_same_settings(world: World, s: Settings, resume: bool):
+def check_same_settings(world: World, s: Settings, resume: bool = False):
     """Raises ValueError, on every rank, where the ranks were started with different options."""
     everyone, differ = world.gather({**dataclasses.asdict(s), "resume": resume}), []
     for name in everyone[0]:
         ranks = {}  # value: the ranks that have it
         for rank, settings in enumerate(everyone):
             ranks.setdefault(repr(settings[name]), []).append(rank)
-        found = [
-            f"{value} on {len(who)} (rank {who[0]}{' ...' if len(who) > 1 else ''})"
-            for value, who in ranks.items()
-        ]
-        if len(ranks) > 1:
+        found = [f"{value} on {len(who)} (rank {who[0]} ...)" for value, who in ranks.items()]
+        if len(found) > 1:
             differ.append(f"{flag(name)}: {', '.join(found)}")
     refuse(differ, "the processes were started with different arguments:")
 
 
-def use_threads(s: Settings):
-    if s.threads:
-        torch.set_num_threads(s.threads)
+def read_state(source: str | None, resume: bool, stages: list[Stage]) -> tuple:
+    """Where a run begins: (its RunState, the checkpoint, the checkpoint's tokenizer)."""
+    if source is None:
+        return RunState(), None, None
+    path = find_checkpoint(source)
+    info = read_info(path)
+    state = RunState(samples=info["samples"], growth=info["growth"])
+    if resume:
+        state.step, state.stage = info["step"], info["stage"]
+        if info["config"] != stages[state.stage].config.to_dict():
+            place = f"stage {state.stage + 1} of {Path(source) / 'config.json'}"
+            raise ValueError(f"{path} holds another model than {place}: one of them was edited")
+    return state, path, info["tokenizer"]
 
 
 def open_run(
@@ -1024,68 +1121,43 @@ def open_run(
     """A run, ready for its first step: settings, layout, machine, folder, corpus, model. All that
     can be refused is refused here. `stack` keeps the lock and the log."""
     check_same_settings(world, settings, resume)
+    s = settings
     if resume:
-        s, stages = settings, world.raise_on_all_ranks(resumed_stages, settings)
+        stages = world.raise_on_all_ranks(resumed_stages, s)
     else:
-        s, stages = world.raise_on_all_ranks(resolve, settings)
+        s, stages = world.raise_on_all_ranks(resolve, s)
     layout = plan_layout(s, stages, world.size)
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the only switch of cuBLAS
         torch.use_deterministic_algorithms(True)
-    use_threads(s)
+    if s.threads:
+        torch.set_num_threads(s.threads)
     machine = pick_machine(s.device, s.dtype, world)
     world = parallel.arrange(world, layout, machine.device)
+
     if resume:
         world.on_rank_0(lock_folder, Path(s.out), stack)
     out = s.out if resume else world.on_rank_0(claim_folder, s, stack)
     s = dataclasses.replace(s, dtype=name_of(machine.dtype), out=out)
-    text = s.data or (recorded_corpus(out) if resume else None)
+    text, digest = world.on_rank_0(find_text, Path(out), s.data) if resume else (s.data, None)
     corpus = open_corpus(text, s.tokenizer, s.tokenizer_file, stages[-1].config, world)
-    if s.teacher_fraction and not corpus.n_rows("train", "teacher"):
-        raise ValueError(
-            f"--teacher-fraction {s.teacher_fraction}, but {corpus.path} has no teacher signal: "
-            "prepare it with --teacher FILE.jsonl"
-        )
+    check_corpus(s, corpus, digest)
     source = out if resume else s.init_from
-    state, source = world.raise_on_all_ranks(read_state, source, resume, stages, corpus)
+    state, path, tokenizer = world.raise_on_all_ranks(read_state, source, resume, stages)
+    if path:
+        check_tokenizer(corpus, tokenizer, path)
+
     run = run_class(s, stages, world, machine, corpus, state)
-    run.build(source)
-    world.on_rank_0(begin_files, run, resume)
-    run.metrics = stack.enter_context(
-        open(run.folder / "metrics.jsonl" if world.rank == 0 else os.devnull, "a")
-    )
-    print(describe_run(run, resume))
+    run.build(path)
     if resume:
         run.saved = state.step
+        world.on_rank_0(cut_log, run.folder / "metrics.jsonl", state.step, state.stage)
+    world.on_rank_0(write_run, run.folder, s, stages, machine, corpus)
+    print(describe_run(run, resume))
+    log = run.folder / "metrics.jsonl" if world.rank == 0 else os.devnull
+    run.metrics = stack.enter_context(open(log, "a"))
     run.save()  # a disk that cannot take a checkpoint shows now, not in an hour
     return run
-
-
-def read_state(
-    source: str | None, resume: bool, stages: list[Stage], corpus: data.Corpus
-) -> tuple[RunState, Path | None]:
-    """Where a run begins, and the checkpoint that it begins with."""
-    if source is None:
-        return RunState(), None
-    path = find_checkpoint(source)
-    info = read_info(path)
-    check_tokenizer(corpus, info["tokenizer"], path)
-    if not resume:
-        return RunState(samples=info["samples"], growth=info["growth"]), path
-    state = RunState(info["step"], info["samples"], info["stage"], info["growth"])
-    if info["config"] != stages[state.stage].config.to_dict():
-        raise ValueError(
-            f"{path} holds another model than stage {state.stage + 1} of "
-            f"{Path(source) / 'config.json'}: one of them was edited"
-        )
-    return state, path
-
-
-def begin_files(run: Run, resume: bool):
-    """config.json, and for a resumed run the log up to its checkpoint."""
-    if resume:
-        cut_log(run.folder / "metrics.jsonl", run.state.step, run.state.stage)
-    write_run(run.folder, run.settings, run.stages, run.machine, run.corpus)
 
 
 def describe_run(run: Run, resume: bool) -> str:
@@ -1095,95 +1167,18 @@ def describe_run(run: Run, resume: bool) -> str:
     rest = f" left, from sample {samples:,}" if samples else ""
     tokens = run.corpus.n_rows("train", "language") * T
     mup = "on" if stages[-1].config.mup else "off"
-    lines = [f"{'going on with' if resume else 'training'} {run.folder}"]
-    lines += [f"  machine   {run.machine.why}"]
-    lines += [f"  layout    {run.world.layout}"] if run.world.size > 1 else []
-    lines += [f"  data      {run.corpus.path}: {tokens:,} training tokens "]
-    lines[-1] += f"({run.corpus.tokenizer.name})"
-    lines += [
-        f"  stage {i}   {describe_config(stage.config)}: samples {stage.start:,} to {stage.end:,}"
-        for i, stage in enumerate(stages, 1)
+    lines = [
+        f"{'going on with' if resume else 'training'} {run.folder}",
+        f"  machine   {run.machine.why}",
+        f"  layout    {run.world.layout}",
+        f"  data      {run.corpus.path}: {tokens:,} training tokens ({run.corpus.tokenizer.name})",
     ]
-    lines += [
-        f"  job       batches of {s.batch_size} x {T} tokens, learning rate {s.lr:g}, muP {mup}"
-    ]
-    lines[-1] += f": {total / 1e12:.3g} TFLOP{rest}"
-    return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def stop_on_signal():
-    """A list that receives the numbers of Ctrl-C and SIGTERM: the run stops after the present step.
-    A second Ctrl-C stops at once."""
-    asked = []
-
-    def ask(number, frame):
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    old = {}
-    with contextlib.suppress(ValueError):  # not in the main thread, which alone handles signals
-        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def train(
-    settings: Settings,
-    *,
-    resume: bool = False,
-    stop_at: int | None = None,
-    world: World = World(),
-    run_class: type[Run] = Run,
-) -> dict:
-    """Run the job that `settings` describe, or go on with it. Returns the last evaluation with
-    "step", "samples", "folder", "stopped" (the number of the signal, or None) and "move" (the
-    layout that the next stage asks for, or None).
-
-    stop_at: save and leave at that step, as a signal would. run_class: a subclass of Run. Every
-    rank of `world` calls this with the same settings. Raises ValueError for settings that do not
-    fit, OSError for a disk that does not take the run, NonFinite."""
-    with contextlib.ExitStack() as stack:
-        run = open_run(settings, resume, world, stack, run_class)
-        state, s, result, move = run.state, run.settings, {}, None
-        asked = stack.enter_context(stop_on_signal())
-        run.bar = stack.enter_context(progress_bar(run))
-        try:
-            while state.step < run.last_step and state.step != stop_at and not run.stopped(asked):
-                if run.growth_is_due():
-                    move = run.other_layout()
-                    if move:
-                        break
-                    run.grow()
-                run.train_step()
-                # The log comes before the checkpoint. On --resume, newer lines of the log are
-                # dropped and written again, so no evaluation is lost.
-                last = state.step == run.last_step
-                if last or state.step % s.eval_every == 0:
-                    result = run.evaluate()
-                if last or state.step % s.save_every == 0:
-                    run.save()
-        except NonFinite as error:
-            run.save()
-            raise NonFinite(advice_after(error, run)) from None
-        except OSError as error:  # a full disk under the log, a closed terminal
-            if run.world.size == 1:
-                run.save()
-            where = f"saved at step {run.saved}; to go on: {resume_command(run.world, run.folder)}"
-            raise OSError(f"{error}\n{where}") from error
-        run.save()
-        signals = [number for number in run.world.gather(asked[0] if asked else None) if number]
-    return result | {
-        "step": state.step,
-        "samples": state.samples,
-        "folder": str(run.folder),
-        "stopped": signals[0] if signals and state.step < run.last_step else None,
-        "move": move,
-    }
+    for i, stage in enumerate(stages, 1):
+        place = f"samples {stage.start:,} to {stage.end:,}"
+        lines.append(f"  stage {i}   {describe_config(stage.config)}: {place}")
+    job = f"batches of {s.batch_size} x {T} tokens, learning rate {s.lr:g}, muP {mup}"
+    lines.append(f"  job       {job}: {total / 1e12:.3g} TFLOP{rest}")
+    return "\n".join(line for line in lines if run.world.size > 1 or "  layout " not in line)
 
 
 def progress_bar(run: Run) -> tqdm:
@@ -1197,26 +1192,96 @@ def progress_bar(run: Run) -> tqdm:
     )
 
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
+
+
+@contextlib.contextmanager
+def receive_signals(received: list[int]):
+    """Append the numbers of signals that ask a run to stop, in place of what they do otherwise; a
+    second Ctrl-C stops at once. A signal that the caller ignores (nohup) stays ignored."""
+
+    def receive(number, frame):
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    try:
+        with contextlib.suppress(ValueError):  # only the main thread may handle signals
+            for number in before:
+                signal.signal(number, receive)
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train(
+    settings: Settings,
+    *,
+    resume: bool = False,
+    stop_at: int | None = None,
+    world: World = World(),
+    run_class: type[Run] = Run,
+) -> dict:
+    """Run the job that `settings` describe, or go on with it. Returns the last evaluation with
+    "step", "samples", "folder", "signals" (the first one of each rank that received one: {rank:
+    number}; empty at the end of a run) and "move" (the layout that the next stage asks for).
+
+    stop_at: save and leave at that step, as a signal would. run_class: a subclass of Run. Every
+    rank of `world` calls this with the same settings. Raises ValueError for settings that do not
+    fit, OSError for a disk that does not take the run, NonFinite."""
+    with contextlib.ExitStack() as stack:
+        run = open_run(settings, resume, world, stack, run_class)
+        state, s, result, move = run.state, run.settings, {}, None
+        stack.enter_context(receive_signals(run.signals))
+        run.bar = stack.enter_context(progress_bar(run))
+        try:
+            while state.step < run.last_step and state.step != stop_at and not run.stopped():
+                if run.growth_is_due():
+                    move = run.other_layout()
+                    if move:
+                        break
+                    run.grow()
+                run.train_step()
+                # The log comes before the checkpoint. On --resume, newer lines of the log are
+                # dropped and written again, so no evaluation is lost.
+                last = state.step == run.last_step
+                if last or state.step % s.eval_every == 0:
+                    result = run.evaluate()
+                if last or state.step % s.save_every == 0 or run.save_is_due:
+                    run.save()
+        except parallel.Stopped:
+            pass  # half a step is thrown away; the weights are those from before it
+        except NonFinite as error:
+            raise NonFinite(run.advice(error)) from None
+        except OSError as error:  # a full disk under the log, a closed terminal
+            if run.world.size == 1:
+                run.save()
+            go_on = resume_command(run.world, run.folder)
+            raise OSError(f"{error}\nsaved at step {run.saved}; to go on: {go_on}") from error
+        run.save()
+        finished = state.step == run.last_step
+        if finished:
+            run.confirm()
+        signals = {} if finished else dict(enumerate(run.world.gather(run.signals[:1])))
+    return result | {
+        "step": state.step,
+        "samples": state.samples,
+        "folder": str(run.folder),
+        "signals": {rank: numbers[0] for rank, numbers in signals.items() if numbers},
+        "move": move,
+    }
+
+
 def program(world: World) -> str:
     return "python train.py" if world.size == 1 else "torchrun ... train.py"
 
 
 def resume_command(world: World, folder) -> str:
     return f"{program(world)} --resume {shlex.quote(str(folder))}"
-
-
-def advice_after(error: NonFinite, run: Run) -> str:
-    s = run.settings
-    return (
-        f"step {run.state.step + 1} stopped before the optimizer: {error}. The weights from before "
-        f"it are in {run.folder}.\nTry {resume_command(run.world, run.folder)} with a smaller --lr "
-        f"(now {s.lr:g}), or a new run with a longer --warmup (now {s.warmup} samples) or "
-        "--dtype float32"
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# 7. Other modes
 
 
 def resumed(folder: str, given: dict) -> Settings:
@@ -1227,46 +1292,41 @@ def resumed(folder: str, given: dict) -> Settings:
         parent = shlex.quote(str(Path(folder).parent))
         raise ValueError(f"{folder} is one checkpoint; --resume takes its run: --resume {parent}")
     s, _ = read_run(folder)
-    changed = {k: v for k, v in given.items() if v != getattr(s, k)}
-    may_change = {field.name for field in FIELDS if field.metadata.get("resume")}
-    refuse(
-        [
-            f"{flag(k)} {v}: this run has {getattr(s, k)}"
-            for k, v in changed.items()
-            if k not in may_change
-        ],
-        "a run fixes these, start a new one to change them:",
-    )
+    wanted = dataclasses.replace(s, **given)
+    changed = {k: getattr(wanted, k) for k in given if getattr(wanted, k) != getattr(s, k)}
+    fixed = {field.name for field in FIELDS if not field.metadata.get("resume")} & set(changed)
+    problems = [f"{flag(k)} {changed[k]}: this run has {getattr(s, k)}" for k in sorted(fixed)]
+    refuse(problems, "a run fixes these, start a new one to change them:")
     info = read_info(find_checkpoint(folder))
     s = dataclasses.replace(s, out=str(folder), **changed)
     refuse(check_settings(s))
-    if not total_steps(resumed_stages(s), info["samples"]):
-        raise ValueError(
-            f"{folder} has done its {info['step']} steps: ask for more, as in --resume {where} "
-            f"--steps {2 * info['step']}"
-        )
+    if not schedule.total_steps(resumed_stages(s), info["samples"]):
+        more = f"ask for more, as in --resume {where} --steps {2 * info['step']}"
+        raise ValueError(f"{folder} has done its {info['step']} steps: {more}")
     for name in {"steps", "lr", "min_lr"} & set(changed):
-        print(
-            f"{flag(name)} is now {changed[name]}: the learning rate follows the new schedule from "
-            "here on"
-        )
+        follows = "the learning rate follows the new schedule from here on"
+        print(f"{flag(name)} is now {changed[name]}: {follows}")
     return s
 
 
-def eval_only(checkpoint: str, given: dict, world: World = World()) -> dict:
-    """Print the held-out loss of a checkpoint, and return it. A checkpoint in its run's folder is
-    evaluated like the run; `given` has the options that differ."""
-    path = world.raise_on_all_ranks(find_checkpoint, checkpoint)
+# --------------------------------------------------------------------------------------------------
+# 8. Other modes
+
+
+def eval_only(source: str, given: dict, world: World = World()) -> dict:
+    """Print the held-out loss of a checkpoint, and return it. A step folder in its run is evaluated
+    like the run, a file with default settings; `given` has the options that differ."""
+    path = world.raise_on_all_ranks(find_checkpoint, source)
     if path.is_file() and world.size > 1:
         raise ValueError(f"{path} holds weights for one process: give a run or a step folder")
     run = path.parent if path.is_dir() and (path.parent / "config.json").exists() else None
     s = read_run(run)[0] if run else Settings(batch_size=16)
-    layout = {field.name for field in dataclasses.fields(Layout)}
-    defaults = {field.name: field.default for field in FIELDS if field.name in layout}
+    defaults = {field.name: field.default for field in FIELDS if field.name in LAYOUT}
     s = dataclasses.replace(s, **defaults | given)
-    check_same_settings(world, s, False)
+    check_same_settings(world, s)
     refuse(check_settings(s))
-    use_threads(s)
+    if s.threads:
+        torch.set_num_threads(s.threads)
     machine = pick_machine(s.device, s.dtype, world)
     stages = []
     if path.is_dir():  # an evaluation fills up the rows that a layout needs, so any number fits
@@ -1276,7 +1336,7 @@ def eval_only(checkpoint: str, given: dict, world: World = World()) -> dict:
     layout = plan_layout(dataclasses.replace(s, micro_batch=1), stages, world.size)
     world = parallel.arrange(world, layout, machine.device)
     worker, info = load_worker(path, machine, world)
-    text = s.data or (recorded_corpus(run) if run else None)
+    text = world.on_rank_0(find_text, run, s.data)[0] if run else s.data
     tokenizer = s.tokenizer if run or "tokenizer" in given else info["tokenizer"]
     corpus = open_corpus(text, tokenizer, s.tokenizer_file, worker.config, world)
     check_tokenizer(corpus, info["tokenizer"], path)
@@ -1286,47 +1346,51 @@ def eval_only(checkpoint: str, given: dict, world: World = World()) -> dict:
     return result
 
 
+def timed(device: torch.device, action: Callable, *args) -> tuple[float, object]:
+    """(seconds, result) of action(*args)."""
+    start = now(device)
+    result = action(*args)
+    return now(device) - start, result
+
+
 def time_steps(worker: Worker, optimizer, s: Settings, rounds: int) -> list[float]:
     """Median seconds of a forward pass alone, of forward and backward, and of the update, on random
     tokens; the first two rounds do not count."""
-    world, T = worker.world, worker.config.max_seq_len
+    world, T, device = worker.world, worker.config.max_seq_len, worker.device
     micro = parallel.micro_rows(world.layout, s.batch_size, s.micro_batch)
     draw = torch.Generator().manual_seed(s.seed + world.at("dp"))
     size = (s.batch_size // world.layout.dp, T + 1)
     rows = torch.randint(worker.config.vocab_size, size, generator=draw)
-    tokens, targets, count = rows[:, :-1], rows[:, 1:], s.batch_size * T
-    times = []
+    batch, count, times = (rows[:, :-1], rows[:, 1:], micro), s.batch_size * T, []
     for _ in range(rounds + 2):
-        marks = [now(worker.device)]
-        worker.forward(tokens, targets, micro)
-        marks.append(now(worker.device))
-        nats = worker.gradients(tokens, targets, micro, count)
-        marks.append(now(worker.device))
-        update(worker, optimizer, s.clip, s.lr, nats, count)
-        marks.append(now(worker.device))
-        times.append([end - start for start, end in zip(marks, marks[1:])])
+        forward, _ = timed(device, worker.forward, *batch)
+        both, nats = timed(device, worker.gradients, *batch, count)
+        optimize, _ = timed(device, update, worker, optimizer, s.clip, s.lr, nats, count)
+        times.append((forward, both, optimize))
     return [statistics.median(column) for column in zip(*times[2:])]
 
 
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes that this process has used at most; None where the system does not say."""
+def peak_memory(device: torch.device) -> float | None:
+    """GiB that this process has used at most; None where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device) / 2**30
     try:
         import resource  # not on Windows
     except ImportError:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def benchmark(settings: Settings, world: World = World(), rounds: int = 5) -> dict:
     """Time training steps of the final model on random tokens. The backward pass is what forward
-    and backward together take longer than a forward pass alone."""
-    check_same_settings(world, settings, False)
+    and backward together take longer than a forward pass alone. Raises ValueError where the times
+    make no sense, because the machine was busy with something else."""
+    check_same_settings(world, settings)
     s, stages = world.raise_on_all_ranks(resolve, settings)
     config, layout = stages[-1].config, plan_layout(s, stages[-1:], world.size)
-    use_threads(s)
+    if s.threads:
+        torch.set_num_threads(s.threads)
     machine = pick_machine(s.device, s.dtype, world)
     world = parallel.arrange(world, layout, machine.device)
     worker = world.raise_on_all_ranks(allocate, config, machine, world, s.compile)
@@ -1334,7 +1398,13 @@ def benchmark(settings: Settings, world: World = World(), rounds: int = 5) -> di
     forward, both, optimize = time_steps(worker, make_optimizer(worker, s), s, rounds)
     B, T, seconds = s.batch_size, config.max_seq_len, both + optimize
     achieved = 3 * forward_flops(config, T) * B * T / seconds
-    memory = peak_memory(machine.device)
+    peak, memory = machine.measure_again(world).peak, peak_memory(machine.device)
+    if achieved > peak or forward > both:
+        raise ValueError(
+            f"these times make no sense: {achieved / 1e9:.1f} GFLOP/s of a measured peak of "
+            f"{peak / 1e9:.1f}, and {both:.3g} s forward and backward, {forward:.3g} s forward "
+            "alone. The machine was busy with something else; run the benchmark again"
+        )
     return {
         "parameters": count_parameters(config),
         "batch_size": B,
@@ -1347,19 +1417,17 @@ def benchmark(settings: Settings, world: World = World(), rounds: int = 5) -> di
         "forward_ms": round(forward * 1e3, 2),
         "backward_ms": round((both - forward) * 1e3, 2),
         "optimizer_ms": round(optimize * 1e3, 2),
-        "peak_memory_gib": memory and round(memory / 2**30, 3),
+        "peak_memory_gib": memory and round(memory, 3),
         "achieved_gflops": round(achieved / 1e9, 1),
-        "peak_gflops": round(machine.peak / 1e9, 1),
-        "utilisation": round(achieved / machine.peak, 4),
+        "peak_gflops": round(peak / 1e9, 1),
+        "utilisation": round(achieved / peak, 4),
         "machine": machine.why,
         "torch": torch.__version__,
     }
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The command line
-
-MODES = ("resume", "auto_resume", "eval_only", "export", "benchmark")
+# 9. The command line
 
 
 def add_option(group, field: dataclasses.Field):
@@ -1390,8 +1458,8 @@ def make_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n" + __doc__.split("\n\n")[1],
-        description="Train FLM-101B's model. With no arguments: a small one, on Python's own source, "
-        "in a few minutes.",
+        description="Train FLM-101B's model. With no arguments: a small one, on Python's own "
+        "source, in a few minutes.",
     )
     for field in FIELDS:
         if "group" in field.metadata:
@@ -1425,90 +1493,107 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv=None, world: World = World(), run_class: type[Run] = Run) -> int:
     """The command line; returns the exit code."""
     given = vars(make_parser().parse_args(argv))
-    if "model" in given:
-        given["model"] = tuple(given["model"])
-    modes = {k: given.pop(k) for k in MODES if k in given}
-    mode = next(iter(modes), None)
+    mode = next((name for name in MODES if name in given), None)
+    value = given.pop(mode, None)
     if mode in ("eval_only", "export", "benchmark"):
-        unused = [f.name for f in FIELDS if mode not in f.metadata.get("modes", ())]
-        extra = sorted(set(given) & set(unused))
-        if extra:
-            words = ", ".join(map(flag, extra))
-            raise ValueError(f"{flag(mode)} makes no use of {words}: leave it out")
+        used = {field.name for field in FIELDS if mode in field.metadata.get("modes", ())}
+        extra = ", ".join(map(flag, sorted(set(given) - used)))
+        refuse([f"{flag(mode)} makes no use of {extra}: leave it out"] if extra else [])
     if mode == "benchmark":
         print(json.dumps(benchmark(Settings(**given), world), indent=1))
-    elif mode == "eval_only":
-        eval_only(modes[mode], given, world)
-    elif mode == "export" and world.size > 1:
-        raise ValueError("--export needs one process: run it without torchrun")
-    elif mode == "export":
-        export_weights(*modes[mode])
-    else:
-        return train_and_tell(given, modes, world, run_class)
-    return 0
-
-
-def train_and_tell(given: dict, modes: dict, world: World, run_class: type[Run]) -> int:
-    """Train, and print what came out and what to type next."""
-    start = time.perf_counter()
-    if "auto_resume" in modes:
+        return 0
+    if mode == "eval_only":
+        eval_only(value, given, world)
+        return 0
+    if mode == "export":
+        if world.size > 1:
+            raise ValueError("--export needs one process: run it without torchrun")
+        checkpoint.export_weights(*value)
+        return 0
+    if mode == "auto_resume":
         if "out" not in given:
             raise ValueError(
                 "--auto-resume goes on with the run in --out if there is one: add --out DIR"
             )
         if world.on_rank_0(has_checkpoint, given["out"]):
-            modes["resume"] = given.pop("out")
-    resume = "resume" in modes
+            mode, value = "resume", given.pop("out")
+    start, resume = time.perf_counter(), mode == "resume"
     if resume:
-        settings = world.raise_on_all_ranks(resumed, modes["resume"], given)
+        s = world.raise_on_all_ranks(resumed, value, given)
     else:
-        settings = Settings(**given)
-    result = train(settings, resume=resume, world=world, run_class=run_class)
-    go_on = resume_command(world, result["folder"])
-    if result["stopped"]:
-        name = signal.Signals(result["stopped"]).name
-        print(f"stopped by {name} after step {result['step']}, saved; to go on:\n  {go_on}")
-        return 128 + result["stopped"]
-    if result["move"]:
+        s = Settings(**given)
+    result = train(s, resume=resume, world=world, run_class=run_class)
+    return tell(result, s, world, time.perf_counter() - start)
+
+
+def tell(result: dict, s: Settings, world: World, seconds: float) -> int:
+    """Print what came out of a run and what to type next; returns the exit code."""
+    step, signals, move = result["step"], result["signals"], result["move"]
+    folder, go_on = shlex.quote(result["folder"]), resume_command(world, result["folder"])
+    if signals:
+        number = next(iter(signals.values()))
+        name = signal.Signals(number).name
+        print(f"stopped by {name} after step {step}, saved; to go on:\n  {go_on}")
+        if len(signals) < world.size:
+            ranks = ", ".join(map(str, signals))
+            print(
+                f"torchrun takes this for a failure, since only rank {ranks} received the signal: "
+                "with --max-restarts it starts the run again"
+            )
+        return 128 + number
+    if move:
         print(
-            f"saved at step {result['step']}: the next stage lies on another layout; it begins when "
-            f"you type, on as many processes:\n  {go_on} {result['move']}"
+            f"saved at step {step}: the next stage lies on another layout; it begins when you "
+            f"type, on as many processes:\n  {go_on} {move}"
         )
         return 0
-    print(f"done in {time.perf_counter() - start:.0f} s")
-    if world.rank == 0 and settings.tp == settings.pp == 1:
-        print("a sample, from the start of a new document:\n")
-        model, info = load_model(result["folder"])
-        continue_texts(
-            model,
-            info,
-            [""],
-            max_new_tokens=min(400, model.config.max_seq_len - 1),
-            temperature=0.8,
-            stream=sys.stdout,
-            tokenizer_file=settings.tokenizer_file,
-        )
-    folder = shlex.quote(result["folder"])
+    print(f"done in {seconds:.0f} s.")
+    if world.rank == 0 and s.tp == s.pp == 1:
+        print_sample(result["folder"], s)
     print(
         f"\nWhat next?\n"
         f'  let it continue your words      python sample.py {folder} --prompt "def "\n'
-        f"  train it twice as long          {go_on} --steps {2 * result['step']}\n"
+        f"  train it twice as long          {go_on} --steps {2 * step}\n"
         f"  train on your own text          python data.py prepare mine.txt --out corpora/mine\n"
         f"                                  {program(world)} --data corpora/mine"
     )
     return 0
 
 
+def print_sample(folder: str, s: Settings):
+    """What the model writes from the start of a document."""
+    model, info = checkpoint.load_model(folder)
+    room = min(400, model.config.max_seq_len - 1)
+    if room:
+        print("A sample, from the start of a new document:\n")
+        options = dict(max_new_tokens=room, temperature=0.8, tokenizer_file=s.tokenizer_file)
+        continue_texts(model, info, [""], stream=sys.stdout, **options)
+
+
+def advice_for(error: RuntimeError) -> str | None:
+    """What to do about an error of PyTorch that a user can mend; None for any other error."""
+    # PyTorch has no class of its own for a CPU without memory.
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "out of memory: try a smaller --micro-batch or --eval-batch, or a smaller model"
+    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return (
+            "--compile: PyTorch cannot compile here. It needs a C++ compiler (g++ or clang++): "
+            f"install one, or leave --compile out\n  {str(error).strip().splitlines()[0]}"
+        )
+    return None
+
+
 def call_main(main: Callable[..., int], world: World) -> int:
     """main(world=world), with the errors that console.run does not know. An error that all ranks
-    have is printed by rank 0."""
-    out_of_memory = "out of memory: try a smaller --micro-batch or --eval-batch, or a smaller model"
+    have is printed by rank 0 alone."""
+    if world.rank > 0:
+        sys.stdout = open(os.devnull, "w")
     try:
-        if world.rank > 0:
-            sys.stdout = open(os.devnull, "w")
         return main(world=world)
     except NonFinite as error:
-        text, code = str(error), 1
+        if world.rank == 0:
+            print(f"train.py: {error}", file=sys.stderr)
+        return 1
     except (ValueError, OSError):
         if world.rank == 0:
             raise
@@ -1516,30 +1601,28 @@ def call_main(main: Callable[..., int], world: World) -> int:
     except RuntimeError as error:
         if world.size > 1 and re.search("Connection (closed|reset) by peer", str(error)):
             return 1  # another rank has failed, and says why
-        # PyTorch has no class of its own for a CPU without memory
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+        text = advice_for(error)
+        if not text:
             raise
-        text, code = f"rank {world.rank}: {out_of_memory}", 2
-    if world.rank == 0 or code == 2:
-        print(f"train.py: {text}", file=sys.stderr)
-    return code
+        rank = f"rank {world.rank}: " if world.size > 1 else ""
+        print(f"train.py: {rank}{text}", file=sys.stderr)
+        return 2
 
 
 def launch(main: Callable[..., int] = main):
-    """Run main(world=...) as a program: in one process, or as one of torchrun's.
-
-    Errors are printed for people, on rank 0. Exit codes: those of console.run; 1 after NonFinite."""
+    """Run main(world=...) as a program, in one process or as one of torchrun's. Errors are printed
+    for people. Exit codes: those of console.run; 1 after NonFinite."""
     torchrun = dist.is_torchelastic_launched()
     world = World(rank=int(os.environ["RANK"]) if torchrun else 0)
 
-    def program() -> int:
+    def start() -> int:
         nonlocal world
         if torchrun:
             world = parallel.connect()
         return call_main(main, world)
 
     try:
-        console.run(program, "interrupted; what was saved before is whole")
+        console.run(start, "interrupted; what was saved before is whole")
     except SystemExit as end:
         if torchrun:
             parallel.leave(world, end.code)

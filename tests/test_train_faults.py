@@ -1,0 +1,329 @@
+"""Signals, full disks, kill -9 and numbers that are not finite: nothing is lost, and the words are
+true."""
+
+# ruff: noqa: F401, F811 (pytest finds fixtures by their names)
+
+# ruff: noqa: F401, F811 (pytest finds fixtures by their names)
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from workshop import (
+    CONFIG,
+    ROOT,
+    assert_same_run,
+    contents,
+    corpus,
+    flags,
+    go_on,
+    job,
+    log,
+    run_python,
+    steps_of,
+    workshop,
+)
+
+import checkpoint
+import data
+import muP
+import parallel
+import train
+from checkpoint import find_checkpoint, read_info
+from flm import FLM
+from train import main
+
+# --------------------------------------------------------------------------------------------------
+# Signals
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import data, train
+real, calls, number = data.Corpus.batch, [], int(sys.argv[2])
+def batch(*args, **options):
+    calls.append(0)
+    if len(calls) == 4:
+        os.kill(os.getpid(), number)
+    return real(*args, **options)
+data.Corpus.batch = batch
+sys.argv = ["train.py", *sys.argv[3:]]
+train.launch()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(corpus, number):
+    """A real signal to a real process, in its fourth step: the exit code is 128 + its number, the
+    message says how to go on, and the run, resumed, equals one that was never stopped."""
+    s = job(corpus, steps=100_000, batch_size=16, save_every=7, out="run")
+    done = run_python(SIGNALLED, str(int(number)), *flags(s))
+    assert done.returncode == 128 + number, done.stderr
+    assert (
+        f"stopped by {number.name} after step 4, saved; to go on:\n  python train.py --resume run\n"
+    ) in done.stdout
+    assert log("run")[-1]["step"] == 4 and "Traceback" not in done.stderr
+    go_on("run", stop_at=6)
+    straight = train.train(dataclasses.replace(s, out="straight"), stop_at=6)
+    assert straight["step"] == 6
+    assert_same_run("run", "straight")
+
+
+def signals_at_batch(monkeypatch, call, *numbers):
+    """The process gets these signals while it prepares its batch number `call`."""
+    real, calls = data.Corpus.batch, itertools.count(1)
+
+    def batch(self, *args, **options):
+        if next(calls) == call:
+            for number in numbers:
+                signal.raise_signal(number)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(data.Corpus, "batch", batch)
+
+
+def test_a_second_interrupt_stops_at_once(corpus, monkeypatch):
+    """Two Ctrl-C leave without finishing the step. The last checkpoint stays usable, and the
+    process's own handlers are back in place."""
+    straight, s = train.train(job(corpus))["folder"], job(corpus)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        signals_at_batch(patch, 4, signal.SIGINT, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(s)
+    assert steps_of(s.out)[-1] == "step-00000002"
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    go_on(s.out)
+    assert_same_run(s.out, straight)
+
+
+def test_a_signal_in_the_last_step(corpus, monkeypatch, capsys):
+    """A signal that comes during the last step changes nothing of the run, and every command that
+    is then printed works."""
+    straight, s = train.train(job(corpus))["folder"], job(corpus)
+    with monkeypatch.context() as patch:
+        signals_at_batch(patch, 6, signal.SIGTERM)
+        main(flags(s))
+    assert_same_run(s.out, straight)
+    for line in re.findall(r"python train\.py (--resume.*)", capsys.readouterr().out):
+        assert main(shlex.split(line.split("  ")[0])) == 0
+
+
+def test_trains_outside_the_main_thread(corpus):
+    """Python lets only the main thread handle signals; a run in another thread works without."""
+    s = job(corpus)
+    thread = threading.Thread(target=train.train, args=(s,))
+    thread.start()
+    thread.join()
+    assert log(s.out)[-1]["step"] == 6
+
+
+# --------------------------------------------------------------------------------------------------
+# Killed or out of space during a save
+
+
+def raises(error):
+    raise error
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in our code catches it."""
+
+
+def cut_largest(folder):
+    largest = max(Path(folder).iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def breaks_save(monkeypatch, step, error, cut=True):
+    """dcp.save, for the checkpoint of that step, leaves half of it and raises `error`."""
+    real = dcp.save
+
+    def save(tensors, checkpoint_id, **options):
+        real(tensors, checkpoint_id=checkpoint_id, **options)
+        if f"step-{step:08d}" in str(checkpoint_id):
+            cut_largest(checkpoint_id)
+            raise error
+
+    monkeypatch.setattr(dcp, "save", save)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "tensors half written",
+        "before checkpoint.json is whole",
+        "before the rename",
+        "before old ones go",
+    ],
+)
+def test_killed_anywhere_in_a_save(corpus, monkeypatch, place):
+    """Wherever in a save the process ends, there is a whole checkpoint, and the run that goes on
+    from it equals an undisturbed one and leaves no half folders."""
+    straight, s = train.train(job(corpus))["folder"], job(corpus, keep=1)
+
+    tmp, whole = Path(s.out, "step-00000004.tmp"), Path(s.out, "step-00000004")
+
+    def dies(owner, name, when):
+        real = getattr(owner, name)
+
+        def call(*args, **options):
+            if when(*args):
+                raise Killed
+            return real(*args, **options)
+
+        patch.setattr(owner, name, call)
+
+    with monkeypatch.context() as patch:
+        if place == "tensors half written":
+            breaks_save(patch, 4, Killed())
+        elif place == "before checkpoint.json is whole":
+            dies(json, "dump", lambda *_: tmp.exists())
+        elif place == "before the rename":
+            dies(Path, "rename", lambda path, _: path == tmp)
+        else:
+            dies(checkpoint, "remove_old_checkpoints", lambda *_: whole.exists())
+        with pytest.raises(Killed):
+            train.train(s)
+    assert find_checkpoint(s.out).name == ("step-00000004" if "old" in place else "step-00000002")
+    go_on(s.out)
+    assert_same_run(s.out, straight)
+    assert steps_of(s.out) == ["step-00000006"]
+
+
+KILLED_BY_THE_SYSTEM = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch.distributed.checkpoint as dcp
+import train
+whole = dcp.save
+def half(tensors, checkpoint_id, **options):
+    whole(tensors, checkpoint_id=checkpoint_id, **options)
+    if checkpoint_id.name == "step-00000004.tmp":
+        file = max(checkpoint_id.iterdir(), key=lambda path: path.stat().st_size)
+        os.truncate(file, file.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+dcp.save = half
+train.main(sys.argv[2:])
+"""
+
+
+def test_kill_9_during_a_save(corpus):
+    """A real kill -9 with half of a checkpoint written: the one before is used, and the resumed run
+    equals an undisturbed one."""
+    s = job(corpus)
+    done = run_python(KILLED_BY_THE_SYSTEM, *flags(s))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert steps_of(s.out) == ["step-00000000", "step-00000002", "step-00000004.tmp"]
+    assert find_checkpoint(s.out).name == "step-00000002"
+    assert main(["--resume", s.out]) == 0
+    assert_same_run(s.out, train.train(job(corpus))["folder"])
+    assert steps_of(s.out) == ["step-00000004", "step-00000006"]
+
+
+def test_full_disk_during_a_save(corpus, monkeypatch):
+    """No space left: an OSError of one line that names the checkpoint and the reason; no half
+    folder; the checkpoint before is whole, and the run goes on from it exactly."""
+    s = job(corpus)
+    with monkeypatch.context() as patch:
+        breaks_save(patch, 4, OSError(28, "No space left on device"))
+        with pytest.raises(OSError) as caught:
+            train.train(s)
+    lines = str(caught.value).splitlines()
+    place = f"{s.out}/step-00000004"
+    assert lines[0] == f"could not write the checkpoint {place}: No space left on device"
+    assert steps_of(s.out) == ["step-00000000", "step-00000002"]
+    go_on(s.out)
+    assert_same_run(s.out, train.train(job(corpus))["folder"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), KeyboardInterrupt()],
+    ids=["full disk", "Ctrl-C"],
+)
+@pytest.mark.parametrize("place", ["checkpoint", "config.json"])
+def test_a_run_that_cannot_begin_leaves_nothing(corpus, monkeypatch, place, error):
+    """If its first files cannot be written there is no run: nothing is left of it, and the same
+    command works once there is space."""
+    s = job(corpus)
+    with monkeypatch.context() as patch:
+        if place == "checkpoint":
+            breaks_save(patch, 0, error)
+        else:
+            patch.setattr(Path, "replace", lambda path, to: raises(error))
+        with pytest.raises(type(error)):
+            train.train(s)
+    assert not Path(s.out).exists()
+    assert train.train(s)["step"] == 6
+
+
+SEVERAL_COMMANDS = """
+import contextlib, io, json, resource, runpy, sys
+sys.path.insert(0, sys.argv[1])
+import checkpoint
+write = checkpoint.write_checkpoint
+def limited(folder, tensors, info, group):
+    if "interrupted" in str(folder):
+        raise KeyboardInterrupt
+    if info["step"] == 4 and "small-disk" in str(folder):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    return write(folder, tensors, info, group)
+checkpoint.write_checkpoint = limited
+found = []
+for line in json.loads(sys.argv[2]):
+    sys.argv = ["train.py", *line]
+    out, err, code = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.StringIO(), "none"
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(sys.path[0] + "/train.py", run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        except BaseException as error:
+            err.write("Traceback: " + repr(error))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    out.seek(0)
+    found.append([code, out.read(), err.getvalue()])
+print(json.dumps(found))
+"""
+
+
+def test_exit_codes(corpus):
+    """As a script: 0 for success, 2 for a user's mistake, 2 for a disk (here the system's limit on
+    a file's size) that is full, 1 for numbers that are not finite, 130 for Ctrl-C before there is
+    anything to save; each with its message as the last thing on the standard error, and no
+    traceback."""
+    good, small = job(corpus), job(corpus, out="small-disk")
+    wild, early = job(corpus, lr=1e30, warmup=0), job(corpus, out="interrupted")
+    commands = [["--preset", "demmo"], *map(flags, (small, wild, good, early))]
+    done = run_python(SEVERAL_COMMANDS, json.dumps(commands))
+    assert done.returncode == 0, done.stderr
+    mistake, full, infinite, fine, interrupted = json.loads(done.stdout)
+
+    assert mistake[:2] == [2, ""] and mistake[2].count("\n") == 1
+    assert mistake[2].startswith("train.py: unknown preset 'demmo': did you mean demo")
+    assert full[0] == 2
+    place = "small-disk/step-00000004"
+    assert f"train.py: could not write the checkpoint {place}: File too large\n" in full[2]
+    assert infinite[0] == 1 and "train.py: step 2 stopped before the optimizer: " in infinite[2]
+    assert fine[0] == 0 and "What next?" in fine[1]
+    assert interrupted[0] == 130 and interrupted[2].splitlines()[-1].startswith("train.py: ")
+    assert not any("Traceback" in err for _, _, err in (mistake, full, infinite, fine, interrupted))
+
+    assert steps_of("small-disk") == ["step-00000000", "step-00000002"]
+    go_on("small-disk")
+    assert_same_run("small-disk", good.out)
