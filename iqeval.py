@@ -53,8 +53,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import console
+from checkpoint import load_model, pick_device
 from data import EMOJI, decodable, get_tokenizer, prepare
-from flm import KVCache, generate, load_model, pick_device
+from flm import KVCache, generate
 
 # --------------------------------------------------------------------------------------------------
 # 1. Items

@@ -18,7 +18,8 @@ import torch
 
 import console
 import muP
-from flm import FLM, PRESETS, write_checkpoint
+from checkpoint import write_checkpoint
+from flm import FLM, PRESETS
 from iqeval import BATCH, TASKS, CheckpointModel
 
 ROUNDS = 3

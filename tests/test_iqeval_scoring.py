@@ -14,7 +14,8 @@ from iq_oracles import STORIES, Answers
 
 import iqeval
 import muP
-from flm import FLM, FLMConfig, write_checkpoint
+from checkpoint import write_checkpoint
+from flm import FLM, FLMConfig
 from iqeval import TASKS, CheckpointModel, evaluate
 
 TINY = FLMConfig(2, 32, 2, head_dim=16, d_ff=64, vocab_size=288, max_seq_len=768)
