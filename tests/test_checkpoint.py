@@ -1,7 +1,6 @@
 """Tests of checkpoint.py: a model on disk is whole or not there, and what is damaged is named."""
 
 import contextlib
-import doctest
 import json
 import resource
 import shutil
@@ -63,12 +62,7 @@ def run_of(folder: Path, *steps: int) -> list[Path]:
     return [save_model(folder / f"step-{n:08d}", build(tiny(), n), step=n) for n in steps]
 
 
-def test_the_examples_in_docstrings():
-    """The examples in checkpoint.py's docstrings are true."""
-    assert doctest.testmod(checkpoint).failed == 0
-
-
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing and reading
 
 
@@ -168,7 +162,7 @@ def test_both_ends_of_a_tied_embedding_are_read(tmp_path):
     assert all((optimizer.state[end]["exp_avg"] == 5).all() for end in ends)
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The folders of a run
 
 
@@ -250,7 +244,7 @@ def test_find_checkpoint_says_what_is_missing(tmp_path):
     assert "expected a run folder with step folders" in error(load_model, tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Damage
 
 
@@ -408,7 +402,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     assert sound_checkpoint(tmp_path) is None and "smaller --lr" in error(load_model, tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writes that fail
 
 
@@ -513,7 +507,7 @@ def test_an_export_that_fails_says_why(tmp_path):
         export_weights(tmp_path / "run", tmp_path / "nowhere" / "weights.pt")
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several processes
 
 TWO_RANKS = """
