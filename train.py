@@ -1069,7 +1069,8 @@ class Run:
         fresh += f"{s.warmup} samples) or --dtype float32"
         if not sound:
             return f"{text}No checkpoint is sound: {fresh}"
-        go_on = f"{resume_command(self.world, self.folder)} --lr {s.lr / 10:g}"
+        lower = min(s.lr / 10, RECIPES[s.preset]["lr"])
+        go_on = f"{resume_command(self.world, self.folder)} --lr {lower:g}"
         text += (
             f"The newest sound checkpoint is {sound}; newer ones are named .diverged now. Go on "
         )
