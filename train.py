@@ -253,8 +253,10 @@ def resolve(settings: Settings) -> tuple[Settings, list[Stage]]:
     # The recipe's stages are made for the preset's own model.
     word = "none" if s.stages is None and (s.model or s.init_from) else s.stages
     given = schedule.given_stages(word, s.preset, s.steps, s.batch_size)
-    numbers = dict(steps=s.steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup, seen=seen)
+    steps = None if s.stages == "paper" and settings.steps is None else s.steps
+    numbers = dict(steps=steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup, seen=seen)
     stages = schedule.plan_stages(given, config, **numbers)
+    s = dataclasses.replace(s, steps=schedule.total_steps(stages))
     if s.init_from:
         wanted, found = stages[0].config.to_dict(), config.to_dict()
         differ = [f"{k} {v}, not {wanted[k]}" for k, v in found.items() if v != wanted[k]]

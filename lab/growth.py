@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -170,7 +171,7 @@ def add_speed_ups(rows: list[dict]):
 
 
 def print_table(rows: list[dict]):
-    """The table, and how to read it."""
+    """The table, the best schedule of each budget first, and how to read it."""
 
     def shown(value, digits=2):
         return "-" if value is None else f"{value:.{digits}f}"
@@ -179,7 +180,11 @@ def print_table(rows: list[dict]):
     by_seed = "by seed" if seeds > 1 else ""
     print(f"\n{'run':22}{'steps':>6}{'TFLOP':>8}{'CPU s':>7}{'wall s':>7}{'loss':>8}", end="")
     print(f"{'speed-up':>10}{by_seed:>14}   stages")
-    for row in rows:
+
+    def order(row):
+        return row["name"] != "scratch", row["budget"], row["mean"]["loss"] or math.inf
+
+    for row in sorted(rows, key=order):
         known = sorted(row["by_seed"].values(), key=lambda value: value or 0)
         by_seed = f"{shown(known[0])} to {shown(known[-1])}" if seeds > 1 else ""
         cost, star = row["mean"], "*" if row["extrapolated"] else " "
