@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 import console
-import train
 from flm import count_parameters, preset
 from lab import runs
 from lab.report import write_json
 from lab.runs import FinishedRun
 from muP import SMALL, at_widths, model_config
+from settings import Settings
 
 # ----------------------------------------------------------------------------------------------
 # 1. The sweep
@@ -48,7 +48,7 @@ TRAINING = {"lr": 0.008, "batch_size": 16, "warmup": 800}
 INIT_STD = "init_std=0.05"
 
 
-def sweep_settings(args: argparse.Namespace) -> list[train.Settings]:
+def sweep_settings(args: argparse.Namespace) -> list[Settings]:
     """A run for each cell: parametrizations x widths x values x seeds."""
     clash = [word for word in args.model if word.startswith(f"{args.axis}=")]
     console.refuse(f"--model {word}: --axis decides it, leave it out" for word in clash)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import train_here, trained, write_corpus
 
+import machine
 import train
 from flm import forward_flops, preset
 from lab import growth, runs
@@ -42,7 +43,7 @@ def in_process(monkeypatch):
     """The same runs, in this process."""
     trained.clear()
     monkeypatch.setattr(runs, "train_jobs", train_here)
-    monkeypatch.setattr(train, "matmul_rate", lambda *args: 1e12)  # takes longer than these runs
+    monkeypatch.setattr(machine, "matmul_rate", lambda *args: 1e12)  # takes longer than these runs
 
 
 def bench(place: Path, *words, out: str = "runs") -> dict:
