@@ -63,9 +63,9 @@ LARGER = {"config": {"n_layers": 8}, "start": 50}
 @pytest.mark.parametrize(
     "stages, said",
     [
-        ([], ["a list of stages"]),
-        ({"preset": "demo"}, ["a list of stages"]),
-        ([3], ["a list of stages"]),
+        ([], ["stages are a JSON list"]),
+        ({"preset": "demo"}, ["stages are a JSON list"]),
+        ([3], ["stages are a JSON list"]),
         ([{"preset": "demmo"}], ["did you mean demo"]),
         ([{"preset": "demo", "tokns": 5}], ["unknown key 'tokns'"]),
         ([{"preset": "demo", "tokens": -1, "ramp": 1.5}], ["tokens = -1", "ramp = 1.5"]),
@@ -92,8 +92,8 @@ LARGER = {"config": {"n_layers": 8}, "start": 50}
         ([{"preset": "demo"}, LARGER | {"moments": "mean"}], ["unknown key 'moments'"]),
     ],
 )
-def test_bad_schedules(stages, said):
-    """A schedule that shrinks, goes backwards, overlaps a ramp, or says what nobody reads, is
+def test_bad_stages(stages, said):
+    """A list that shrinks, goes backwards, overlaps a ramp, or says what nobody reads, is
     refused by stage, with its numbers."""
     message = error(read_stages, stages)
     assert all(text in message for text in said), message
