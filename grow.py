@@ -183,13 +183,13 @@ def layer_plan(old_L: int, new_L: int, rule="stack") -> list[tuple[int | None, i
             "layers such as 0,1,2,1,2"
         )
     first = [layer is not None and layer not in row[:i] for i, layer in enumerate(row)]
-    plan = [(layer, None) if new else (None, layer) for layer, new in zip(row, first)]
-    if len(row) != new_L or [kept for kept, _ in plan if kept is not None] != [*range(old_L)]:
+    origins = [(layer, None) if new else (None, layer) for layer, new in zip(row, first)]
+    if len(row) != new_L or [kept for kept, _ in origins if kept is not None] != [*range(old_L)]:
         raise ValueError(
             f"the layers {row} must be {new_L} entries in which every old layer, 0 to {old_L - 1}, "
             "comes first in the old order: later mentions are copies, None is a fresh layer"
         )
-    return plan
+    return origins
 
 
 def split_name(name: str) -> tuple[int | None, str]:
@@ -204,7 +204,7 @@ def split_name(name: str) -> tuple[int | None, str]:
     return int(layer), part
 
 
-def source(name: str, plan: list[tuple[int | None, int | None]]) -> str | None:
+def source(name: str, origins: list[tuple[int | None, int | None]]) -> str | None:
     """The name of the old tensor that the new tensor `name` starts from, by a layer_plan; None for
     a tensor of a layer that is drawn.
 
@@ -214,7 +214,7 @@ def source(name: str, plan: list[tuple[int | None, int | None]]) -> str | None:
     layer, part = split_name(name)
     if layer is None:
         return name
-    kept, copied = plan[layer]
+    kept, copied = origins[layer]
     old = copied if kept is None else kept
     return None if old is None else f"layers.{old}.{part}"
 
@@ -290,7 +290,8 @@ def grow_tensor(
 def growth_record(
     old: FLMConfig, new: FLMConfig, layers, start: int, ramp: int, growths: int
 ) -> tuple[list, dict]:
-    """The layer plan and the record of a growth. Raises ValueError where it cannot be.
+    """Where each layer comes from (see layer_plan), and the record of the growth. Raises ValueError
+    where it cannot be.
 
     The record is plain JSON for the checkpoint, all that FLM.set_masks and flm.growth_mask need.
     The mask's value is computed from it, c = (samples - start) / ramp up to 1, and never added up:
@@ -298,11 +299,11 @@ def growth_record(
     check_growth(old, new)
     if start < 0 or ramp < 0:
         raise ValueError(f"start = {start}, ramp = {ramp}: must be 0 samples or above")
-    plan = layer_plan(old.n_layers, new.n_layers, layers)
-    return plan, {
+    origins = layer_plan(old.n_layers, new.n_layers, layers)
+    return origins, {
         "old": {name: getattr(old, name) for name in GROWS},
-        "layer_map": [kept for kept, _ in plan],
-        "copied_from": [copied for _, copied in plan],
+        "layer_map": [kept for kept, _ in origins],
+        "copied_from": [copied for _, copied in origins],
         "start": start,
         "ramp": ramp,
         "growths": growths,
@@ -350,7 +351,7 @@ def grow(
     finish_ramp: grow a model in mid-ramp as if its own mask had reached 1.
 
     Raises ValueError for a target that cannot be, a model in mid-ramp, or a part of a model."""
-    plan, record = growth_record(model.config, new_config, layers, start, ramp, growths)
+    origins, record = growth_record(model.config, new_config, layers, start, ramp, growths)
     check_model(model, finish_ramp)
     configs = {"old_config": model.config, "new_config": new_config}
     grown_tensor = partial(grow_tensor, **configs, seed=seed, growths=growths, draw=draw)
@@ -359,7 +360,7 @@ def grow(
     with torch.device("meta"):
         grown = FLM(new_config)
     grown = grown.to(some.dtype).to_empty(device=some.device).train(model.training)
-    sources = {name: parameters.get(source(name, plan)) for name, _ in grown.named_parameters()}
+    sources = {name: parameters.get(source(name, origins)) for name, _ in grown.named_parameters()}
     for name, parameter in grown.named_parameters():
         parameter.copy_(grown_tensor(name, sources[name]))
     grown.set_masks(record, 0.0)
@@ -459,7 +460,7 @@ def file_backed(size: tuple[int, ...], dtype: torch.dtype, folder: Path) -> torc
 
 
 def grown_tensors(
-    path: Path, new_config: FLMConfig, plan: list, grown_tensor: Callable, folder: Path
+    path: Path, new_config: FLMConfig, origins: list, grown_tensor: Callable, folder: Path
 ) -> dict[str, dict[str, torch.Tensor]]:
     """What the grown checkpoint holds, {"model": {name: tensor}, "optimizer": {name: tensor}}, in
     file-backed memory in `folder`. Raises ValueError where the old one lacks a tensor."""
@@ -472,7 +473,7 @@ def grown_tensors(
     with torch.device("meta"):
         names = [name for name, _ in FLM(new_config).named_parameters()]
     for name in tqdm(names, desc="growing", unit="parameter", disable=None):
-        start = source(name, plan)
+        start = source(name, origins)
         for kind, end in kinds:
             key = f"{kind}.{start}{end}"
             if start is not None and key not in old:
@@ -508,12 +509,12 @@ def grow_checkpoint(
     if out.exists():
         raise ValueError(f"{out} exists: choose another folder for the grown checkpoint")
     info = read_info(path)
-    plan, record = next_record(path, info, new_config, layers, ramp, finish_ramp)
+    origins, record = next_record(path, info, new_config, layers, ramp, finish_ramp)
     configs = {"old_config": FLMConfig.from_dict(info["config"]), "new_config": new_config}
     growths = record["growths"]
     grown_tensor = partial(grow_tensor, **configs, seed=seed, growths=growths, draw=draw)
     out.parent.mkdir(parents=True, exist_ok=True)
-    grown = grown_tensors(path, new_config, plan, grown_tensor, out.parent)
+    grown = grown_tensors(path, new_config, origins, grown_tensor, out.parent)
     kept = {key: value for key, value in info.items() if key not in ("format", "files")}
     info = {**kept, "config": new_config.to_dict(), "growth": record}
     write_checkpoint(out, grown, info)
@@ -582,8 +583,8 @@ def make_parser() -> argparse.ArgumentParser:
         "apply",
         help="grow a checkpoint into a larger one",
         description="Grow a checkpoint into a larger one that computes the same until its mask "
-        "leaves 0. It needs little memory, and for a while room on the disk for the old tensors and "
-        "twice the new ones.",
+        "leaves 0. It needs little memory, and for a while room on the disk for the old tensors "
+        "and for twice the new ones.",
         epilog="example: python grow.py apply runs/demo --to n_layers=12 d_ff=2048 "
         "--out runs/grown --ramp 1600",
     )

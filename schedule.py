@@ -1,7 +1,7 @@
 """schedule.py - a run as pure functions of the samples seen: stages, learning rate, FLOPs, cost.
 
     python schedule.py                      what growth saved the paper: days, FLOPs and dollars
-    python schedule.py --stages mine.json   what a schedule of your own costs
+    python schedule.py --stages mine.json   what stages of your own cost
 
 A run is a list of stages; at the start of each one but the first the model grows. Everything is
 counted in samples, which are rows of T tokens, so nothing here depends on the batch size. How many
@@ -167,7 +167,7 @@ def read_stage(given: dict, name: str, before: Stage | None, base: FLMConfig | N
 
 
 def read_stages(given: list[dict], base: FLMConfig | None = None) -> list[Stage]:
-    """The stages of a schedule, checked, with every start filled in.
+    """The stages of a run, checked, with every start filled in.
 
     A stage is {"preset": name, and/or "config": {fields}}: its model. Fields that are not named are
     those of the preset, or of the stage before; of `base` in the first stage. Its length is its
@@ -178,7 +178,7 @@ def read_stages(given: list[dict], base: FLMConfig | None = None) -> list[Stage]
     is_list = isinstance(given, list) and all(isinstance(item, dict) for item in given)
     if not is_list or not given:
         raise ValueError(
-            'a schedule is a list of stages, such as [{"preset": "flm-16b", "tokens": 245.37e9}]'
+            'stages are a JSON list, such as [{"preset": "flm-16b", "tokens": 245.37e9}, ...]'
         )
     stages = []
     for number, values in enumerate(given, 1):
@@ -187,7 +187,7 @@ def read_stages(given: list[dict], base: FLMConfig | None = None) -> list[Stage]
         try:
             stage = read_stage(values, name, before, base)
         except ValueError as error:
-            heading = f"this schedule does not work: stage {number} ({name})"
+            heading = f"these stages do not work: stage {number} ({name})"
             raise ValueError(f"{heading}\n  {error}") from None
         if before and before.tokens is None:
             tokens = (stage.start - before.start) * before.config.max_seq_len
@@ -463,7 +463,7 @@ def stage_cost(stage: Stage, price: float) -> dict:
 
 
 def cost_plan(stages: list[dict] | None = None, price: float | None = None) -> dict:
-    """What a schedule costs, by stage and in total, and the same tokens at the final size
+    """What a run costs, by stage and in total, and the same tokens at the final size
     throughout ("scratch", at the last stage's rate). Plain JSON.
 
     stages: see read_stages; None: the paper's. Each needs tokens, gpus (or dp, tp, pp), and days or
@@ -478,7 +478,7 @@ def cost_plan(stages: list[dict] | None = None, price: float | None = None) -> d
     used = paper if stages is None else read_stages(stages)
     needs = "needs tokens, gpus (or dp, tp and pp), and days or tflops (per GPU)"
     lacking = [s for s in used if not (s.tokens and s.gpus and (s.days or s.tflops))]
-    console.refuse((f"{s.name}: {needs}" for s in lacking), "this schedule cannot be costed:")
+    console.refuse((f"{s.name}: {needs}" for s in lacking), "these stages cannot be costed:")
     rows = [stage_cost(stage, price) for stage in used]
     total = {key: sum(row[key] for row in rows) for key in SUMMED}
     scratch = {key: rows[-1][key] * total["tokens"] / rows[-1]["tokens"] for key in SUMMED}

@@ -12,18 +12,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import torch
 
 import console
-import train
 from flm import FLMConfig
 from lab import runs
 from lab.report import write_json
 from lab.runs import FinishedRun
 from lab.transfer import mean
 from schedule import Stage, in_samples, plan_stages, read_json, training_flops
+from settings import Settings, flag, resolve
 
 # fmt: off
 MODEL = ("n_layers=8", "d_model=32", "n_heads=1", "head_dim=32", "d_ff=128", "max_seq_len=128",
@@ -73,7 +74,7 @@ def schedule_problems(name: str, stages: list[dict]) -> list[str]:
     return problems + ["is the name of the runs without growth"] * (name == "scratch")
 
 
-def equal_steps(stages: list[dict], budget: int, settings: train.Settings, final: FLMConfig) -> int:
+def equal_steps(stages: list[dict], budget: int, settings: Settings, final: FLMConfig) -> int:
     """The number of steps of this schedule that costs what `budget` steps from scratch cost."""
     many, B = 100_000, settings.batch_size
     options = {"batch_size": B, "lr": settings.lr, "warmup": settings.warmup}
@@ -84,12 +85,12 @@ def equal_steps(stages: list[dict], budget: int, settings: train.Settings, final
     return max(2 * len(stages) - 1, round(budget * flops[0] / flops[1]))
 
 
-def bench_settings(args: argparse.Namespace) -> dict[tuple[str, int], list[train.Settings]]:
+def bench_settings(args: argparse.Namespace) -> dict[tuple[str, int], list[Settings]]:
     """{(name, budget): a run for each seed}. Raises ValueError for what train.py would refuse."""
     common = runs.common_settings(args.train, set(), model=MODEL, **TRAINING)
     budgets = args.at or [min(args.steps)]
     checked = dataclasses.replace(common, steps=min(args.steps + budgets))
-    final = train.resolve(checked)[1][-1].config
+    final = resolve(checked)[1][-1].config
     result, out = {}, Path(args.out)
     schedules = {"scratch": [{}], **read_schedules(args.stages)}
     out.mkdir(parents=True, exist_ok=True)
@@ -170,7 +171,7 @@ def add_speed_ups(rows: list[dict]):
 
 
 def print_table(rows: list[dict]):
-    """The table, and how to read it."""
+    """The table, the best schedule of each budget first, and how to read it."""
 
     def shown(value, digits=2):
         return "-" if value is None else f"{value:.{digits}f}"
@@ -179,7 +180,11 @@ def print_table(rows: list[dict]):
     by_seed = "by seed" if seeds > 1 else ""
     print(f"\n{'run':22}{'steps':>6}{'TFLOP':>8}{'CPU s':>7}{'wall s':>7}{'loss':>8}", end="")
     print(f"{'speed-up':>10}{by_seed:>14}   stages")
-    for row in rows:
+
+    def order(row):
+        return row["name"] != "scratch", row["budget"], row["mean"]["loss"] or math.inf
+
+    for row in sorted(rows, key=order):
         known = sorted(row["by_seed"].values(), key=lambda value: value or 0)
         by_seed = f"{shown(known[0])} to {shown(known[-1])}" if seeds > 1 else ""
         cost, star = row["mean"], "*" if row["extrapolated"] else " "
@@ -208,7 +213,7 @@ HELP = f"""How much sooner does a grown model reach the same loss? Train one siz
 several budgets, and by growth. Stop it at any time: the same command goes on. What follows -- goes
 to train.py, for every run; without it, all runs have:
   {" ".join(MODEL[:6])}
-  {" ".join(MODEL[6:])} {" ".join(f"{train.flag(k)} {v}" for k, v in TRAINING.items())}
+  {" ".join(MODEL[6:])} {" ".join(f"{flag(k)} {v}" for k, v in TRAINING.items())}
 
 examples:
   python -m lab.growth --seeds 0 1 2

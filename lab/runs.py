@@ -4,7 +4,7 @@
     2. finished runs         what a run's own files say of it
     3. run_all               trains what is not finished, and shows progress
 
-A study (lab/transfer.py, lab/growth.py) makes one train.Settings for each of its runs. The runs
+A study (lab/transfer.py, lab/growth.py) makes one Settings for each of its runs. The runs
 must differ in nothing but what the study varies. So the study fixes the arithmetic for all of
 them: float32 on one thread, unless the user names another one.
 """
@@ -33,7 +33,9 @@ import console
 import train
 from checkpoint import list_checkpoints, read_info
 from flm import FLMConfig, count_parameters
+from run_folder import open_corpus, read_run, resumed
 from schedule import Stage, training_flops
+from settings import Settings, flag, make_parser, resolve
 
 # ----------------------------------------------------------------------------------------------
 # 1. What a study asks
@@ -58,23 +60,23 @@ def add_options(parser: argparse.ArgumentParser, out: str):
     add("train", nargs="*", metavar="-- OPTION", help="options of train.py, for all runs")
 
 
-def common_settings(words: list[str], decided: set[str], **defaults) -> train.Settings:
+def common_settings(words: list[str], decided: set[str], **defaults) -> Settings:
     """What all runs of a study share: `defaults`, changed by `words`, options of train.py.
 
     decided: settings that the study decides, besides DECIDED. Raises ValueError where a word
     names one of them, or something that is no setting of a run, such as --resume."""
-    given = vars(train.make_parser().parse_args(words))
-    free = set(train.Settings.__dataclass_fields__) - DECIDED - decided
-    wrong = [f"{train.flag(name)}: the study decides it" for name in given if name not in free]
+    given = vars(make_parser().parse_args(words))
+    free = set(Settings.__dataclass_fields__) - DECIDED - decided
+    wrong = [f"{flag(name)}: the study decides it" for name in given if name not in free]
     if given.get("dtype") == "auto":
         wrong.append("--dtype auto: all runs of a study need one arithmetic, name it")
     console.refuse(wrong, "options after -- that cannot be there, leave them out:")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     fixed = {"threads": 1, "dtype": "float32", "stages": "none", "keep": 1}
-    return train.Settings(**fixed | defaults | given)
+    return Settings(**fixed | defaults | given)
 
 
-def question(settings: train.Settings, stages: list[Stage], digest: str) -> dict:
+def question(settings: Settings, stages: list[Stage], digest: str) -> dict:
     """What two runs must share to give the same numbers: {name: value}. digest: of the text."""
     asked = {k: v for k, v in dataclasses.asdict(settings).items() if k not in NEUTRAL}
     asked["text"] = digest
@@ -84,12 +86,12 @@ def question(settings: train.Settings, stages: list[Stage], digest: str) -> dict
 
 def read_question(folder: Path) -> dict:
     """The question of the run in `folder`. Raises ValueError where there is none."""
-    settings, stages = train.read_run(folder)
+    settings, stages = read_run(folder)
     digest = json.loads((folder / "config.json").read_text()).get("corpus_digest")
     return question(settings, stages, digest)
 
 
-def differences(settings: train.Settings, stages: list[Stage], digest: str) -> list[str]:
+def differences(settings: Settings, stages: list[Stage], digest: str) -> list[str]:
     """How the run in settings.out, if there is one, differs from the one that is asked for."""
     folder = Path(settings.out)
     if not (folder / "config.json").exists():
@@ -137,7 +139,7 @@ def read_finished(folder: Path) -> FinishedRun | None:
     if not (folder / "config.json").exists() or not (folder / "metrics.jsonl").exists():
         return None
     try:
-        settings, stages = train.read_run(folder)
+        settings, stages = read_run(folder)
         asked, steps = read_question(folder), settings.steps
         log = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
         lines = [json.loads(line) for line in log if line.endswith("\n")]  # a kill cuts the last
@@ -168,7 +170,7 @@ def text_log(folder: Path) -> Path:
 class Job:
     """A run that is not finished, with its FLOPs: those done so far, and all of them."""
 
-    settings: train.Settings
+    settings: Settings
     folder: Path
     done: int
     total: int
@@ -192,7 +194,7 @@ def train_one(job: Job) -> int | None:
     """Train a run, or go on with it. Returns the exit code: 128 + the signal that stopped it."""
     MeasuredRun.clocks = time.process_time(), time.perf_counter()
     resume = bool(list_checkpoints(job.folder))
-    settings = train.resumed(str(job.folder), {}) if resume else job.settings
+    settings = resumed(str(job.folder), {}) if resume else job.settings
     try:
         result = train.train(settings, resume=resume, run_class=MeasuredRun)
         return sum(128 + number for number in result["signals"].values())
@@ -264,7 +266,7 @@ def train_jobs(jobs: list[Job], at_a_time: int, keep_checkpoints: bool, bar: tqd
             process.join()
 
 
-def unfinished(settings: train.Settings, stages: list[Stage]) -> Job | None:
+def unfinished(settings: Settings, stages: list[Stage]) -> Job | None:
     """The run as a job; None where it is finished."""
     folder = Path(settings.out)
     if read_finished(folder):
@@ -280,9 +282,7 @@ def stop(number: int, frame):
     sys.exit(128 + number)
 
 
-def run_all(
-    runs: list[train.Settings], jobs: int, keep_checkpoints: bool = False
-) -> list[FinishedRun]:
+def run_all(runs: list[Settings], jobs: int, keep_checkpoints: bool = False) -> list[FinishedRun]:
     """Train what is not finished, `jobs` runs at a time; a run that was stopped goes on.
 
     Raises ValueError before anything runs for what train.py would refuse and for folders that
@@ -290,10 +290,10 @@ def run_all(
     folders = [run.out for run in runs]
     problems = [f"{folder} is asked for twice" for folder in folders if folders.count(folder) > 1]
     console.refuse(problems + [f"--jobs {jobs}: must be at least 1"] * (jobs < 1))
-    planned = [train.resolve(run) for run in runs]
+    planned = [resolve(run) for run in runs]
     settings, stages = planned[0]
     source = settings.data, settings.tokenizer, settings.tokenizer_file
-    corpus = train.open_corpus(*source, stages[-1].config)  # prepared once, before many runs would
+    corpus = open_corpus(*source, stages[-1].config)  # prepared once, before many runs would
     foreign = [line for run in planned for line in differences(*run, corpus.digest)]
     console.refuse(foreign[:10], "runs of another study are in the way, choose another --out:")
     todo = [job for run in planned if (job := unfinished(*run))]

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 
 import console
-import train
 from flm import count_parameters, preset
 from lab import runs
 from lab.report import write_json
 from lab.runs import FinishedRun
 from muP import SMALL, at_widths, model_config
+from settings import Settings
 
 # ----------------------------------------------------------------------------------------------
 # 1. The sweep
@@ -48,7 +48,7 @@ TRAINING = {"lr": 0.008, "batch_size": 16, "warmup": 800}
 INIT_STD = "init_std=0.05"
 
 
-def sweep_settings(args: argparse.Namespace) -> list[train.Settings]:
+def sweep_settings(args: argparse.Namespace) -> list[Settings]:
     """A run for each cell: parametrizations x widths x values x seeds."""
     clash = [word for word in args.model if word.startswith(f"{args.axis}=")]
     console.refuse(f"--model {word}: --axis decides it, leave it out" for word in clash)
@@ -81,15 +81,13 @@ def mean(values: Iterable[float | None]) -> float | None:
 def landscape(finished: list[FinishedRun], axis: str) -> dict[str, dict[int, dict]]:
     """{"muP" or "standard": {width: {value: held-out loss, the mean over the seeds}}}, everything
     in rising order."""
-    table: dict[str, dict] = {}
+    losses, table = {}, {}
     for run in sorted(finished, key=lambda r: (not r.config.mup, r.config.d_model, r.asked[axis])):
-        by_width = table.setdefault("muP" if run.config.mup else "standard", {})
-        row = by_width.setdefault(run.config.d_model, {})
-        row.setdefault(run.asked[axis], []).append(run.val)
-    return {
-        name: {width: {v: mean(losses) for v, losses in row.items()} for width, row in by.items()}
-        for name, by in table.items()
-    }
+        cell = "muP" if run.config.mup else "standard", run.config.d_model, run.asked[axis]
+        losses.setdefault(cell, []).append(run.val)
+    for (name, width, value), seeds in losses.items():
+        table.setdefault(name, {}).setdefault(width, {})[value] = mean(seeds)
+    return table
 
 
 def best_values(by_width: dict[int, dict[float, float | None]]) -> dict[int, float | None]:

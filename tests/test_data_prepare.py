@@ -1,9 +1,10 @@
 """Prepared folders: what is written, what is refused, and that nothing half-made stays."""
 
+import contextlib
 import hashlib
 import json
 import os
-import signal
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import data
-from data import Corpus, prepare
+from data import prepare
 
 ROOT = Path(data.__file__).parent
 
@@ -222,7 +223,7 @@ def test_bad_lines_are_all_named(tmp_path):
         prepare({"s": [teacher]}, tmp_path / "out", BYTES, progress=False)
     assert 10 <= len(str(error.value).splitlines()) <= 11
     teacher.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    with pytest.raises(ValueError, match="t.jsonl is not UTF-8 text: the byte at offset 24 "):
+    with pytest.raises(ValueError, match="t.jsonl: the byte at offset 24 fits no UTF-8"):
         prepare({"s": [teacher]}, tmp_path / "out", BYTES, progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.jsonl", "text.txt"]
 
@@ -234,62 +235,6 @@ def test_a_source_left_without_training_text(tmp_path):
     message = "source 'b' has no document to train on: all its 1 are held out"
     with pytest.raises(ValueError, match=message):
         make(tmp_path, {"a": documents, "b": [smallest]})
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full: always full")
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    """When the disk is full the error is one line that says so, and neither the folder nor a part
-    of it is left."""
-    (tmp_path / "text.txt").write_text("hello\n" * 50_000)
-
-    def full(path, mode):
-        return open("/dev/full" if mode == "wb" else path, mode)
-
-    monkeypatch.setattr(data, "open", full, raising=False)
-    with pytest.raises(OSError, match="No space left") as error:
-        prepare({"s": [tmp_path / "text.txt"]}, tmp_path / "out", BYTES, progress=False)
-    assert "\n" not in str(error.value) and "nothing is left" in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
-
-
-def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
-    """Ctrl-C in the middle leaves neither the folder nor a part of it; threads end."""
-    (tmp_path / "text.txt").write_text("hello\n" * 500_000)
-    blocks = []
-
-    def advance(path, source, update):
-        for document in data_read_text(path, source, update):
-            blocks.append(document)
-            if len(blocks) == 100:
-                raise KeyboardInterrupt
-            yield document
-
-    data_read_text = data.read_text
-    monkeypatch.setattr(data, "read_text", advance)
-    with pytest.raises(KeyboardInterrupt):
-        prepare({"s": [tmp_path / "text.txt"]}, tmp_path / "out", BYTES, progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
-
-
-def test_a_kill_leaves_no_folder_and_the_next_try_works(tmp_path):
-    """After kill -9 in the middle of writing, the folder is not there, and preparing it again
-    works."""
-    (tmp_path / "text.txt").write_text("".join(f"hello {i}\n" for i in range(100_000)))
-    program = """if True:
-        import os, signal, sys, data
-        whole = data.hold_out
-        def killed(*arguments):
-            for number, item in enumerate(whole(*arguments)):
-                if number == 20:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                yield item
-        data.hold_out = killed
-        data.prepare({"s": ["text.txt"]}, "out", data.get_tokenizer("bytes"), progress=False)"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment)
-    assert done.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
-    prepare({"s": [tmp_path / "text.txt"]}, tmp_path / "out", BYTES, progress=False)
-    assert Corpus(tmp_path / "out", 16).n_rows("val", "language") > 0
 
 
 def command(*arguments, cwd):
@@ -346,3 +291,82 @@ def test_names_of_inputs(tmp_path, monkeypatch):
     for wrong in ("zh", "zh=much"):
         with pytest.raises(ValueError, match="NAME=NUMBER"):
             data.main(["prepare", "a.txt", "--out", "o", "--weight", wrong])
+
+
+def test_the_bar_shows_every_byte(tmp_path, monkeypatch):
+    """The bar counts the bytes of all files, of every kind, and ends at their sum."""
+    write_rows(tmp_path / "a.jsonl", [{"text": text} for text in words(50)])
+    (tmp_path / "b.txt").write_text("α line\n" * 100_000)
+    items = [{"text": text, "proposition": "So.", "label": 0} for text in words(30)]
+    teacher = write_rows(tmp_path / "t.jsonl", items)
+    bars = []
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, total, **_):
+            super().__init__()
+            self.total, self.seen = total, []
+            self.update = self.seen.append
+            bars.append(self)
+
+    monkeypatch.setattr(data, "tqdm", Bar)
+    sources = {"s": [tmp_path / "a.jsonl", tmp_path / "b.txt"]}
+    prepare(sources, tmp_path / "out", BYTES, teacher=[teacher])
+    size = sum((tmp_path / name).stat().st_size for name in ("a.jsonl", "b.txt", "t.jsonl"))
+    assert bars[0].total == sum(bars[0].seen) == size and len(bars[0].seen) > 80
+
+
+def test_the_advice_for_small_files_works(tmp_path, monkeypatch):
+    """Three files of one document each cannot be three sources, as one is held out; the error says
+    that they can be one source, and they can."""
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        Path(f"{name}.txt").write_text(name)
+    with pytest.raises(ValueError, match="make one source of several inputs: all=INPUT all=INPUT"):
+        data.main("prepare a.txt b.txt c.txt --out o".split())
+    data.main("prepare all=a.txt all=b.txt all=c.txt --out o".split())
+    assert Path("o", "meta.json").is_file()
+
+
+def test_printed_commands_are_accepted(tmp_path, monkeypatch, capsys):
+    """A command that is printed works as it is printed, with blanks and quotes in the names."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("".join(f"Line {i}.\n" for i in range(9000)))
+    out = "it's a folder"
+    data.main(["prepare", "a.txt", "--out", out])
+    python, program, *words = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (python, program) == ("python", "data.py") and words == ["show", out]
+    data.main(words)
+    with pytest.raises(ValueError) as error:
+        data.main(["prepare", "a.txt", "--out", out])
+    removal = shlex.split(str(error.value).split("remove it with ")[1])
+    assert removal == ["rm", "-r", str(tmp_path / out)]
+    with pytest.raises(ValueError) as error:
+        data.main(["show", "an other"])
+    assert shlex.split(str(error.value).split("type ")[1])[-2:] == ["--out", "an other"]
+
+
+def test_a_name_that_is_not_utf8(tmp_path, monkeypatch, capfd):
+    """A folder whose name is not UTF-8 cannot name a source, which is said before the work; with a
+    NAME it is read like any other, whatever the names of its files."""
+    monkeypatch.chdir(tmp_path)
+    folder = os.fsdecode(b"caf\xe9")
+    os.mkdir(folder)
+    for name in (b"a.txt", b"\xff.txt"):
+        Path(folder, os.fsdecode(name)).write_text(ascii(name))
+    with pytest.raises(ValueError, match="is not UTF-8: choose one, NAME=INPUT"):
+        data.main(["prepare", folder, "--out", "o"])
+    assert "tokenizing" not in capfd.readouterr().err and not Path("o").exists()
+    data.main(["prepare", f"cafe={folder}", "--out", "o"])
+    assert Path("o", "meta.json").is_file()
+
+
+def test_show_into_a_closed_pipe(tmp_path):
+    """`python data.py show c | true` prints nothing about the pipe."""
+    (tmp_path / "a.txt").write_text("".join(f"Line {i}.\n" for i in range(9000)))
+    prepare({"a": [tmp_path / "a.txt"]}, tmp_path / "c", BYTES, progress=False)
+    reading, writing = os.pipe()
+    os.close(reading)
+    show = [sys.executable, str(ROOT / "data.py"), "show", "c", "--rows", "50"]
+    done = subprocess.run(show, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert done.stderr == b"" and done.returncode == 141

@@ -2,8 +2,9 @@
 
 import sys
 import tempfile
+from collections import Counter
 from fractions import Fraction
-from math import floor, log
+from math import factorial, floor, log, sqrt
 from unittest import mock
 
 import numpy as np
@@ -39,12 +40,31 @@ def test_permute_of_large_ranges(n, key, draw):
 
 
 def test_permute_mixes():
-    """Where position 0 lands is uniform over the keys: chi-square over 16 places, 4000 keys, below
-    50 (99.99% of true uniform draws are below 44), and orders of small ranges all occur."""
-    landed = np.bincount([data.permute(0, 16, b"%d" % key) for key in range(4000)], minlength=16)
-    assert ((landed - 250) ** 2 / 250).sum() < 50
-    orders = {tuple(data.permute(i, 3, b"%d" % key) for i in range(3)) for key in range(200)}
-    assert len(orders) == 6
+    """Where position 0 lands is uniform over the keys: chi-square over 40 places, 4000 keys, below
+    90 (99.999% of true uniform draws are below 89)."""
+    landed = np.bincount([data.permute(0, 40, b"%d" % key) for key in range(4000)], minlength=40)
+    assert ((landed - 100) ** 2 / 100).sum() < 90
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 9, 17, data.FEW - 1, data.FEW])
+def test_permute_of_few_is_uniform(n):
+    """Of few elements all orders are equally frequent, and so are all places that two elements can
+    take together. The chi-square of uniform draws has mean d and variance 2d at d degrees of
+    freedom: with these fixed keys it stays within 4 standard deviations."""
+    keys = [b"%d" % number for number in range(20_000 if n < 10 else 6_000)]
+    orders = [tuple(data.permute(i, n, key) for i in range(min(n, 5))) for key in keys]
+    kinds = {min(n, 2): n * (n - 1)} | ({n: factorial(n)} if n <= 5 else {})
+    for seen, cells in kinds.items():  # the first `seen` places, and how many outcomes they have
+        expected, counts = len(keys) / cells, Counter(order[:seen] for order in orders)
+        chi_square = sum((count - expected) ** 2 for count in counts.values()) / expected
+        chi_square += (cells - len(counts)) * expected
+        assert abs(chi_square - (cells - 1)) < 4 * sqrt(2 * (cells - 1))
+
+
+def test_permute_of_many_is_what_it_was():
+    """The rows of a prepared corpus stay in their order from version to version."""
+    assert [data.permute(i, 32, b"key") for i in range(8)] == [21, 29, 8, 16, 2, 27, 10, 17]
+    assert [data.permute(i, 10**6, b"key") for i in range(4)] == [664142, 156288, 652273, 917192]
 
 
 @unhurried

@@ -214,47 +214,44 @@ def test_the_cut_of_real_text_keeps_its_tokens(cl100k):
     assert tokens == cl100k.encode_ordinary(text)
 
 
-def test_files_larger_than_a_block(tmp_path):
-    """A file of several read blocks whose characters straddle the borders of the blocks comes out
-    whole, without its byte order mark. A bad byte far inside is reported with its offset."""
-    text = "x" + "语言\n" * 400_000  # 2.8 MB; a block is no multiple of 7 or 3
-    block = data.BLOCK
-    path = tmp_path / "long.txt"
-    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    documents = list(data.read_text(path, "long", lambda n: None))
-    assert "".join(document.text for document in documents) == text
-    assert data.check_text([path]) == []
-    for place in (0, 5, block - 1, block, block + 1, 4 * block, 2_500_000):
-        raw = bytearray(b"y" * 2_600_000)
-        raw[place] = 0xFF
-        path.write_bytes(raw)
-        (problem,) = data.check_text([path])
-        assert f"long.txt is not UTF-8 text: the byte at offset {place} fits" in problem
-    path.write_bytes(b"abc\xe8\xaf")  # a character cut off by the end of the file
-    assert "offset 3 " in data.check_text([path])[0]
+BLANKS = " \t\n\r\x0b\x1c\x1f\x85\xa0\u2028\u3000"
 
 
-def test_stdlib_files():
-    """The embedded corpus: sorted Python files, several megabytes, without tests and installed
-    packages."""
-    files = data.stdlib_files()
-    assert files == sorted(files) and all(path.suffix == ".py" for path in files)
-    assert sum(path.stat().st_size for path in files) > 5_000_000
-    assert {"argparse.py", "typing.py"} <= {path.name for path in files}
-    root = Path(data.sysconfig.get_paths()["stdlib"])
-    parts = {part for path in files for part in path.relative_to(root).parts}
-    assert parts.isdisjoint({"test", "tests", "site-packages"})
-    assert data.check_text(files) == []
+@unhurried
+@given(
+    st.lists(st.sampled_from([*BLANKS, "  ", "a", "I'm", "1", "!", "...", "é", "中", "'s", "_"]))
+)
+def test_a_cut_at_the_end_of_a_stretch_keeps_the_tokens(cl100k, pieces):
+    """The parts into which `encode` cuts a text that tiktoken refuses have the tokens of the whole,
+    for any mixture of blanks, line ends and text."""
+    text = "".join(pieces)
+    parts = data.END_OF_STRETCH.split(text)
+    tokens = [token for part in parts for token in cl100k.encode_ordinary(part)]
+    assert "".join(parts) == text and tokens == cl100k.encode_ordinary(text)
 
 
-def test_folders_are_walked(tmp_path):
-    """A folder gives its text files of the stated suffixes, sorted; hidden ones and others stay
-    out. A file given by itself may have any suffix."""
-    names = "b.txt a/z.MD a/deep/code.py rows.jsonl picture.png .git/x.txt .hidden.txt".split()
-    for name in names:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("x")
-    found = [path.relative_to(tmp_path).as_posix() for path in data.find_files(tmp_path)]
-    assert found == ["a/deep/code.py", "a/z.MD", "b.txt", "rows.jsonl"]
-    assert data.find_files(tmp_path / "picture.png") == [tmp_path / "picture.png"]
+MANY = " " * 10**6
+
+
+@pytest.mark.parametrize(
+    "blanks, after", [(MANY, "x"), ("\n" + MANY, "!"), (MANY + "\n \n", "1"), ("\t" * 10**6, "中")]
+)
+def test_a_million_blanks(cl100k, blanks, after):
+    """A text with a million blanks, which tiktoken refuses, has the tokens that its pattern and its
+    merges give: by hand, a piece up to the last line end, all blanks but one, and the rest."""
+    with pytest.raises(ValueError, match="stack"):
+        cl100k.encode_to_numpy("a" + " " * 10**6 + after, disallowed_special=())
+    text = "a" + blanks + after
+    cut = 1 + blanks.rfind("\n") + 1
+    expected = cl100k.encode_ordinary("a")
+    for piece in (text[1:cut], text[cut : len(text) - 2]):
+        expected += cl100k._encode_single_piece(piece) if piece else []
+    expected += cl100k.encode_ordinary(text[max(cut, len(text) - 2) :])
+    assert data.encode(cl100k, text).tolist() == expected
+
+
+def test_encode_refuses_what_is_no_text(tokenizer):
+    """A lone surrogate stays an error, also beside blanks."""
+    for text in ("\ud800", "a  \ud800  b"):
+        with pytest.raises(UnicodeEncodeError):
+            data.encode(tokenizer, text)

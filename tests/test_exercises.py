@@ -12,8 +12,9 @@ import data
 import muP
 import parallel
 import train
-from flm import FLM, IGNORE, FLMConfig, KVCache, PRESETS, forward_flops, xpos_tables
-
+from flm import FLM, IGNORE, PRESETS, FLMConfig, KVCache, forward_flops, xpos_tables
+from schedule import learning_rate
+from settings import Settings, resolve
 
 # ---- 01-model.md --------------------------------------------------------------------------------------------------
 
@@ -153,7 +154,8 @@ def test_02_exercise_3_the_same_learning_rate():
     in samples already. Sample s is the same row for every batch size. (The training is another one, with twice as many
     updates of half the data; --micro-batch 8 would keep that too.)"""
     def rate(samples, **given):
-        return train.learning_rate(*train.resolve(train.Settings(stages="none", lr=3e-3, **given)), samples)
+        s, stages = resolve(Settings(stages="none", lr=3e-3, **given))
+        return learning_rate(stages, samples, s.min_lr)
 
     for samples in range(16, 150 * 16 + 1, 16):
         assert rate(samples, steps=150, batch_size=16, warmup=400) == rate(samples, steps=300, batch_size=8, warmup=400)
@@ -177,8 +179,9 @@ def test_02_exercise_4_reading_table_1():
     "approximately inherit", not how."""
     def rate(tokens, horizon):                                       # both in billions
         samples = horizon * 1e9 / 2048
-        given = train.Settings(stages="none", steps=round(samples / 2304), batch_size=2304, lr=4e-4, warmup=4_608_000, min_lr=6e-6 / 4e-4)
-        return train.learning_rate(*train.resolve(given), tokens * 1e9 / 2048)
+        given = Settings(stages="none", steps=round(samples / 2304), batch_size=2304, lr=4e-4, warmup=4_608_000, min_lr=6e-6 / 4e-4)
+        s, stages = resolve(given)
+        return learning_rate(stages, tokens * 1e9 / 2048, s.min_lr)
 
     begins_51b, begins_101b = 245.37, 245.37 + 39.64
     assert rate(begins_51b, 311.54) == pytest.approx(5.1e-5, rel=0.01)
@@ -190,7 +193,7 @@ def test_02_exercise_4_reading_table_1():
 def test_02_exercise_5_pulling_the_plug(tmp_path, monkeypatch):
     """The newest checkpoint is that of step 4. Resuming cuts the log back to it and computes steps 5 and 6 a second time, with
     the same losses, so the log has every step once and equals that of a run that nobody killed."""
-    monkeypatch.setattr(train, "matmul_rate", lambda *_: 1e9)        # spares a second; only utilisation depends on it
+    monkeypatch.setattr("machine.matmul_rate", lambda *_: 1e9)        # spares a second; only utilisation depends on it
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 200}) + "\n" for i in range(20)))
     data.prepare({"plain": [tmp_path / "plain.jsonl"]}, "tokens", data.get_tokenizer("bytes"), val_fraction=0.2, progress=False)

@@ -13,14 +13,30 @@ from unittest import mock
 import pytest
 import torch
 from growing import BIGGER, adamw, growths, logits, tensors_of, train_step
-from helpers import ROOT, build, configs, difference, error, run_command, seeds, some_tokens, tiny
+from helpers import (
+    ROOT,
+    build,
+    configs,
+    difference,
+    error,
+    run_command,
+    seeds,
+    some_tokens,
+    tiny,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import checkpoint
 import grow
 import muP
-from checkpoint import load_model, read_info, read_tensors, stored_tensors, write_checkpoint
+from checkpoint import (
+    load_model,
+    read_info,
+    read_tensors,
+    stored_tensors,
+    write_checkpoint,
+)
 from flm import FLM, FLMConfig, growth_mask
 from grow import grow_checkpoint
 

@@ -6,7 +6,16 @@ import json
 
 import pytest
 import torch
-from growing import BIGGER, adamw, growths, larger, logits, tensors_of, train_step, wild_draw
+from growing import (
+    BIGGER,
+    adamw,
+    growths,
+    larger,
+    logits,
+    tensors_of,
+    train_step,
+    wild_draw,
+)
 from helpers import build, configs, difference, error, few, seeds, some_tokens, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,4 +1,4 @@
-"""Tests of lab/growth.py, and the answers to the exercises of tutorials/03-growth.md."""
+"""Tests of lab/growth.py: growth against training from scratch."""
 
 import json
 import math
@@ -6,20 +6,16 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import error
 from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import train_here, trained, write_corpus
-from torch.nn import functional as F
 
-import grow
-import muP
 import train
-from flm import FLM, FLMConfig, LayerNorm, forward_flops, preset
+from flm import forward_flops, preset
 from lab import growth, runs
 from lab.growth import SCHEDULES, describe, speed_up
-from schedule import PAPER_SCRATCH_DAYS, PAPER_STAGES, in_samples
+from schedule import in_samples
 
 TINY = "--model n_layers=2 d_model=16 n_heads=1 head_dim=16 d_ff=32 max_seq_len=16 --batch-size 4 "
 TINY += "--warmup 4 --eval-rows 4 --device cpu"
@@ -46,7 +42,7 @@ def in_process(monkeypatch):
     """The same runs, in this process."""
     trained.clear()
     monkeypatch.setattr(runs, "train_jobs", train_here)
-    monkeypatch.setattr(train, "matmul_rate", lambda *args: 1e12)  # takes longer than these runs
+    monkeypatch.setattr("machine.matmul_rate", lambda *args: 1e12)  # takes longer than these runs
 
 
 def bench(place: Path, *words, out: str = "runs") -> dict:
@@ -135,6 +131,21 @@ def test_a_run_that_diverged_has_no_speed_up(place, capsys):
     assert "      -" in capsys.readouterr().out
 
 
+def test_the_table_is_sorted(capsys):
+    """Runs from scratch first; then the schedules, by budget, those of one budget by their loss."""
+    wanted = [("scratch", 8, 9.0), ("scratch", 16, 7.0), ("b", 8, 1.0), ("a", 8, 2.0)]
+    wanted += [("c", 8, None), ("a", 16, 0.5)]
+    rows = [
+        {"name": name, "budget": budget, "steps": 1, "tflop": 1.0, "stages": "1x16", "growths": {}}
+        | {"loss": {0: loss}, "mean": {"loss": loss, "cpu_seconds": 1, "wall_seconds": 1}}
+        for name, budget, loss in wanted
+    ]
+    growth.add_speed_ups(rows)
+    growth.print_table(rows[::-1])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line[:9] for line in lines[:6]] == [f"{n} {b}".ljust(9)[:9] for n, b, _ in wanted]
+
+
 @given(
     st.floats(1, 4),
     st.floats(0.05, 1),
@@ -204,91 +215,3 @@ def test_the_schedules_are_schedules(tmp_path):
         planned = train.resolve(train.dataclasses.replace(s, **growth.TRAINING))[1]
         assert (planned[-1].config.n_layers == 8) == (name != "small"), name
         assert describe(planned)[:4] == "2x32"
-
-
-# ----------------------------------------------------------------------------------------------
-# Exercises of tutorials/03-growth.md
-
-
-def test_03_exercise_1_zeros_are_not_enough():
-    """A LayerNorm divides by the deviation over ALL its channels. With zeros in the new ones, and
-    numbers of mean zero in the old, the variance is C / C' of what it was: the old channels come
-    out sqrt(C' / C) times too large, 1.58 from 16 to 40. The masked LayerNorm is exact."""
-    x = torch.randn(5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x = x - x.mean(-1, keepdim=True)
-    wide, expected = F.pad(x, (0, 24)), F.layer_norm(x, (16,), eps=0)
-    ratio = F.layer_norm(wide, (40,), eps=0)[:, :16] / expected
-    assert torch.allclose(ratio, torch.full_like(ratio, (40 / 16) ** 0.5), rtol=1e-12)
-    assert round((40 / 16) ** 0.5, 2) == 1.58
-
-    norm = LayerNorm(40, 0.0).double()
-    norm.mask = torch.tensor([1.0] * 16 + [0.0] * 24)
-    wide[:, 16:] = 100.0  # anything at all
-    assert torch.allclose(norm(wide)[:, :16], expected, rtol=1e-12)
-    assert (norm(wide)[:, 16:] == 0).all()
-
-
-def test_03_exercise_2_first_steps():
-    """A zero-moment entry whose `step` is that of an old tensor moves 0.45 of the learning rate
-    first, and after k alike gradients (1 - 0.9^k) / sqrt(1 - 0.95^k) of it: 1.10 at most, after
-    20. With `step` at 0, as in a fresh layer, it is 1.00 at every k."""
-    exact = [(1 - 0.9**k) / (1 - 0.95**k) ** 0.5 for k in range(1, 101)]
-    assert round(exact[0], 2) == 0.45
-    assert round(max(exact), 2) == 1.10 and exact.index(max(exact)) + 1 == 20
-    for step, expected in ((10_000, exact), (0, [1.0] * 100)):
-        p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-        optimizer = torch.optim.AdamW([p], lr=1.0, betas=(0.9, 0.95), eps=1e-12, weight_decay=0)
-        zeros = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": torch.tensor(float(step)), **zeros}
-        moved = []
-        for _ in range(100):
-            before, p.grad = p.item(), torch.full_like(p, 0.3)
-            optimizer.step()
-            moved.append(before - p.item())
-        assert moved == pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_03_exercise_3_what_muP_would_do(tied):
-    """From a width of 8 to one of 16, m doubles, so without the rule every logit is half of what it
-    was; with the final LayerNorm's gain and bias times r = 2 nothing moves. Untied it is the same:
-    the multiplier is the head's."""
-    sizes = dict(n_layers=1, d_model=8, n_heads=2, head_dim=4, d_ff=16, vocab_size=32)
-    old = FLMConfig(**sizes, max_seq_len=8, mup_base_width=8, tie_embeddings=tied)
-    model = muP.init_weights(FLM(old), 0).double()
-    grown, _, _ = grow.grow(model, old.replace(d_model=16), seed=0)
-    tokens = torch.arange(8)[None]
-    with torch.no_grad():
-        before = model(tokens)
-        assert torch.allclose(grown(tokens), before, rtol=1e-12, atol=1e-14)
-        grown.norm.weight[:8] /= 2
-        grown.norm.bias[:8] /= 2
-        assert torch.allclose(grown(tokens), before / 2, rtol=1e-12, atol=1e-14)
-
-
-def test_03_exercise_4_the_area_under_the_curve():
-    """A model that grows linearly from nothing costs half, as the paper's figure 1(b) has it. Its
-    own schedule by size and tokens alone, (245.37 x 16 + 39.64 x 51 + 26.54 x 101) / (311.55 x
-    101), costs 27%: a saving of 73%, beside the 72% of the days in section 2.3."""
-    n = 1000
-    assert abs(sum((i + 0.5) / n for i in range(n)) / n - 0.5) < 1e-12
-    tokens = [stage["tokens"] / 1e9 for stage in PAPER_STAGES]
-    share = sum(t * size for t, size in zip(tokens, (16, 51, 101))) / (sum(tokens) * 101)
-    days = sum(stage["days"] for stage in PAPER_STAGES)
-    assert (round(share, 2), round(1 - days / PAPER_SCRATCH_DAYS, 2)) == (0.27, 0.72)
-
-
-def test_03_exercise_5_how_late_for_2_2():
-    """If a token taught a small model as much as a large one, the speed-up would be the ratio of
-    the costs. With 2 of the bench's 8 layers (and the whole head) a token costs 29%, so the growth
-    would have to wait for 77% of the samples to give 2.2; at 50% it gives 1.55."""
-    sizes = dict(n_layers=8, d_model=32, n_heads=1, head_dim=32, d_ff=128, max_seq_len=128)
-    final = preset("demo").replace(**sizes)
-    ratio = forward_flops(final.replace(n_layers=2), 128) / forward_flops(final, 128)
-
-    def most(start):
-        return 1 / (start * ratio + 1 - start)
-
-    start = (1 - 1 / 2.2) / (1 - ratio)
-    assert (round(ratio, 2), round(start, 2), round(most(0.5), 2)) == (0.29, 0.77, 1.55)
-    assert most(start) == pytest.approx(2.2)

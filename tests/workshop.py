@@ -98,7 +98,7 @@ def workshop(tmp_path, monkeypatch):
     instructions, with a given rate of matrix products."""
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "matmul_rate", lambda device, dtype, n=0: 1e12)
+    monkeypatch.setattr("machine.matmul_rate", lambda device, dtype, n=0: 1e12)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
 
 
