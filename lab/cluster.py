@@ -79,7 +79,7 @@ try:
     find_shape = ShardingPropagator._propagate_tensor_meta_non_cached
     missing_name = None
 except (ImportError, AttributeError) as error:
-    missing_name = error
+    missing_name = str(error).split(" (")[0]  # without the path of the file
 
 
 # --------------------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def fake_cluster(job: Job, pp_rank: int):
         return stage
 
     with (
-        mock.patch.object(_PipelineSchedule, agree_on_shapes.__name__),
+        mock.patch.object(_PipelineSchedule, agree_on_shapes.__name__, lambda *_: None),
         mock.patch.object(parallel, "PipelineStage", stage_with_shapes),
     ):
         yield world
@@ -205,10 +205,8 @@ def fake_tensors():
 # --------------------------------------------------------------------------------------------------
 # 3. Measuring
 
-MODES = {
-    "plain": "without activation checkpointing",
-    "checkpointing": "with activation checkpointing",
-}
+WITHOUT, WITH = "without activation checkpointing", "with activation checkpointing"
+CASES = (WITHOUT, WITH)
 
 
 def measure(job: Job, world: World, n: int) -> dict:
@@ -264,19 +262,18 @@ def measure_rank(job: Job, pp_rank: int, counts: list[int]) -> list[dict]:
 
 
 def measure_ranks(job: Job, counts: list[int]) -> dict[str, list[list[dict]]]:
-    """{mode: [measure_rank(...) for each pp rank]}, each in a process of its own, as many at once
+    """{case: [measure_rank(...) for each pp rank]}, each in a process of its own, as many at once
     as there are cores. A bar on stderr shows the progress."""
     pp, tasks = job.layout.pp, []
-    for mode in MODES:
-        again = mode == "checkpointing"
-        layout = dataclasses.replace(job.layout, activation_checkpointing=again)
+    for case in CASES:
+        layout = dataclasses.replace(job.layout, activation_checkpointing=case == WITH)
         tasks += [(dataclasses.replace(job, layout=layout), rank, counts) for rank in range(pp)]
     workers = min(len(tasks), os.cpu_count() or 1)
     spawn = multiprocessing.get_context("spawn")  # a forked process would inherit process groups
     with concurrent.futures.ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1) as pool:
         found = pool.map(measure_rank, *zip(*tasks))
-        found = list(tqdm(found, desc="measuring", total=len(tasks), unit="rank"))
-    return {mode: found[i * pp : (i + 1) * pp] for i, mode in enumerate(MODES)}
+        found = list(tqdm(found, desc=f"measuring, {workers} at a time", total=len(tasks)))
+    return {WITHOUT: found[:pp], WITH: found[pp:]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,8 +306,8 @@ def check_rehearsal(job: Job, cluster: Cluster) -> list[str]:
         )
     if missing_name is not None:
         problems.append(
-            "a rehearsal uses private names of PyTorch 2.13 (pip install torch==2.13.*); this is "
-            f"PyTorch {torch.__version__}: {missing_name}"
+            f"a rehearsal needs private names of PyTorch 2.13, and this is {torch.__version__}: "
+            f"{missing_name}; pip install torch==2.13.*"
         )
     return problems
 
@@ -384,15 +381,15 @@ def peak(ranks: list[dict]) -> float:
     return max(rank["peak"] for rank in ranks) / GiB
 
 
-def choose_mode(modes: dict[str, list[dict]], layout: Layout, memory_gb: float) -> str:
-    """The mode of the layout; activation checkpointing where the memory is too small without.
-    Raises ValueError where it is too small in both modes."""
-    if min(map(peak, modes.values())) > memory_gb:
-        found = "\n  ".join(verdicts(modes, layout, memory_gb))
+def choose_case(cases: dict[str, list[dict]], layout: Layout, memory_gb: float) -> str:
+    """The case that the layout asks for; WITH where the memory is too small without. Raises
+    ValueError where it is too small in both cases."""
+    if min(map(peak, cases.values())) > memory_gb:
+        found = "\n  ".join(verdicts(cases, layout, memory_gb))
         advice = "raise --tp or --pp, lower --micro-batch, or add --sequence-parallel"
         raise ValueError(f"{layout} needs more memory than a GPU has:\n  {found}\n{advice}")
-    again = layout.activation_checkpointing or peak(modes["plain"]) > memory_gb
-    return "checkpointing" if again else "plain"
+    again = layout.activation_checkpointing or peak(cases[WITHOUT]) > memory_gb
+    return WITH if again else WITHOUT
 
 
 def rehearse(job: Job, cluster: Cluster = Cluster()) -> dict:
@@ -403,20 +400,20 @@ def rehearse(job: Job, cluster: Cluster = Cluster()) -> dict:
     Returns plain JSON values: sizes in bytes, times in seconds; see `report`. Raises ValueError
     with every reason why the step cannot be rehearsed, and where it does not fit the memory."""
     refuse(check_rehearsal(job, cluster), "this layout cannot be rehearsed:")
-    counts, modes = counts_to_measure(job), {}
-    for mode, found in measure_ranks(job, counts).items():
-        modes[mode] = [extrapolate(counts, values, job.micro_batches) for values in found]
-        for pp_rank, rank in enumerate(modes[mode]):
+    counts, cases = counts_to_measure(job), {}
+    for case, found in measure_ranks(job, counts).items():
+        cases[case] = [extrapolate(counts, values, job.micro_batches) for values in found]
+        for pp_rank, rank in enumerate(cases[case]):
             blocks, head = forward_flop(job, pp_rank)
             rank["peak"] = max(rank["peak"], rank["peak_update"])
             rank["flop"] = 3 * (blocks + head)
-            rank["flop_computed"] = rank["flop"] + blocks * (mode == "checkpointing")
-    mode, T = choose_mode(modes, job.layout, cluster.memory_gb), job.config.max_seq_len
-    time = step_time(job, modes[mode], cluster)
+            rank["flop_computed"] = rank["flop"] + blocks * (case == WITH)
+    case, T = choose_case(cases, job.layout, cluster.memory_gb), job.config.max_seq_len
+    time = step_time(job, cases[case], cluster)
     flop = 3 * forward_flops(job.config, T) * job.batch_size * T
     return {
-        "modes": modes,
-        "mode": mode,
+        "cases": cases,
+        "case": case,
         "time": time,
         "flop": flop,
         "tflops": flop / job.layout.size / time["step"] / 1e12,
@@ -428,14 +425,14 @@ def rehearse(job: Job, cluster: Cluster = Cluster()) -> dict:
 # 5. The report
 
 
-def table_of_ranks(modes: dict[str, list[dict]], mode: str) -> list[str]:
+def table_of_ranks(cases: dict[str, list[dict]], case: str) -> list[str]:
     """A line for each quantity, a column for each pp rank."""
-    ranks = modes[mode]
+    ranks = cases[case]
     rows = [["pp rank", *map(str, range(len(ranks)))]]
     rows.append(["parameters it computes with", *(f"{r['parameters_tp']:,}" for r in ranks)])
     rows.append(["parameters it keeps", *(f"{r['parameters']:,}" for r in ranks)])
     sizes = {name: [r[name] for r in ranks] for name in ("weights", "moments", "gradients")}
-    sizes |= {f"peak {MODES[m]}": [r["peak"] for r in modes[m]] for m in MODES}
+    sizes |= {f"peak {c}": [r["peak"] for r in cases[c]] for c in CASES}
     for name, values in sizes.items():
         rows.append([f"{name}, GiB", *(f"{size / GiB:.2f}" for size in values)])
     for what in sorted({what for r in ranks for what in r["sent"]}):
@@ -446,16 +443,16 @@ def table_of_ranks(modes: dict[str, list[dict]], mode: str) -> list[str]:
     return ["  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows]
 
 
-def verdicts(modes: dict[str, list[dict]], layout: Layout, memory_gb: float) -> list[str]:
+def verdicts(cases: dict[str, list[dict]], layout: Layout, memory_gb: float) -> list[str]:
     """What fits the memory: without and with activation checkpointing, and without the distributed
     optimizer."""
-    sizes = {MODES[mode]: peak(ranks) for mode, ranks in modes.items()}
+    sizes = {case: peak(ranks) for case, ranks in cases.items()}
     if layout.sharded and layout.dp > 1:
         others = layout.dp - 1  # they keep the rest of the weights and moments
         sizes["without the distributed optimizer"] = peak(
             [
                 r | {"peak": r["peak"] + others * (r["weights"] + r["moments"])}
-                for r in modes["plain"]
+                for r in cases[WITHOUT]
             ]
         )
     return [
@@ -475,17 +472,17 @@ def report(job: Job, cluster: Cluster, result: dict) -> str:
         f"{cluster.memory_gb:g} GiB: {layout}",
         f"a step: {job.batch_size} rows of {config.max_seq_len} tokens, {n} micro-batches of "
         f"{job.micro} per dp rank",
-        "measured on tensors without numbers: one rank for each pp rank, all its "
+        "measured on tensors without numbers: one rank at each place along pp, all its "
         f"{config.n_layers // layout.pp} layers, {' and '.join(map(str, counts))} micro-batches"
         + scaled,
         "",
-        *table_of_ranks(result["modes"], result["mode"]),
+        *table_of_ranks(result["cases"], result["case"]),
         "",
-        *verdicts(result["modes"], layout, cluster.memory_gb),
+        *verdicts(result["cases"], layout, cluster.memory_gb),
         "not in these numbers: fragmentation, the libraries' own buffers, --compile's savings",
         "",
         f"bubble of the pipeline: {formula} = {bubble:.2%}",
-        f"a step {MODES[result['mode']]}: {t['step']:.1f} s = {t['compute']:.1f} computing + "
+        f"a step {result['case']}: {t['step']:.1f} s = {t['compute']:.1f} computing + "
         f"{t['tp']:.1f} tp + {t['pp']:.1f} pp + {t['bubble']:.1f} bubble + {t['dp']:.1f} dp",
         f"  at {cluster.peak_tflops:g} TFLOP/s, {cluster.utilisation:.0%} of it (assumed) while "
         f"computing, {cluster.tp_link:g} GB/s each way along tp, {cluster.network:g} GB/s",
