@@ -40,7 +40,7 @@ from flm import FLM, FLMConfig, growth_mask
 
 FORMAT = 1  # version of the step folder that this code reads and writes
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. The folders of a run
 
 PARTS = re.compile(r"checkpoint\.json|\.metadata(\.tmp)?|__\d+_\d+\.distcp")  # files of ours
@@ -123,7 +123,7 @@ def remove_old_checkpoints(run, keep: int):
             remove_parts(folder)
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. Writing
 
 
@@ -224,7 +224,7 @@ def write_checkpoint(folder: Path, tensors: dict, info: dict, group=None) -> Pat
     return folder
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. Reading
 
 INFO = ("config", "dtype", "tokenizer", "samples", "growth")  # what load_model needs
@@ -291,7 +291,7 @@ def stored_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {key: (meta.size, meta.properties.dtype) for key, meta in stored.items()}
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. Training: AdamW's moments beside the weights
 
 Named = list[tuple[str, torch.nn.Parameter]]  # (name, parameter), as Worker.named of parallel.py
@@ -330,7 +330,7 @@ def read_training(named: Named, optimizer: torch.optim.AdamW, path: Path):
                 value.copy_(tensors["optimizer"][f"{name}.{key}"])
 
 
-# ----------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5. One model
 
 

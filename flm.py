@@ -239,7 +239,7 @@ def xpos_tables(
     if length > config.xpos_limit():
         raise ValueError(
             f"a length of {length:,} is past {config.xpos_limit():,}, where xPos's key scale "
-            f"leaves fp32 (trained length {config.max_seq_len:,}): use a shorter text"
+            "leaves fp32: use a shorter text"
         )
     D = config.head_dim
     two_i = torch.arange(0, D, 2, dtype=torch.float64)  # (D/2,)
@@ -449,8 +449,8 @@ class FLM(nn.Module):
         """
         T, config = x.shape[1], self.config
         start, pad = (0, None) if cache is None else (cache.length, cache.pad)
-        block = max(1, config.max_seq_len // 2) if blockwise else None
-        visible = visible_slots(start, T, pad, block, x.device)
+        block_length = max(1, config.max_seq_len // 2) if blockwise else None
+        visible = visible_slots(start, T, pad, block_length, x.device)
         tables = self._tables(start, T, cache)
         if self.embedding is not None:
             x = self.embedding(x) * config.input_mult  # (B, T) -> (B, T, C)
@@ -489,7 +489,7 @@ class FLM(nn.Module):
         if not 0 <= c <= 1:
             raise ValueError(f"a growth mask of {c}: must lie in [0, 1]")
         config = self.config
-        old, layer_map = config.to_dict(), range(config.n_layers)  # nothing is new
+        old, layer_map = config.to_dict(), range(config.n_layers)  # as if nothing were new
         if record is not None and c < 1:
             old, layer_map = record["old"], record["layer_map"]
         names = ("d_model", "n_heads", "d_ff")
@@ -757,7 +757,7 @@ def generate(
     n + M - 1: nothing reads the last one.
     blockwise: see FLM.forward.
     on_token(row, id): called for each new token.
-    Raises ValueError that names every argument out of range.
+    Raises ValueError that names every argument out of range, or where logits are NaN or infinite.
     """
     capacity = model.config.max_seq_len if capacity is None else capacity
     check_generation(
@@ -773,6 +773,8 @@ def generate(
     new, live = [[] for _ in prompts], set(range(len(prompts)))
     for _ in range(max_new_tokens):
         logits = model(x, cache=cache, blockwise=blockwise, last_only=True)[:, -1].float().cpu()
+        if not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite numbers: the run diverged")
         if allowed is not None:
             logits[:, : len(allowed)].masked_fill_(~allowed, -math.inf)
             logits[:, len(allowed) :] = -math.inf

@@ -1,28 +1,33 @@
-"""iqeval.py - the evaluation inspired by IQ tests: tasks that memory cannot answer (FLM-101B, arXiv 2309.03852, section 5).
+"""iqeval.py - the evaluation inspired by IQ tests (FLM-101B, arXiv 2309.03852, section 5).
 
-    python iqeval.py show                           the tasks
-    python iqeval.py show head-tail                 a few items of one, with their answers
-    python iqeval.py play head-tail                 answer them yourself
-    python iqeval.py make --out corpora/iq          a corpus to learn them from; prints the command that trains on it
-    python iqeval.py run runs/iq-demo               a table per kind of task for a checkpoint (or --hf for another model)
-    python iqeval.py export --out items             the items for lm-evaluation-harness
+    python iqeval.py show                     list the tasks
+    python iqeval.py show head-tail           print a few items of one task, with their answers
+    python iqeval.py play head-tail           answer them yourself
+    python iqeval.py make --out corpora/iq    write a corpus to learn the tasks from
+    python iqeval.py run runs/iq-demo         score a checkpoint: one table per kind of task
 
 Read it from top to bottom:
 
-    1. items              what an item is, and how training and evaluation are kept apart
-    2. symbolic mapping   classification with random strings for labels, made here or read from SuperGLUE and CLUE files
-    3. rule understanding, 4. pattern mining, 5. anti-interference
-    6. propositions       FreeLM's teacher signal: does a claim hold?
-    7. TASKS              every task with its number of shots, count, metric, chance and the published scores
-    8. files              the original datasets
-    9. scoring            greedy generation or log-likelihood, batched; the interval
-    10. a corpus          the training split as FreeLM's two signals
-    11. the command line
+    1. items                  what an item is; how training and evaluation are kept apart
+    2. symbolic mapping       classification with random strings in place of the labels
+    3. rule understanding     counting and replacing, by an instruction
+    4. pattern mining         five examples and no instruction
+    5. anti-interference      keys and stories among distractors
+    6. propositions           FreeLM's teacher signal as a task: does a claim hold?
+    7. TASKS                  the table of all tasks
+    8. scoring                greedy generation or log-likelihood, in batches; the interval
+    9. a corpus               the training split as FreeLM's two signals
+    10. the command line
 
-The paper prints few of its prompts: the instructions of counting and replacement (section 5.2), and two label strings. These are
-kept; every other text, length and number of shots per label is OURS. So are the generated classification tasks, which stand in
-where the eight datasets are not at hand. Items are made afresh from a seed: a model may have read this file, but not its items.
+The paper prints few of its prompts: the instructions of counting and of replacement (section 5.2),
+and two label strings. Those are kept. Every other text, every length and the number of examples
+per label are OURS. Items are made anew from a seed: a model may have read this file, but not its
+items.
+
+`python -m lab.datasets` reads items from the original datasets. `python -m lab.harness` exports
+items for lm-evaluation-harness, which runs other models.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,138 +35,213 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import shlex
 import shutil
 import string
 import sys
-from dataclasses import dataclass, field
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+import console
+from checkpoint import load_model, pick_device
 from data import EMOJI, decodable, get_tokenizer, prepare
-from flm import KVCache, generate, load_model, pick_device
+from flm import KVCache, generate
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Items. A prompt ends without a space; what has to follow is its task's gap (a space, or nothing), the answer and a line end.
+# --------------------------------------------------------------------------------------------------
+# 1. Items
 
 
 class Item(NamedTuple):
-    task: str
+    """A prompt and what has to follow it.
+
+    That is the task's gap (a space or nothing), then the answer, then a line end.
+
+    labels: the choices of a task that is scored by log-likelihood; else empty.
+    facts:  JSON values about the item; "query" decides the split."""
+
     prompt: str
     answer: str
-    labels: tuple       # what can be chosen from, where the score is a log-likelihood; else empty
-    facts: dict         # JSON values to check the answer with; "query" decides the split, "wrong" is a wrong answer of the same form
+    facts: dict
+    labels: tuple[str, ...] = ()
+    task: Task | None = None
 
 
 SPLITS = ("train", "eval")
-TRIES = 5000
-BATCH = 32              # items: more of them took longer each on a CPU (tests/bench_iqeval.py)
+TRIES = 5000  # draws without a new query, after which we say that there are no more
 
 
 def split_of(family: str, query: str) -> str:
-    """Which split a query (of a story: its end) belongs to: "eval" for a fifth of them. It depends on the content alone, never on a
-    seed, so no seed brings an evaluation query, nor an example from one, into the training split."""
-    return "eval" if hashlib.sha256(f"{family}\n{query}".encode()).digest()[0] < 51 else "train"
+    """The split of a query: "eval" for a fifth of all queries.
+
+    The split depends on the content alone and never on a seed. So no seed brings an evaluation
+    query, nor an example from one, into the training split."""
+    first_byte = hashlib.sha256(f"{family}\n{query}".encode()).digest()[0]
+    return "eval" if first_byte < 51 else "train"
+
+
+class Pool:
+    """Random values of one split. `rng` is the source of all randomness of a task's items.
+
+    >>> pool = Pool(random.Random(0), "full-repeating", "eval")
+    >>> texts = pool.different(lambda: letters(pool.rng, 2, 4), 3)
+    >>> texts, {split_of("full-repeating", text) for text in texts}
+    (['iweo', 'gbrd', 'pypl'], {'eval'})
+    """
+
+    def __init__(self, rng: random.Random, family: str, split: str):
+        self.rng, self.family, self.split = rng, family, split
+
+    def different(self, draw: Callable[[], Any], k: int, key: Callable[[Any], str] = str) -> list:
+        """k values of draw() in this split, no two with the same key(value)."""
+        found = {}
+        for _ in range(TRIES):
+            value = draw()
+            if split_of(self.family, key(value)) == self.split:
+                found.setdefault(key(value), value)
+                if len(found) == k:
+                    return list(found.values())
+        raise ValueError(
+            f"{self.family} has too few different {self.split} queries for an item's {k}: "
+            "make it harder (--set)"
+        )
+
+
+class Knob(NamedTuple):
+    """One setting of a task's difficulty: its default and, of a number, what is allowed."""
+
+    default: int | str
+    least: int = 1
+    most: int = 100_000
+
+    def problem(self, value: Any) -> str:
+        """What is wrong with a value; an empty string if nothing is."""
+        if isinstance(self.default, str):
+            return "" if value in LABELS else f"must be {' or '.join(LABELS)}"
+        if type(value) is int and self.least <= value <= self.most:
+            return ""
+        return f"must be a whole number from {self.least:,} to {self.most:,}"
 
 
 @dataclass(frozen=True)
 class Task:
+    """How a kind of item is made and scored."""
+
     name: str
-    kind: str
-    language: str
-    shots: str                     # examples in a prompt, as the paper counts them
-    count: int                     # items by default: the paper's number
-    metric: str                    # likelihood, exact or number (see `score`)
-    chance: float                  # what a blind guess of the right form scores
-    make: Callable | None = None   # make(rng, ask, **knobs) -> prompt, answer, labels, facts; None: read from a file
-    knobs: dict = field(default_factory=dict)      # the difficulty, with its defaults
-    limits: dict = field(default_factory=dict)     # (smallest, largest) value of a knob, where it is not (1, 100,000)
-    paper: dict = field(default_factory=dict)      # published accuracy in percent by model (tables 7 to 11)
-    gap: str = " "                                 # between a prompt and its answer
+    kind: str  # a key of KINDS
+    make: Callable[..., Item]  # make(pool, **fixed, **knobs)
+    fixed: dict = field(default_factory=dict)
+    knobs: dict[str, Knob] = field(default_factory=dict)
+    shots: str = "0"  # examples in a prompt, as the paper counts them
+    count: int = 300  # items by default: the paper's number
+    metric: str = "exact"  # likelihood, exact or number: see `said`
+    chance: float = 0.0  # the score of a blind guess of the right form
+    paper: tuple = (None, None, None)  # published accuracy in percent by MODELS (tables 7 to 11)
+    gap: str = " "  # what stands between a prompt and its answer
+    lazy: tuple = ("", None)  # the best lazy strategy known, and its score in percent
 
     def settings(self, difficulty: dict) -> dict:
-        """The knobs, changed by `difficulty`. Raises ValueError with everything that is wrong with it."""
-        problems = [f"{self.name} has no knob {name!r}: it has {', '.join(self.knobs) or 'none'}"
-                    for name in difficulty if name not in self.knobs]
-        for name in [name for name in self.knobs if name in difficulty]:
-            value, (low, high) = difficulty[name], self.limits.get(name, (1, 100_000))
-            if name == "labels" and value not in ("symbols", "words"):
-                problems.append(f"{self.name}: labels = {value!r} must be symbols or words")
-            elif name != "labels" and (type(value) is not int or not low <= value <= high):
-                problems.append(f"{self.name}: {name} = {value!r} must be a whole number from {low:,} to {high:,}")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self.knobs | difficulty
+        """The value of each knob, changed by `difficulty`. ValueError names every wrong value."""
+        problems = []
+        for name, value in difficulty.items():
+            if name not in self.knobs:
+                problems.append(f"{self.name} has no knob {name!r}: it has {', '.join(self.knobs)}")
+            elif problem := self.knobs[name].problem(value):
+                problems.append(f"{self.name}: {name} = {value!r} {problem}")
+        console.refuse(problems)
+        return {name: knob.default for name, knob in self.knobs.items()} | difficulty
 
     def generate(self, n: int, seed: int, split: str = "eval", **difficulty) -> list[Item]:
-        """n items with different queries: a pure function of its arguments, and fewer items are the first of more.
+        """n items with different queries. The same arguments give the same items, and a smaller n
+        gives the first of them.
 
-        difficulty: values for `knobs`. Raises ValueError for zero items, a knob that is not there, and a difficulty so low that
-        there are not as many queries."""
-        if self.make is None:
-            raise ValueError(f"{self.name} is not generated but read from its dataset's file: give --data {self.name}=FILE")
-        if split not in SPLITS:
-            raise ValueError(f"there is no split {split!r}: choose train or eval")
-        if n < 1:
-            raise ValueError(f"{n} items of {self.name}: ask for at least 1")
-        knobs, rng, items, seen = self.settings(difficulty), random.Random(f"{self.name} {split} {seed}"), [], set()
+        difficulty: values for `knobs`.
+        ValueError: a wrong argument, or a difficulty so low that there are not n queries.
+
+        >>> item = TASKS["full-repeating"].generate(1, seed=0, length=4)[0]
+        >>> print(item.prompt, item.answer)
+        Input: ypo
+        Output: ypoypo
+        Input: sph
+        Output: sphsph
+        Input: ixog
+        Output: ixogixog
+        Input: lu
+        Output: lulu
+        Input: py
+        Output: pypy
+        Input: osca
+        Output: oscaosca
+        """
+        if split not in SPLITS or n < 1:
+            raise ValueError(
+                f"{n} items of {self.name} from split {split!r}: ask for at least 1, from train or "
+                "eval"
+            )
+        knobs = self.settings(difficulty)
+        changed = [name for name in difficulty if knobs[name] != self.knobs[name].default]
+        task = self if set(changed) <= {"labels"} else replace(self, lazy=("", None))
         family = self.name.removeprefix("claim-").removesuffix("-en").removesuffix("-zh")
-
-        def ask(draw, k=1):
-            """k values of draw() -> (content, value) from this split, all contents different."""
-            found = {}
-            for _ in range(TRIES):
-                content, value = draw()
-                if split_of(family, content) == split:
-                    found.setdefault(content, value)
-                    if len(found) == k:
-                        return list(found.items())
-            raise ValueError(f"{self.name} with {knobs} has too few different {split} queries for its examples: make it harder")
-
-        repeats = 0
-        while len(items) < n and repeats < TRIES:
-            prompt, answer, labels, facts = self.make(rng, ask, **knobs)
-            repeats += 1
-            if facts["query"] not in seen:
-                repeats = 0
-                seen.add(facts["query"])
-                items.append(Item(self.name, prompt, answer, tuple(labels), facts))
-        if len(items) == n:
-            return items
-        raise ValueError(f"{self.name} with {knobs} has only {len(items)} different {split} queries, not {n}: ask for fewer "
-                         f"items, or make it harder")
+        pool = Pool(random.Random(f"{self.name} {split} {seed}"), family, split)
+        items, repeats = {}, 0
+        while len(items) < n:
+            item = self.make(pool, **self.fixed, **knobs)._replace(task=task)
+            repeats = repeats + 1 if item.facts["query"] in items else 0
+            items.setdefault(item.facts["query"], item)
+            if repeats == TRIES:
+                raise ValueError(
+                    f"{self.name} with {knobs} has only {len(items)} different {split} queries, "
+                    f"not {n}: ask for fewer items, or make it harder"
+                )
+        return list(items.values())
 
 
-def letters(rng, low: int, high: int, alphabet: str = string.ascii_lowercase) -> str:
+def letters(rng: random.Random, low: int, high: int, alphabet=string.ascii_lowercase) -> str:
+    """A random string of `low` to `high` letters."""
     return "".join(rng.choices(alphabet, k=rng.randint(low, high)))
 
 
-def invented(rng, n: int, chinese: bool = False) -> list[str]:
+def invented(rng: random.Random, n: int, language: str) -> list[str]:
     """n different words that mean nothing."""
     found = {}
     while len(found) < n:
-        parts = rng.sample("布达格莫塔苏兰菲普克罗卡", 2) if chinese else map(rng.choice, ("bdfgklmnprstvwz", "aeiou", "bdfgklmnprtvxz"))
+        if language == "zh":
+            parts = rng.sample("布达格莫塔苏兰菲普克罗卡", 2)
+        else:
+            parts = map(rng.choice, ("bdfgklmnprstvwz", "aeiou", "bdfgklmnprtvxz"))
         found["".join(parts)] = None
     return list(found)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Symbolic mapping (section 5.1): "we replace the original category labels with random strings", and what a string stands for can
-#    only be seen in "few-shot examples for each label". How many the paper does not say: 2 here. The strings are drawn anew for each
-#    item (ours), so there is nothing to learn by heart.
+# --------------------------------------------------------------------------------------------------
+# 2. Symbolic mapping (section 5.1)
+#
+# "We replace the original category labels with random strings", so that what a string stands for
+# can only be seen in "few-shot examples for each label". The paper does not say how many examples:
+# we take 2. We draw new strings for each item, so that none can be learnt by heart.
 
 SYMBOL_ALPHABET = string.ascii_letters + string.digits + "%@?!#$&*"
+LABELS = ("symbols", "words")
+WORDING = {
+    "en": ("Label:", " or ", ": ", "Answer with {}."),
+    "zh": ("标签:", "或", ":", "请回答{}。"),
+}
+Fields = list[tuple[str, str]]  # [(name of a field, its text)]
 
 
-def symbols(rng, n: int, text: str) -> list[str]:
-    """n label strings in the form of the paper's <30mFC%4Z>. They differ from their first character on, so none is the beginning of
-    another, and none occurs in `text`."""
+def symbols(rng: random.Random, n: int, text: str) -> list[str]:
+    """n label strings in the form of the paper's <30mFC%4Z>.
+
+    Their first characters differ, so none is the beginning of another. None occurs in `text`."""
     while True:
         firsts = rng.sample(SYMBOL_ALPHABET, n)
         found = [f"<{first}{letters(rng, 7, 7, SYMBOL_ALPHABET)}>" for first in firsts]
@@ -169,987 +249,1034 @@ def symbols(rng, n: int, text: str) -> list[str]:
             return found
 
 
-WORDING = {"en": ("Label:", " or ", ": ", "Answer with {}."), "zh": ("标签:", "或", ":", "请回答{}。")}
+def fields_text(fields: Fields) -> str:
+    """The texts of all fields in one line."""
+    return " ".join(text for _, text in fields)
 
 
-def classification(rng, language: str, instruction: str, words: dict, shots: list, query: tuple, labels: str):
-    """shots, query: ([(name of a field, text)], class). words: {class: its original label}. -> prompt, answer, labels, shown.
-    The same draw of everything else for symbols and for words."""
+def labelled_item(
+    rng: random.Random,
+    language: str,
+    instruction: str,
+    words: dict[str, str],
+    cases: list[tuple[Fields, str]],
+    labels: str,
+) -> Item:
+    """A few-shot item of a classification task.
+
+    words: {class: its original label}. cases: (fields, class) of the examples and, last, of the
+    query. labels: "symbols" or "words"; either one draws the same random numbers."""
     label, either, colon, choose = WORDING[language]
-    body = [(["".join((name, colon, text)) for name, text in fields], k) for fields, k in [*shots, query]]
-    drawn = symbols(rng, len(words), instruction + "".join("".join(lines) for lines, _ in body))
+    blocks = ["\n".join(f"{name}{colon}{text}" for name, text in fields) for fields, _ in cases]
+    drawn = symbols(rng, len(words), instruction + "".join(blocks))
     shown = dict(zip(words, drawn if labels == "symbols" else words.values()))
-    blocks = ["\n".join([*lines, f"{label} {shown[k]}"]) for lines, k in body[:-1]] + ["\n".join([*body[-1][0], label])]
-    listed = rng.sample(list(words), len(words))             # in no fixed order, else it would tell what a symbol stands for
-    prompt = f"{instruction} {choose.format(either.join(shown[k] for k in listed))}\n\n" + "\n\n".join(blocks)
-    return prompt, shown[query[1]], list(shown.values()), shown
+    # The instruction names the labels in random order. A fixed order would tell their meaning.
+    choices = either.join(shown[k] for k in rng.sample(list(words), len(words)))
+    lines = [f"{instruction} {choose.format(choices)}"]
+    lines += [f"{block}\n{label} {shown[k]}" for block, (_, k) in zip(blocks[:-1], cases)]
+    lines += [f"{blocks[-1]}\n{label}"]
+    query, asked = cases[-1]
+    facts = {"query": fields_text(query), "class": asked, "mapping": shown}
+    return Item("\n\n".join(lines), shown[asked], facts, tuple(shown.values()))
 
 
-def classified(rng, ask, language, instruction, words, draw, shots, labels):
-    """A few-shot item of a generated classification task. draw(class) -> fields. As many examples of each class, in a random order."""
-    def drawn(k):
-        fields = draw(k)
-        return " ".join(text for _, text in fields), (fields, k)
+def few_shot(
+    pool: Pool, case: Callable[..., Fields], language: str, labels: str, shots: int, **knobs
+) -> Item:
+    """An item of a generated classification task, with `shots` examples of each class.
 
-    asked, found = rng.choice(list(words)), {}
+    case(rng, language, holds, **knobs) makes the fields of one text and claim."""
+    instruction, words = CLASSES[case, language]
+    asked, found = pool.rng.choice(list(words)), {}
     for k in words:
-        found[k] = ask(lambda: drawn(k), shots + (k == asked))
-    content, query = found[asked].pop()
-    examples = [value for pairs in found.values() for _, value in pairs]
-    rng.shuffle(examples)
-    prompt, answer, options, shown = classification(rng, language, instruction, words, examples, query, labels)
-    wrong = rng.choice([option for option in options if option != answer])
-    return prompt, answer, options, {"query": content, "class": asked, "mapping": shown, "wrong": wrong}
+        found[k] = pool.different(
+            lambda: case(pool.rng, language, k == "yes", **knobs), shots + (k == asked), fields_text
+        )
+    query = found[asked].pop()
+    examples = [(fields, k) for k, cases in found.items() for fields in cases]
+    pool.rng.shuffle(examples)
+    cases = [*examples, (query, asked)]
+    return labelled_item(pool.rng, language, instruction, words, cases, labels)
 
 
-def entailment(language):
-    """Does a claim about an invented kind of thing follow? Both claims name a word of the text, so only the chain of rules tells."""
-    chinese = language == "zh"
-    words = {"yes": "蕴含", "no": "不蕴含"} if chinese else {"yes": "entailment", "no": "not entailment"}
-    instruction = "断言能否从文本推出?" if chinese else "Does the claim follow from the text?"
+def entailment(rng: random.Random, language: str, holds: bool, chain: int) -> Fields:
+    """Does a claim about an invented kind of thing follow?
 
-    def make(rng, ask, labels, shots, chain):
-        def draw(k):
-            kinds = invented(rng, 2 * chain + 2, chinese)
-            person = rng.choice(["小明", "小红", "小刚"] if chinese else ["Tom", "Ann", "Bob"])
-            one, other = kinds[:chain + 1], kinds[chain + 1:]
-            rules = [(a, b) for line in (one, other) for a, b in zip(line, line[1:])]
-            rng.shuffle(rules)
-            goal = (one if k == "yes" else other)[-1]
-            if chinese:
-                return [("文本", "".join(f"{a}都是{b}。" for a, b in rules) + f"{person}是{one[0]}。"), ("断言", f"{person}是{goal}。")]
-            return [("Text", "".join(f"Every {a} is a {b}. " for a, b in rules) + f"{person} is a {one[0]}."),
-                    ("Claim", f"{person} is a {goal}.")]
-        return classified(rng, ask, language, instruction, words, draw, shots, labels)
-    return make
+    A true and a false claim both name a word of the text, so only the chain of rules tells."""
+    kinds = invented(rng, 2 * chain + 2, language)
+    person = rng.choice(["小明", "小红", "小刚"] if language == "zh" else ["Tom", "Ann", "Bob"])
+    one, other = kinds[: chain + 1], kinds[chain + 1 :]
+    rules = [pair for line in (one, other) for pair in zip(line, line[1:])]
+    rng.shuffle(rules)
+    goal = one[-1] if holds else other[-1]
+    if language == "zh":
+        text = "".join(f"{a}都是{b}。" for a, b in rules) + f"{person}是{one[0]}。"
+        return [("文本", text), ("断言", f"{person}是{goal}。")]
+    text = "".join(f"Every {a} is a {b}. " for a, b in rules) + f"{person} is a {one[0]}."
+    return [("Text", text), ("Claim", f"{person} is a {goal}.")]
 
 
-def comparison(language):
-    """Who is taller? The text has one order; the claim names two of its people."""
-    chinese = language == "zh"
-    words = {"yes": "对", "no": "错"} if chinese else {"yes": "true", "no": "false"}
-    names = "小安 小白 小陈 小丁 小方 小郭 小何 小江".split() if chinese else "Ann Bob Cid Dee Eve Fay Gus Hal".split()
-    instruction = "断言对不对?" if chinese else "Is the claim true?"
-
-    def make(rng, ask, labels, shots, people):
-        def draw(k):
-            order = rng.sample(names, people)
-            pairs = list(zip(order, order[1:]))
-            rng.shuffle(pairs)
-            a, b = (order[i] for i in sorted(rng.sample(range(people), 2), reverse=k == "no"))
-            taller = "{}比{}高。".format if chinese else "{} is taller than {}.".format
-            return [("文本" if chinese else "Text", ("" if chinese else " ").join(taller(*pair) for pair in pairs)),
-                    ("断言" if chinese else "Claim", taller(a, b))]
-        return classified(rng, ask, language, instruction, words, draw, shots, labels)
-    return make
+NAMES = {"en": ("Ann", "Bob", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal"), "zh": "安白陈丁方郭何江"}
+ADJECTIVES = {"en": ("red", "dry", "big", "wet", "low", "new"), "zh": "红旧大白长新"}
 
 
-def sense(language):
-    """Word sense by rule: what an invented word means depends on the word before it."""
-    chinese = language == "zh"
-    words = {"yes": "相同", "no": "不同"} if chinese else {"yes": "same", "no": "different"}
-    before = list("红旧大白长新") if chinese else ["red", "dry", "big", "wet", "low", "new"]
-    instruction = "两处的词义是否相同?" if chinese else "Is it the same sense twice?"
+def comparison(rng: random.Random, language: str, holds: bool, people: int) -> Fields:
+    """Who is above whom? The text has one order, one pair of neighbours a sentence.
 
-    def make(rng, ask, labels, shots):
-        def draw(k):
-            word, (a, b) = invented(rng, 1, chinese)[0], rng.sample(before, 2)
-            first = rng.choice((a, b))
-            second = first if k == "yes" else (b if first == a else a)
-            if chinese:
-                return [("规则", f"{a}{word}是动物,{b}{word}是工具。"), ("例句", f"我看见{first}{word}。他有{second}{word}。")]
-            return [("Rule", f"A {a} {word} is an animal, a {b} {word} is a tool."),
-                    ("Text", f"I see a {first} {word}. He has a {second} {word}.")]
-        return classified(rng, ask, language, instruction, words, draw, shots, labels)
-    return make
+    The claim names the second and the last but one. No sentence names both, and neither stands at
+    an end of the order, so only a chain of sentences tells."""
+    order = rng.sample(NAMES[language], people)
+    form = "{}比{}高。" if language == "zh" else "{} is above {}."
+    sentences = [form.format(*pair) for pair in zip(order, order[1:])]
+    rng.shuffle(sentences)
+    claim = form.format(*(order[1], order[-2])[:: 1 if holds else -1])
+    if language == "zh":
+        return [("文本", "".join(sentences)), ("断言", claim)]
+    return [("Text", " ".join(sentences)), ("Claim", claim)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Rule understanding (section 5.2). The instructions are the paper's, "the counting range and words to replace are sampled with a
-#    uniform distribution"; lengths and the layout of the examples are ours.
+def sense(rng: random.Random, language: str, holds: bool) -> Fields:
+    """Word sense by rule: what an invented word means depends on the word before it.
 
-def counting(language):
-    def make(rng, ask, digits, numbers):
-        def draw():
-            first = rng.randrange(10 ** (digits - 1), 10 ** digits)
-            last = first + rng.randint(5, numbers) - 1
-            return f"{first} {last}", (first, last)
-
-        (content, (first, last)), = ask(draw)
-        run = [str(i) for i in range(first, last + 1)]
-        lead = f"Let's count from {first} to {last}: " if language == "en" else f"让我们从{first}数到{last}: "
-        skipped = rng.randrange(3, len(run))
-        return (lead + ", ".join(run[:3]) + ",", ", ".join(run[3:]), (),
-                {"query": content, "first": first, "last": last, "wrong": ", ".join(run[3:skipped] + run[skipped + 1:])})
-    return make
+    The two uses have different words before them, so only the rule tells."""
+    (word,), (a, b, c, d) = invented(rng, 1, language), rng.sample(ADJECTIVES[language], 4)
+    senses = ["动物", "工具"] if language == "zh" else ["animal", "tool"]
+    rules = [(a, senses[0]), (b, senses[0]), (c, senses[1]), (d, senses[1])]
+    first, second = rng.choice([(a, b), (c, d)] if holds else [(a, c), (b, d)])
+    rng.shuffle(rules)
+    if language == "zh":
+        rule = ",".join(f"{x}{word}:{meaning}" for x, meaning in rules)
+        return [("规则", f"{rule}。"), ("例句", f"先{first}{word},后{second}{word}。")]
+    rule = ", ".join(f"{x} {word}: {meaning}" for x, meaning in rules)
+    return [("Rule", f"{rule}."), ("Text", f"I see a {first} {word}. He has a {second} {word}.")]
 
 
-def examples(pairs, last) -> str:
-    """The few-shot layout of everything that is rewritten: a pair of lines each."""
-    return "\n".join([f"Input: {x}\nOutput: {y}" for x, y in pairs] + [f"Input: {last}\nOutput:"])
+# (function, language): (instruction, {class: its original label})
+CLASSES = {
+    (entailment, "en"): (
+        "Does the claim follow from the text?",
+        {"yes": "entailment", "no": "not entailment"},
+    ),
+    (entailment, "zh"): ("断言能否从文本推出?", {"yes": "蕴含", "no": "不蕴含"}),
+    (comparison, "en"): ("Is the claim true?", {"yes": "true", "no": "false"}),
+    (comparison, "zh"): ("断言对不对?", {"yes": "对", "no": "错"}),
+    (sense, "en"): ("Is it the same sense twice?", {"yes": "same", "no": "different"}),
+    (sense, "zh"): ("两处的词义是否相同?", {"yes": "相同", "no": "不同"}),
+}
 
 
-def rewriting(rng, ask, rewrite, shots, shortest, longest, alphabet=string.ascii_lowercase):
-    """Random texts, x and rewrite(x) -> prompt, answer, query, wrong. The wrong answer is made of another text of the query's length,
-    as often of the query with one letter changed: its length tells nothing, its first letter not enough."""
-    def draw():
-        text = letters(rng, shortest, longest, alphabet)
-        return text, text
-    *texts, query = [text for text, _ in ask(draw, shots + 1)]
-    wrong, n, near = rewrite(query), len(query), rng.random() < 0.5
-    while wrong == rewrite(query):
-        k = rng.randrange(n)
-        wrong = rewrite(query[:k] + rng.choice(alphabet) + query[k + 1:] if near else letters(rng, n, n, alphabet))
-    return examples([(text, rewrite(text)) for text in texts], query), rewrite(query), query, wrong
+# --------------------------------------------------------------------------------------------------
+# 3. Rule understanding (section 5.2)
+#
+# The instructions are the paper's; "the counting range and words to replace are sampled with a
+# uniform distribution". Lengths and the layout of the examples are ours.
 
 
-def replace_lowercase(rng, ask, length):
-    prompt, answer, query, wrong = rewriting(rng, ask, str.lower, 4, 3, length, string.ascii_letters)
+def counting(pool: Pool, language: str, digits: int, numbers: int) -> Item:
+    """Count on, up to the last number that the instruction names."""
+    rng = pool.rng
+
+    def draw() -> str:
+        first = rng.randrange(10 ** (digits - 1), 10**digits)
+        return f"{first} {first + rng.randint(5, numbers) - 1}"
+
+    (query,) = pool.different(draw, 1)
+    first, last = map(int, query.split())
+    run = [str(i) for i in range(first, last + 1)]
+    count = (
+        f"Let's count from {first} to {last}" if language == "en" else f"让我们从{first}数到{last}"
+    )
+    prompt = f"{count}: {', '.join(run[:3])},"
+    return Item(prompt, ", ".join(run[3:]), {"query": query})
+
+
+def strings(
+    pool: Pool, k: int, shortest: int, longest: int, alphabet: str = string.ascii_lowercase
+) -> list[str]:
+    """k different random strings."""
+    return pool.different(lambda: letters(pool.rng, shortest, longest, alphabet), k)
+
+
+def rewritten(texts: list[str], rewrite: Callable[[str], str]) -> Item:
+    """Examples "Input: x", "Output: rewrite(x)", and the input of the query, the last text."""
+    *shown, query = texts
+    lines = [f"Input: {text}\nOutput: {rewrite(text)}\n" for text in shown]
+    prompt = "".join(lines) + f"Input: {query}\nOutput:"
+    return Item(prompt, rewrite(query), {"query": query})
+
+
+def replace_lowercase(pool: Pool, length: int) -> Item:
+    """Every uppercase letter becomes lowercase."""
+    item = rewritten(strings(pool, 5, 3, length, string.ascii_letters), str.lower)
     instruction = "For the following text, please modify all uppercase letters to lowercase.\n"
-    return instruction + prompt, answer, (), {"query": query, "wrong": wrong}
+    return item._replace(prompt=instruction + item.prompt)
 
 
-def replace_word(rng, ask, words):
-    def draw():
-        sentence = [letters(rng, 4, 4, string.ascii_uppercase) for _ in range(rng.randint(3, words))]
-        old, new = rng.choice(sentence), letters(rng, 4, 4, string.ascii_uppercase)
-        return f"{' '.join(sentence)} {old} {new}", (sentence, old, new)
+def replace_word(pool: Pool, words: int) -> Item:
+    """One word of a sentence is replaced by another, wherever it stands."""
 
-    def shown(sentence, old, new):
-        return f"word to replace: **{old}** target word: **{new}**\n{' '.join(sentence)}"
+    def draw() -> str:
+        count = pool.rng.randint(3, words)
+        sentence = [letters(pool.rng, 4, 4, string.ascii_uppercase) for _ in range(count)]
+        old, new = pool.rng.choice(sentence), letters(pool.rng, 4, 4, string.ascii_uppercase)
+        return " ".join([*sentence, old, new])
 
-    found = ask(draw, 5)
-    done = [" ".join(new if word == old else word for word in sentence) for _, (sentence, old, new) in found]
-    blocks = [f"{shown(*value)} -> {result}" for (_, value), result in zip(found[:4], done)]
-    sentence, old, new = found[4][1]
-    prompt = ("In the following sentence, replace the specified word with the target word.\n"
-              + "\n".join([*blocks, shown(sentence, old, new)]) + " ->")
-    return prompt, done[4], (), {"query": found[4][0], "sentence": sentence, "old": old, "new": new,
-                                 "wrong": " ".join(sentence) if old != new else done[0]}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Pattern mining (section 5.3): five examples and "no instruction or clue". Letters for numbers in BIG-bench's list_functions; "we
-#    sample the input strings, heads, and tails from a uniform distribution". Lengths are ours.
-
-def pattern(rng, ask, length, shortest, rewrite, rule):
-    """A prompt of five pairs (x, rewrite(x)). rule: the JSON value that describes `rewrite`."""
-    prompt, answer, query, wrong = rewriting(rng, ask, rewrite, 5, shortest, length)
-    return prompt, answer, (), {"query": query, "rule": rule, "wrong": wrong}
+    prompt = "In the following sentence, replace the specified word with the target word."
+    found, answers = pool.different(draw, 5), []
+    for text in found:
+        *sentence, old, new = text.split()
+        prompt += f" {answers[-1]}" if answers else ""
+        prompt += f"\nword to replace: **{old}** target word: **{new}**\n{' '.join(sentence)} ->"
+        answers.append(" ".join(new if word == old else word for word in sentence))
+    return Item(prompt, answers[-1], {"query": found[-1]})
 
 
-def head_tail(rng, ask, length, ends):
-    head, tail = letters(rng, 1, ends), letters(rng, 1, ends)
-    return pattern(rng, ask, length, 2, lambda text: head + text + tail, {"head": head, "tail": tail})
+# --------------------------------------------------------------------------------------------------
+# 4. Pattern mining (section 5.3)
+#
+# Five examples and "no instruction or clue". Letters take the place of numbers in BIG-bench's
+# list_functions; "we sample the input strings, heads, and tails from a uniform distribution".
+# Lengths are ours.
 
 
-def full_repeating(rng, ask, length):
-    return pattern(rng, ask, length, 2, lambda text: text + text, {"times": 2})
+def head_tail(pool: Pool, length: int, ends: int) -> Item:
+    """A fixed head and a fixed tail around each input."""
+    head, tail = letters(pool.rng, 1, ends), letters(pool.rng, 1, ends)
+    return rewritten(strings(pool, 6, 2, length), lambda text: head + text + tail)
 
 
-def head_slicing(rng, ask, length):
-    keep = rng.randint(1, length - 2)           # every input is longer than that, else there is nothing to slice off
-    return pattern(rng, ask, length, keep + 1, lambda text: text[:keep], {"keep": keep})
+def full_repeating(pool: Pool, length: int) -> Item:
+    """Each input twice."""
+    return rewritten(strings(pool, 6, 2, length), lambda text: text + text)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Anti-interference (section 5.4). Keys are hidden "in similar formats" as landmark attention's (arXiv 2305.16300): noise, a key said
-#    twice, noise, the question; at most 3 keys. The two tasks on stories are those of bAbI 1 and 2 (arXiv 1502.05698) with "3 shots";
-#    the simulator is ours, with sentences a little shorter, so that three stories and a fourth fit a small model.
+def head_slicing(pool: Pool, length: int) -> Item:
+    """The first few letters of each input. Every input is longer than that.
 
-NOISE = ("The rain fell on the hill. ", "A boat lay in the bay. ", "They went up and down. ", "The road was long. ",
-         "No bird sang. ", "It was late. ")
+    The examples have two lengths or more: of one length, they could also mean that a fixed number
+    of letters is cut off."""
+    keep, texts = pool.rng.randint(1, max(1, length - 3)), []
+    while len({len(text) for text in texts[:-1]}) < 2:
+        texts = strings(pool, 6, keep + 1, length)
+    return rewritten(texts, lambda text: text[:keep])
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Anti-interference (section 5.4)
+#
+# Keys are hidden "in similar formats" as landmark attention's (arXiv 2305.16300): noise, a key said
+# twice, noise, the question; at most 3 keys. The two tasks on stories are those of bAbI 1 and 2
+# (arXiv 1502.05698) with "3 shots". The simulator is ours. Its sentences are a little shorter, so
+# that three stories and a fourth fit a small model.
+
+# fmt: off
+NOISE = ("The rain fell on the hill. ", "A boat lay in the bay. ", "They went up and down. ",
+         "The road was long. ", "No bird sang. ", "It was late. ")
+# fmt: on
 HOLDERS = ("Amber", "Basil", "Coral", "Dylan", "Elias", "Flora", "Giles", "Hazel")
 
 
-def key_retrieval(rng, ask, keys, length):
-    """length: characters of noise. A model that names any key of the text at random is right in 61% of the items with at most 3."""
-    def draw(name):
-        key = rng.randint(1, 50_000)
-        return f"{name} {key}", key
-
-    hidden, contents = {}, []
-    for holder in rng.sample(HOLDERS, rng.randint(1, keys)):
-        key = None
-        while key is None or key in hidden.values():
-            (content, key), = ask(lambda: draw(holder))
-        hidden[holder] = key
-        contents.append(content)
-    (name, key), *_ = hidden.items()
+def key_retrieval(pool: Pool, keys: int, length: int) -> Item:
+    """`keys` keys in `length` characters of noise; the number of one of them is asked."""
+    rng, hidden = pool.rng, {}
+    for holder in rng.sample(HOLDERS, keys):
+        while holder not in hidden:
+            (query,) = pool.different(lambda: f"{holder} {rng.randint(1, 50_000)}", 1)
+            if query.split()[1] not in hidden.values():
+                hidden[holder] = query.split()[1]
     noise, room = [], length
     while fitting := [sentence for sentence in NOISE if len(sentence) <= room]:
         noise.append(rng.choice(fitting))
         room -= len(noise[-1])
     places = sorted(rng.sample(range(len(noise) + len(hidden)), len(hidden)))
     for place, holder in zip(places, rng.sample(list(hidden), len(hidden))):
-        noise.insert(place, f"The key of {holder} is {hidden[holder]}. Remember {hidden[holder]}. ")
-    prompt = f"Keys are hidden in this text. Remember them.\n{''.join(noise).strip()}\nWhat is the key of {name}? The key of {name} is"
-    others = [k for k in hidden.values() if k != key] or [key % 50_000 + 1]
-    return prompt, str(key), (), {"query": contents[0], "keys": hidden, "asked": name, "wrong": str(rng.choice(others))}
+        key = hidden[holder]
+        noise.insert(place, f"The key of {holder} is {key}. Remember {key}. ")
+    name, answer = next(iter(hidden.items()))
+    prompt = (
+        f"Keys are hidden in this text. Remember them.\n{''.join(noise).strip()}\n"
+        f"What is the key of {name}? The key of {name} is"
+    )
+    return Item(prompt, answer, {"query": f"{name} {answer}", "keys": hidden})
 
 
 PEOPLE = ("Mary", "John", "Daniel", "Sandra")
 PLACES = ("kitchen", "garden", "office", "bedroom", "bathroom", "hallway")
 THINGS = ("apple", "football", "milk")
-MOVES, TAKES, DROPS = ("went to", "moved to", "ran to"), ("took", "got", "grabbed"), ("dropped", "left", "put down")
+MOVES = ("went to", "moved to", "ran to")
+TAKES = ("took", "got", "grabbed")
+DROPS = ("dropped", "left", "put down")
+# Supporting facts: share that is kept of the stories whose answer is a tempting place. That is, of
+# one fact, the place where a person was named first, and the last place of all; of two facts, the
+# place where the thing was when it was named last.
+KEEP = {1: 0.6, 2: 0.2}
 
 
-def story(rng, statements: int, supports: int):
-    """One story of the little world -> (sentences, question, place), or None if there is nothing to ask. With two supporting facts the
-    question is about a thing: who has, or had, it, and where that person is, or was."""
-    at, held, lies, sentences = {}, {}, {}, []          # person: place; thing: person; thing: place
+class Story(NamedTuple):
+    """Sentences, a question about a person or a thing, and the place that answers it."""
+
+    sentences: list[str]
+    question: str
+    place: str
+
+    def told(self) -> str:
+        """The story and, on the next line, its question."""
+        return f"{' '.join(self.sentences)}\n{self.question}"
+
+
+def story(rng: random.Random, statements: int, supports: int) -> Story | None:
+    """A story of the little world, or None where there is nothing to ask, or too easily answered.
+
+    supports: the number of facts that an answer needs. With 2 the question is about a thing: who
+    has, or had, it, and where that person is, or was. A place that a lazy reader would name is the
+    answer of fewer stories than chance would have it: see KEEP."""
+    at, holder, lies, sentences = {}, {}, {}, []  # person: place; thing: person; thing: place
+    first, touched = {}, {}  # person: first place; thing: where it was when last named
     for _ in range(statements):
         person = rng.choice(PEOPLE)
-        take = [t for t in THINGS if t not in held and lies.get(t, at.get(person)) == at.get(person)]
-        drop = [t for t, holder in held.items() if holder == person]
+        here = at.get(person)
+        take = [t for t in THINGS if t not in holder and lies.get(t, here) == here]
+        drop = [t for t, who in holder.items() if who == person]
         doing = "move"
-        if supports == 2 and person in at:
+        if supports == 2 and here:
             doing = rng.choice(["move", "move"] + ["take"] * bool(take) + ["drop"] * bool(drop))
         if doing == "move":
-            at[person] = rng.choice([p for p in PLACES if p != at.get(person)])
-            sentences.append(f"{person} {rng.choice(MOVES)} the {at[person]}.")
+            at[person] = last = what = rng.choice([place for place in PLACES if place != here])
+            first.setdefault(person, what)
+            verb = rng.choice(MOVES)
         elif doing == "take":
-            thing = rng.choice(take)
-            held[thing] = person
-            lies.pop(thing, None)
-            sentences.append(f"{person} {rng.choice(TAKES)} the {thing}.")
+            what = rng.choice(take)
+            holder[what] = person
+            lies.pop(what, None)
+            touched[what] = here
+            verb = rng.choice(TAKES)
         else:
-            thing = rng.choice(drop)
-            lies[thing] = at[held.pop(thing)]
-            sentences.append(f"{person} {rng.choice(DROPS)} the {thing}.")
-    known = at if supports == 1 else {t: at[p] for t, p in held.items()} | lies
+            what = rng.choice(drop)
+            lies[what] = touched[what] = at[holder.pop(what)]
+            verb = rng.choice(DROPS)
+        sentences.append(f"{person} {verb} the {what}.")
+    known = at if supports == 1 else {t: at[person] for t, person in holder.items()} | lies
     if not known:
         return None
-    who = rng.choice(sorted(known))
-    return sentences, f"Where is {who}?" if supports == 1 else f"Where is the {who}?", known[who]
+    asked = rng.choice(sorted(known))
+    tempting = [first[asked], last] if supports == 1 else [touched[asked]]
+    if rng.random() > KEEP[supports] ** tempting.count(known[asked]):
+        return None
+    return Story(sentences, f"Where is {'' if supports == 1 else 'the '}{asked}?", known[asked])
 
 
-def told(sentences, question) -> str:
-    return " ".join(sentences) + f"\n{question}"
+def story_item(stories: list[Story]) -> Item:
+    """An item with all stories but the last as its examples."""
+    *examples, query = stories
+    prompt = "".join(f"{example.told()} {example.place}\n\n" for example in examples)
+    return Item(prompt + query.told(), query.place, {"query": query.told(), **query._asdict()})
 
 
-def story_item(asked: list, rng) -> tuple:
-    """asked: (sentences, question, place) of the examples and, last, of the query."""
-    *shots, (sentences, question, place) = asked
-    prompt = "".join(f"{told(s, q)} {p}\n\n" for s, q, p in shots) + told(sentences, question)
-    return prompt, place, (), {"query": told(sentences, question), "sentences": sentences, "question": question,
-                               "wrong": rng.choice([p for p in PLACES if p != place])}
+def draw_stories(pool: Pool, k: int, supports: int, shortest: int, longest: int) -> list[Story]:
+    """k different stories of `shortest` to `longest` statements.
+
+    A story's end decides its split, because a longer story may hold a shorter one."""
+
+    def draw() -> Story:
+        found = None
+        while found is None:
+            found = story(pool.rng, pool.rng.randint(shortest, longest), supports)
+        return found
+
+    return pool.different(draw, k, lambda found: " ".join(found.sentences[-supports - 1 :]))
 
 
-def stories(supports):
-    def make(rng, ask, sentences):
-        def draw():
-            found = None
-            while found is None:
-                found = story(rng, rng.randint(supports + 1, sentences), supports)
-            return " ".join(found[0][-supports - 1:]), found          # its end decides the split: a longer story may hold a shorter one
-        return story_item([found for _, found in ask(draw, 4)], rng)
-    return make
+def story_question(pool: Pool, supports: int, sentences: int) -> Item:
+    """Three short stories with their answers, and one of about `sentences` statements."""
+    least = supports + 1
+    shots = draw_stories(pool, 3, supports, least, max(least, sentences // 2))
+    query = draw_stories(pool, 1, supports, max(least, sentences - 1), sentences)
+    return story_item(shots + query)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Propositions: FreeLM's teacher signal (section 2.2) as a task of its own (ours). A text, a claim about it, and an emoji that says
-#    whether the claim holds.
-
-def claims(make, claim: str):
-    """The task of judging a claim about the query of an item of `make`: its answer or, as often, the wrong one of the same form."""
-    def judged(rng, ask, **knobs):
-        _, answer, _, facts = make(rng, ask, **knobs)
-        label = rng.randrange(2)
-        text = " ".join(facts["sentences"]) if "sentences" in facts else facts["query"]
-        who = facts["question"].split()[-1].rstrip("?") if "question" in facts else None
-        proposition = claim.format(answer if label else facts["wrong"], who=who)
-        return f"{text}\n{proposition}", EMOJI[label], (EMOJI[1], EMOJI[0]), {
-            "query": facts["query"], "text": text, "proposition": proposition, "label": label, "wrong": EMOJI[1 - label]}
-    return judged
+# --------------------------------------------------------------------------------------------------
+# 6. Propositions: FreeLM's teacher signal (section 2.2) as a task of its own (ours)
+#
+# A text, a claim about it, and an emoji that says whether the claim holds. A false claim has the
+# letters, the length and the places of a true one: what gives it away is their order.
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. The tasks. Counts: 300 and 100 where the paper states them; 148 of its 300 bilingual counting items are English; those of the eight
-#    datasets follow from the granularity of its scores. Several published scores lie at chance: with n = 300 an accuracy is known to
-#    within 5.7 points, so on SuperGLUE-IQ and CLUE-IQ hardly any model differs from guessing.
+def judged(pool: Pool, query: str, text: str, form: str, true: str, false: str) -> Item:
+    """Judge the claim that `form` makes of a true answer or, as often, of a false one."""
+    label = pool.rng.randrange(2)
+    proposition = form.format(true if label else false)
+    facts = {"query": query, "text": text, "proposition": proposition, "label": label}
+    return Item(f"{text}\n{proposition}", EMOJI[label], facts, (EMOJI[1], EMOJI[0]))
 
-KINDS = {"symbolic": "symbolic mapping (tables 7 and 8)", "rules": "rule understanding (table 9)",
-         "patterns": "pattern mining (table 10)", "interference": "anti-interference (table 11)",
-         "claims": "propositions (FreeLM's signal, ours)"}
+
+def word(pool: Pool, length: int) -> str:
+    """A string of length - 3 to `length` letters, all different."""
+
+    def draw() -> str:
+        return "".join(
+            pool.rng.sample(string.ascii_lowercase, pool.rng.randint(length - 3, length))
+        )
+
+    return pool.different(draw, 1)[0]
+
+
+def swapped(rng: random.Random, text: str) -> str:
+    """The text with two of its letters in each other's place."""
+    i, j = sorted(rng.sample(range(len(text)), 2))
+    return text[:i] + text[j] + text[i + 1 : j] + text[i] + text[j + 1 :]
+
+
+def claim_repeated(pool: Pool, length: int) -> Item:
+    """Is this the text twice?
+
+    A false claim is, as often, another string twice and the text with another string. One in five
+    is the text twice, begun in its middle."""
+    text = word(pool, length)
+    near, turn = swapped(pool.rng, text), pool.rng.randrange(1, len(text))
+    turned = text[turn:] + text[:turn]
+    false = pool.rng.choice([near * 2, near * 2, text + near, near + text, turned * 2])
+    return judged(pool, text, text, "Repeated: {}", text * 2, false)
+
+
+def claim_begins(pool: Pool, length: int) -> Item:
+    """Does the text begin so? Both claims stand in the text; one letter tells which begins it."""
+    rng, query = pool.rng, word(pool, length)
+    keep = rng.randint(3, len(query) - 2)
+    head, rest = query[:keep], query[keep:]
+    k, place = rng.randrange(keep), rng.randrange(len(rest) + 1)
+    near = head[:k] + rng.choice(rest) + head[k + 1 :]
+    text = head + rest[:place] + near + rest[place:]
+    return judged(pool, query, text, "Begins: {}", head, near)
+
+
+def claim_lowercase(pool: Pool, length: int) -> Item:
+    """Is this the text in lowercase?"""
+    lower = word(pool, length)
+    text = "".join(pool.rng.choice((letter, letter.upper())) for letter in lower)
+    return judged(pool, lower, text, "In lowercase: {}", lower, swapped(pool.rng, lower))
+
+
+def claim_place(pool: Pool, sentences: int) -> Item:
+    """Is this person there? A false place is in the story too.
+
+    In two of three claims it is a place where the same person has been."""
+    false = []
+    while not false:
+        (found,) = draw_stories(pool, 1, 1, max(2, sentences - 1), sentences)
+        asked, own = found.question.split()[-1].rstrip("?"), pool.rng.random() < 2 / 3
+        named = [(line.split()[0], line.split()[-1].rstrip(".")) for line in found.sentences]
+        whose = {asked} if own else set(PEOPLE)
+        false = [place for who, place in named if who in whose and place != found.place]
+    text, form = " ".join(found.sentences), f"{asked} is in the {{}}."
+    return judged(pool, found.told(), text, form, found.place, pool.rng.choice(false))
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. The tasks
+#
+# 300 and 100 items are stated in the paper; 148 of its 300 bilingual counting items are English.
+# Several published scores lie at chance: with 300 items an accuracy is known to within 5.7 points.
+
+KINDS = {
+    "symbolic": "symbolic mapping (tables 7 and 8)",
+    "rules": "rule understanding (table 9)",
+    "patterns": "pattern mining (table 10)",
+    "interference": "anti-interference (table 11)",
+    "claims": "propositions (FreeLM's signal, ours)",
+}
 MODELS = ("GPT-3", "GLM-130B", "FLM-101B")
+COUNTING = {"digits": Knob(5, 1, 15), "numbers": Knob(26, 5)}
 
 
-def published(*scores) -> dict:
-    return dict(zip(MODELS, scores) if len(scores) == 3 else zip(MODELS[1:], scores))
+def symbolic_task(name: str, case: Callable[..., Fields], language: str, **knobs: Knob) -> Task:
+    """A generated classification task."""
+    fixed = {"case": case, "language": language}
+    knobs = {"labels": Knob("symbols"), "shots": Knob(2)} | knobs
+    return Task(name, "symbolic", few_shot, fixed, knobs, "2 per label", 300, "likelihood", 1 / 2)
 
 
-COUNTABLE = {"digits": (1, 15), "numbers": (5, 100_000)}
-TASKS = {task.name: task for task in [
-    *(Task(f"{name}-{language}", "symbolic", language, "2 per label", 300, "likelihood", 1 / 2, make(language),
-           {"labels": "symbols", "shots": 2} | knob, {"people": (2, 8), "chain": (1, 20)})
-      for name, make, knob in (("entailment", entailment, {"chain": 1}), ("comparison", comparison, {"people": 3}), ("sense", sense, {}))
-      for language in ("en", "zh")),
-    *(Task(name, "symbolic", language, "2 per label", count, "likelihood", 1 / classes, None, {"labels": "symbols", "shots": 2},
-           paper=published(*scores))
-      for name, language, count, classes, scores in (
-          ("boolq", "en", 299, 2, (50.84, 40.13, 49.50)), ("wic", "en", 300, 2, (53.33, 48.67, 50.33)),
-          ("rte", "en", 277, 2, (48.38, 47.65, 48.38)), ("wsc", "en", 103, 2, (37.86, 56.31, 38.83)),
-          ("afqmc", "zh", 300, 2, (33.33, 38.33)), ("csl", "zh", 208, 2, (53.85, 55.29)),
-          ("ocnli", "zh", 300, 3, (34.00, 27.33)), ("cluewsc2020", "zh", 300, 2, (38.67, 47.33)))),
-    Task("counting-en", "rules", "en", "0", 148, "exact", 0, counting("en"), {"digits": 5, "numbers": 26}, COUNTABLE,
-         published(82.43, 60.81, 69.59)),
-    Task("counting-zh", "rules", "zh", "0", 152, "exact", 0, counting("zh"), {"digits": 5, "numbers": 26}, COUNTABLE),
-    Task("replace-lowercase", "rules", "en", "4", 300, "exact", 0, replace_lowercase, {"length": 10}, {"length": (3, 100_000)},
-         published(80.67, 69.67, 64.00)),
-    Task("replace-word", "rules", "en", "4", 300, "exact", 0, replace_word, {"words": 5}, {"words": (3, 100_000)},
-         published(95.00, 84.00, 95.67)),
-    Task("head-tail", "patterns", "en", "5", 100, "exact", 0, head_tail, {"length": 8, "ends": 3}, {"length": (2, 100_000)},
-         published(61, 38, 52)),
-    Task("full-repeating", "patterns", "en", "5", 100, "exact", 0, full_repeating, {"length": 8}, {"length": (2, 100_000)},
-         published(92, 70, 79)),
-    Task("head-slicing", "patterns", "en", "5", 100, "exact", 0, head_slicing, {"length": 8}, {"length": (3, 100_000)},
-         published(57, 51, 63)),
-    Task("key-retrieval", "interference", "en", "0", 300, "number", 1 / 50_000, key_retrieval,
-         {"keys": 3, "length": 300}, {"keys": (1, len(HOLDERS)), "length": (0, 100_000)},
-         published(92.67, 77.67, 89.00)),
-    Task("single-fact", "interference", "en", "3", 300, "exact", 1 / 6, stories(1), {"sentences": 5}, {"sentences": (2, 100_000)},
-         published(78.33, 56.33, 59.00)),
-    Task("two-facts", "interference", "en", "3", 300, "exact", 1 / 6, stories(2), {"sentences": 5}, {"sentences": (3, 100_000)},
-         published(39.33, 26.67, 32.33)),
-    *(Task(f"claim-{name}", "claims", "en", "0", 300, "likelihood", 1 / 2, claims(make, claim), {knob: value},
-           {knob: (least, 100_000)}, gap="")
-      for name, make, claim, knob, value, least in (
-          ("full-repeating", full_repeating, "Repeated: {}", "length", 8, 2),
-          ("head-slicing", head_slicing, "Begins: {}", "length", 8, 3),
-          ("replace-lowercase", replace_lowercase, "In lowercase: {}", "length", 10, 3),
-          ("single-fact", stories(1), "{who} is in the {}.", "sentences", 3, 2))),
-]}
-GENERATED = [name for name, task in TASKS.items() if task.make]
+def claim_task(name: str, make: Callable[..., Item], **knobs: Knob) -> Task:
+    """A task of judging claims."""
+    return Task(name, "claims", make, {}, knobs, "0", 300, "likelihood", 1 / 2, gap="")
+
+
+# The best lazy strategy known for each task, and its score in percent: python -m lab.lazy
+# fmt: off
+LAZY = {
+    "entailment-en": ("always the same label", 50.5),
+    "entailment-zh": ("always the same label", 50),
+    "comparison-en": ("always the same label", 50.9),
+    "comparison-zh": ("always the same label", 49.3),
+    "sense-en": ("always the same label", 48.6),
+    "sense-zh": ("always the same label", 49.5),
+    "counting-en": ("count 19 numbers on", 4.5),
+    "counting-zh": ("count 13 numbers on", 4.9),
+    "replace-lowercase": ("copy the input", 3),
+    "replace-word": ("copy the input", 0),
+    "head-tail": ("copy the input", 0),
+    "full-repeating": ("copy the input", 0),
+    "head-slicing": ("all but the last 2 letters", 20.9),
+    "key-retrieval": ("the first key", 32.9),
+    "single-fact": ("the most frequent place", 40.3),
+    "two-facts": ("the last place", 45.6),
+    "claim-full-repeating": ("letter 3 is right", 68.4),
+    "claim-head-slicing": ("letter 2 is right", 62.9),
+    "claim-replace-lowercase": ("letter 1 from the end is right", 61.6),
+    "claim-single-fact": ("one sentence has both words", 67.9),
+}
+# fmt: on
+
+# fmt: off
+TASKS = {task.name: replace(task, lazy=LAZY[task.name]) for task in (
+    symbolic_task("entailment-en", entailment, "en", chain=Knob(1, 1, 20)),
+    symbolic_task("entailment-zh", entailment, "zh", chain=Knob(1, 1, 20)),
+    symbolic_task("comparison-en", comparison, "en", people=Knob(5, 5, 8)),
+    symbolic_task("comparison-zh", comparison, "zh", people=Knob(5, 5, 8)),
+    symbolic_task("sense-en", sense, "en"),
+    symbolic_task("sense-zh", sense, "zh"),
+
+    # name, kind, function, fixed arguments, knobs,
+    # shots, items, metric, chance, published scores
+    Task("counting-en", "rules", counting, {"language": "en"}, COUNTING,
+         "0", 148, "exact", 0, (82.43, 60.81, 69.59)),
+    Task("counting-zh", "rules", counting, {"language": "zh"}, COUNTING,
+         "0", 152, "exact", 0),
+    Task("replace-lowercase", "rules", replace_lowercase, {}, {"length": Knob(10, 3)},
+         "4", 300, "exact", 0, (80.67, 69.67, 64.00)),
+    Task("replace-word", "rules", replace_word, {}, {"words": Knob(5, 3)},
+         "4", 300, "exact", 0, (95.00, 84.00, 95.67)),
+
+    Task("head-tail", "patterns", head_tail, {}, {"length": Knob(8, 2), "ends": Knob(3)},
+         "5", 100, "exact", 0, (61, 38, 52)),
+    Task("full-repeating", "patterns", full_repeating, {}, {"length": Knob(8, 2)},
+         "5", 100, "exact", 0, (92, 70, 79)),
+    Task("head-slicing", "patterns", head_slicing, {}, {"length": Knob(8, 3)},
+         "5", 100, "exact", 0, (57, 51, 63)),
+
+    Task("key-retrieval", "interference", key_retrieval, {},
+         {"keys": Knob(3, 1, len(HOLDERS)), "length": Knob(300, 0)},
+         "0", 300, "number", 1 / 50_000, (92.67, 77.67, 89.00)),
+    Task("single-fact", "interference", story_question, {"supports": 1}, {"sentences": Knob(6, 2)},
+         "3", 300, "exact", 1 / 6, (78.33, 56.33, 59.00)),
+    Task("two-facts", "interference", story_question, {"supports": 2}, {"sentences": Knob(8, 3)},
+         "3", 300, "exact", 1 / 6, (39.33, 26.67, 32.33)),
+
+    claim_task("claim-full-repeating", claim_repeated, length=Knob(8, 7, 26)),
+    claim_task("claim-head-slicing", claim_begins, length=Knob(8, 8, 26)),
+    claim_task("claim-replace-lowercase", claim_lowercase, length=Knob(10, 7, 26)),
+    claim_task("claim-single-fact", claim_place, sentences=Knob(4, 3)),
+)}
+# fmt: on
 
 
 def find_task(name: str) -> Task:
-    """Raises ValueError with the nearest names."""
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ValueError(f"no task is called {name!r}: {hint}There are {', '.join(TASKS)}")
-    return TASKS[name]
+    """The task of that name. ValueError names the nearest ones."""
+    if name in TASKS:
+        return TASKS[name]
+    near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(
+        f"no task is called {name!r}: {hint}There are {', '.join(TASKS)}; python -m lab.datasets "
+        "reads the original datasets"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. The original files: validation sets in the JSON lines that SuperGLUE and CLUE are distributed in (val.jsonl, dev.json), bAbI's text.
+# --------------------------------------------------------------------------------------------------
+# 8. Scoring
+#
+# `answer_all` takes any model that has `context` (tokens), `encode(text)`, `complete(prompts, new)`
+# and `likelihoods(prompts, options)`.
 
-YES_NO, SAME, TRUE_ZH = {"true": "true", "false": "false"}, {"0": "不同", "1": "相同"}, {"true": "对", "false": "错"}
-NLI_ZH = {"entailment": "蕴含", "neutral": "中立", "contradiction": "矛盾"}
-PAIR_ZH = {"句子一": "sentence1", "句子二": "sentence2"}
-DATASETS = {        # name: (instruction, {shown name: field}, {label in the file, as JSON or as text: the word for it})
-    "boolq": ("Does the passage say yes to the question?", {"Passage": "passage", "Question": "question"}, YES_NO),
-    "wic": ("Does the word have the same sense in both sentences?", {"Word": "word", "First": "sentence1", "Second": "sentence2"}, YES_NO),
-    "rte": ("Does the hypothesis follow from the premise?", {"Premise": "premise", "Hypothesis": "hypothesis"},
-            {"entailment": "entailment", "not_entailment": "not entailment"}),
-    "wsc": ("Does the pronoun refer to the noun?", {"Text": "text", "Noun": "target.span1_text", "Pronoun": "target.span2_text"}, YES_NO),
-    "afqmc": ("两个句子的意思是否相同?", PAIR_ZH, SAME),
-    "csl": ("这些关键词是否都出自摘要?", {"摘要": "abst", "关键词": "keyword"}, {"0": "否", "1": "是"}),
-    "ocnli": ("句子二与句子一是什么关系?", PAIR_ZH, NLI_ZH),
-    "cluewsc2020": ("代词是否指该名词?", {"文本": "text", "名词": "target.span1_text", "代词": "target.span2_text"}, TRUE_ZH),
-}
+BATCH = 32  # items; on a CPU larger batches took longer per item (benchmarks/bench_iqeval.py)
 
 
-def read_lines(path) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").split("\n")     # splitlines would also split at what JSON strings may hold
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: the byte at offset {error.start} fits no character") from error
+class CheckpointModel:
+    """A checkpoint of train.py with its tokenizer.
 
+    stop: the tokens that end an answer. allowed: bool (V,), the tokens that text can hold."""
 
-def refuse(problems: list[str]):
-    """ValueError with the first ten, and how many more there are."""
-    if problems:
-        raise ValueError("\n".join(problems[:10] + [f"... and {len(problems) - 10} more"] * (len(problems) > 10)))
-
-
-def read_dataset(name: str, path) -> list[tuple]:
-    """[(fields, class)] of a SuperGLUE or CLUE file. Raises ValueError with file, line and field of what is wrong."""
-    _, fields, words = DATASETS[name]
-    rows, problems = [], []
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            problems.append(f"{path}, line {number}: not a JSON object; {name} is a file of one object a line")
-            continue
-        texts, wrong = [], []
-        for shown, place in fields.items():
-            value = row
-            for key in place.split("."):
-                value = value.get(key) if isinstance(value, dict) else None
-            if place == "keyword" and isinstance(value, list) and value and all(isinstance(word, str) for word in value):
-                value = "、".join(value)
-            if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
-                wrong.append(f"the field {place!r} must be {'a list of words' if place == 'keyword' else 'text'}")
-            else:
-                texts.append((shown, " ".join(value.split())))
-        given = row.get("label")
-        label = given if isinstance(given, str) else json.dumps(given)        # copies of the files quote what others do not
-        if name == "ocnli" and label == "-":            # its annotators did not agree: left out, as its authors advise
-            continue
-        if label not in words:
-            found = json.dumps(given)[:40] if "label" in row else "missing (a test set has none: take the validation set)"
-            wrong.append(f"the field 'label' must be one of {', '.join(words)}, but is {found}")
-        if wrong:
-            problems.append(f"{path}, line {number}: " + "; ".join(wrong))
-        else:
-            rows.append((tuple(texts), label))
-    refuse(problems)
-    return rows
-
-
-def read_babi(name: str, path) -> list[tuple]:
-    """[(sentences, question, place)] of bAbI's task 1 (single-fact) or 2 (two-facts): lines "N sentence", or "N question<tab>answer<tab>
-    numbers of the supporting lines"; N begins again at 1 with each story."""
-    supports, found, problems, sentences = {"single-fact": 1, "two-facts": 2}[name], [], [], {}
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        place, (count, _, text) = f"{path}, line {number}", line.partition(" ")
-        if not count.isdecimal() or not text.strip():
-            problems.append(f"{place}: must begin with its number in the story and a space, but is {line[:40]!r}")
-            continue
-        sentences = {} if count == "1" else sentences
-        parts = text.split("\t")
-        if len(parts) == 1:
-            sentences[count] = text.strip()
-        elif len(parts) != 3 or not all(part.strip() for part in parts):
-            problems.append(f"{place}: a question needs three fields with tabs between: question, answer, supporting lines; "
-                            f"it has {len(parts)}")
-        elif len(parts[2].split()) != supports:
-            problems.append(f"{place}: the field of supporting lines has {len(parts[2].split())} of them, {name} has {supports}: "
-                            f"this is another of bAbI's tasks")
-        elif missing := [s for s in parts[2].split() if s not in sentences]:
-            problems.append(f"{place}: the field of supporting lines names line {missing[0]}, which is not in the story")
-        else:
-            found.append((list(sentences.values()), parts[0].strip(), parts[1].strip()))
-    refuse(problems)
-    return found
-
-
-def read_items(name: str, path, n: int, seed: int, **difficulty) -> list[Item]:
-    """Up to n items of a dataset's file, the examples of each from its other rows. Raises ValueError."""
-    task = find_task(name)
-    if name not in DATASETS and name not in ("single-fact", "two-facts"):
-        raise ValueError(f"{name} has no dataset: files are read for {', '.join(DATASETS)}, single-fact and two-facts")
-    if n < 1:
-        raise ValueError(f"{n} items of {name}: ask for at least 1")
-    rng, items = random.Random(f"{name} file {seed}"), []
-    if name not in DATASETS:
-        if difficulty:
-            raise ValueError(f"{name} is read from {path}: its difficulty is fixed, leave {', '.join(difficulty)} out")
-        rows = read_babi(name, path)
-        if len(rows) < 4:
-            raise ValueError(f"{path} has {len(rows)} questions: 3 examples and a query need 4")
-        for i in rng.sample(range(len(rows)), min(n, len(rows))):
-            others = rng.sample([j for j in range(len(rows)) if j != i], 3)
-            items.append(Item(name, *story_item([rows[j] for j in [*others, i]], rng)))
-        return items
-    knobs, rows, (instruction, _, words) = task.settings(difficulty), read_dataset(name, path), DATASETS[name]
-    by_class = {k: [i for i, (_, label) in enumerate(rows) if label == k] for k in words}
-    refuse([f"{path} has {different} different rows with the label {k}: {knobs['shots']} examples and a query need {knobs['shots'] + 1}"
-            for k, found in by_class.items() if (different := len({rows[i][0] for i in found})) <= knobs["shots"]])
-    for i in rng.sample(range(len(rows)), min(n, len(rows))):
-        shots = [rows[j] for found in by_class.values() for j in rng.sample([j for j in found if rows[j][0] != rows[i][0]], knobs["shots"])]
-        rng.shuffle(shots)
-        prompt, answer, options, shown = classification(rng, task.language, instruction, words, shots, rows[i], knobs["labels"])
-        facts = {"query": " ".join(text for _, text in rows[i][0]), "class": rows[i][1], "mapping": shown,
-                 "wrong": rng.choice([option for option in options if option != answer])}
-        items.append(Item(name, prompt, answer, tuple(options), facts))
-    return items
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 9. Scoring. A model is anything with `context` (tokens), `encode(text)`, `complete(prompts, new)` and `likelihoods(prompts, options)`.
-
-class OurModel:
-    """A checkpoint of train.py with its tokenizer. Prompts of different lengths share a batch, and the cache."""
-
-    def __init__(self, checkpoint, device="cpu", tokenizer_file=None):
+    def __init__(self, checkpoint: str | Path, device="cpu", tokenizer_file: str | None = None):
         self.model, info = load_model(checkpoint, device)
         self.tokenizer = get_tokenizer(info["tokenizer"], tokenizer_file)
         self.context = self.model.config.max_seq_len
-        known = decodable(self.tokenizer)
-        lines = {int(i) for i in known.nonzero()[0] if self.tokenizer.decode_single_token_bytes(int(i)).startswith(b"\n")}
-        self.stop = frozenset(lines | {self.tokenizer.eot_token})
-        self.allowed = torch.from_numpy(known)
-        self.allowed[self.tokenizer.eot_token] = True
-        self.allowed = self.allowed[:self.model.config.vocab_size]
+        end = self.tokenizer.eot_token
+        self.stop = (*self.tokenizer.encode_ordinary("\n"), end)
+        self.allowed = torch.from_numpy(decodable(self.tokenizer))[: self.model.config.vocab_size]
+        self.allowed[end] = True
 
     def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
         return self.tokenizer.encode_ordinary(text)
 
     def complete(self, prompts: list[list[int]], new: int) -> list[str]:
-        """Greedy continuations of up to `new` tokens, each up to its first line end."""
-        rows = generate(self.model, prompts, new, temperature=0, stop=self.stop, allowed=self.allowed,
-                        capacity=max(map(len, prompts)) + new)
+        """Greedy continuations of at most `new` tokens, each up to its first line end."""
+        rows = generate(
+            self.model,
+            prompts,
+            new,
+            temperature=0,
+            stop=self.stop,
+            allowed=self.allowed,
+            capacity=max(map(len, prompts)) + new,
+        )
         return [self.tokenizer.decode(row, errors="replace") for row in rows]
 
     @torch.inference_mode()
     def likelihoods(self, prompts: list[list[int]], options: list[list[list[int]]]) -> torch.Tensor:
-        """Log-probability of each row's k-th option after its prompt, summed over its tokens: (B, K). A prompt is computed once:
-        its keys and values stay in the cache, and each option is tried after them."""
-        device, P, M = self.model.xpos.device, max(map(len, prompts)), max(len(o) for row in options for o in row)
-        pads = [P - len(p) for p in prompts]
-        x = torch.tensor([[p[0]] * n + p for p, n in zip(prompts, pads)], device=device)
-        cache = KVCache(self.model, P + M, torch.tensor(pads, device=device) if any(pads) else None)
-        first = self.model(x, cache=cache, last_only=True)                                            # (B, 1, V)
+        """Log-probability of each row's k-th option after the row's prompt, summed over the
+        option's tokens: (B, K).
+
+        A prompt is computed once. Its keys and values stay in the cache, and each option is tried
+        after them."""
+        device, P = self.model.xpos.device, max(map(len, prompts))
+        longest = max(len(option) for row in options for option in row)
+        pads = [P - len(prompt) for prompt in prompts]
+        rows = [prompt[:1] * pad + prompt for prompt, pad in zip(prompts, pads)]
+        x = torch.tensor(rows, device=device)  # (B, P)
+        pad = torch.tensor(pads, device=device) if any(pads) else None
+        cache = KVCache(self.model, P + longest, pad)
+        first = self.model(x, cache=cache, last_only=True)  # (B, 1, V)
         scores = []
-        for column in zip(*options):
-            ids = torch.tensor([o + [0] * (M - len(o)) for o in column], device=device)               # (B, M)
-            cache.length = P                                                                          # forget the option before
-            logits = torch.cat([first, self.model(ids[:, :-1], cache=cache)], dim=1) if M > 1 else first
-            real = torch.tensor([[i < len(o) for i in range(M)] for o in column], device=device)
-            log_p = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+        for column in zip(*options):  # the k-th option of every row
+            ids = pad_sequence([torch.tensor(option) for option in column], True, -1)
+            real, ids = (ids >= 0).to(device), ids.clamp(0).to(device)  # (B, M)
+            cache.length = P  # forget the option before
+            logits = [first] + ([self.model(ids[:, :-1], cache=cache)] if ids.shape[1] > 1 else [])
+            log_p = torch.cat(logits, dim=1).float().log_softmax(-1)  # (B, M, V)
+            log_p = log_p.gather(-1, ids[..., None])[..., 0]  # (B, M)
             scores.append((log_p * real).sum(-1))
-        return torch.stack(scores, dim=1).cpu()
-
-
-class HuggingFaceModel:
-    """Any causal language model that transformers loads, by name or path."""
-
-    def __init__(self, name, device="cpu"):
-        try:
-            import transformers
-        except ImportError:
-            raise ValueError("--hf needs transformers, which is not installed: python -m pip install transformers") from None
-        try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(name).to(device).eval()
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ValueError(f"--hf {name}: transformers cannot load it: {(str(error).strip() or repr(error)).splitlines()[0]}") from error
-        config = self.model.config
-        self.context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
-
-    def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def _batch(self, rows):
-        """Left-padded ids and their mask, (B, longest) each."""
-        longest = max(map(len, rows))
-        ids = torch.tensor([[0] * (longest - len(r)) + list(r) for r in rows], device=self.model.device)
-        return ids, torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows], device=self.model.device)
-
-    @torch.inference_mode()
-    def complete(self, prompts, new):
-        if max(map(len, prompts)) + new > self.context and len(prompts) > 1:        # learned positions end with the context
-            return [self.complete([p], new)[0] for p in prompts]
-        new = min(new, self.context - max(map(len, prompts)))
-        ids, mask = self._batch(prompts)
-        out = self.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False, stop_strings=["\n"],
-                                  tokenizer=self.tokenizer, pad_token_id=self.tokenizer.eos_token_id or 0)
-        return [self.tokenizer.decode(row[ids.shape[1]:], skip_special_tokens=True).split("\n")[0] for row in out]
-
-    @torch.inference_mode()
-    def likelihoods(self, prompts, options):
-        scores = []
-        for column in zip(*options):
-            rows = [p + o for p, o in zip(prompts, column)]
-            ids, mask = self._batch(rows)
-            positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            log_p = self.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1].float().log_softmax(-1)
-            log_p = log_p.gather(-1, ids[:, 1:, None])[..., 0]
-            scores.append(torch.stack([row[-len(o):].sum() for row, o in zip(log_p, column)]))
-        return torch.stack(scores, dim=1).cpu()
+        return torch.stack(scores, dim=1).cpu()  # (B, K)
 
 
 def budget(items: list[Item]) -> int:
-    """New tokens for the items of a task: no tokenizer needs more than a token a byte. Where a number is looked for, some words may
-    precede it."""
-    return max(len(f" {item.answer}".encode()) for item in items) + (10 if TASKS[items[0].task].metric == "number" else 2)
+    """New tokens that the items of a task may take: no tokenizer needs more than a token a byte.
+
+    Where a number is looked for, some words may stand before it."""
+    longest = max(len(f" {item.answer}".encode()) for item in items)
+    return longest + (10 if items[0].task.metric == "number" else 2)
 
 
-def said(metric: str, text: str) -> str:
-    """What counts of a generated text: its first line without the space before it; for `number` the first whole number in it, as
-    landmark attention's own test reads it."""
-    line = text.split("\n")[0].lstrip()
+def said(metric: str, text: str | None) -> str | None:
+    """The part of a generated text that is compared with the answer.
+
+    exact: its first line, without the space around it, as lm-evaluation-harness reads it. number:
+    the first whole number in that line, as landmark attention's own test reads it."""
+    if text is None:
+        return None
+    line = text.split("\n")[0].strip()
     return next(iter(re.findall(r"\d+", line)), "") if metric == "number" else line
 
 
 def interval(right: int, n: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share, which also holds near 0 and 1."""
+    """Wilson's 95% interval of the share right / n, which also holds near 0 and 1.
+
+    >>> [round(end, 3) for end in interval(150, 300)]
+    [0.444, 0.556]
+    """
     z, p = 1.96, right / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+    low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)
 
 
-def answer_all(model, items: list[Item], batch_size: int = BATCH, progress=lambda n: None) -> tuple[list, list[int]]:
-    """(what the model answers to each item, or None where it does not fit the context; tokens that each item needs).
+def endings(model, item: Item, prompt: list[int]) -> list[list[int]]:
+    """The tokens after the prompt's, for each label, or for the answer and a line end.
 
-    Greedy decoding; for `likelihood` the likeliest label, its log-probability summed over its tokens and not divided by their number.
-    Raises ValueError where a label is no token at all."""
-    task, new, answers = TASKS[items[0].task], budget(items), [None] * len(items)
-    likelihood = task.metric == "likelihood"
-    prompts, options = [model.encode(item.prompt) for item in items], []
-    for item, prompt in zip(items, prompts):
-        if likelihood:                     # prompt and label are encoded together: a tokenizer may join what meets
-            ends = [model.encode(f"{item.prompt}{task.gap}{label}")[len(prompt):] for label in item.labels]
-            if nothing := [label for label, end in zip(item.labels, ends) if not label.strip() or not end]:
-                raise ValueError(f"{item.task}: the label {nothing[0]!r} tokenizes to nothing, so it has no likelihood: choose "
-                                 f"other labels")
-            options.append(ends)
-    room = [max(map(len, ends)) for ends in options] if likelihood else [len(f" {item.answer}".encode()) + 1 for item in items]
-    need = [len(prompt) + r for prompt, r in zip(prompts, room)]
-    fitting = sorted((i for i in range(len(items)) if need[i] <= model.context), key=lambda i: need[i])
+    Prompt and label are encoded together: a tokenizer may join what meets. ValueError: a label that
+    is no token at all, which would have likelihood 1."""
+    found = []
+    for text in item.labels or [f"{item.answer}\n"]:
+        found.append(model.encode(f"{item.prompt}{item.task.gap}{text}")[len(prompt) :])
+        if not text.strip() or not found[-1]:
+            raise ValueError(
+                f"{item.task.name}: the label {text!r} tokenizes to nothing, so it has no "
+                "likelihood: choose other labels"
+            )
+    return found
+
+
+def answer_all(
+    model, items: list[Item], batch_size: int = BATCH
+) -> tuple[list[str | None], list[int]]:
+    """(what the model answers to each item, the tokens that each item needs).
+
+    Greedy decoding; for `likelihood` the likeliest label, its log-probability summed over its
+    tokens and not divided by their number. None where an item does not fit the context."""
+    prompts = [model.encode(item.prompt) for item in items]
+    options = [endings(model, item, prompt) for item, prompt in zip(items, prompts)]
+    need = [len(prompt) + max(map(len, ends)) for prompt, ends in zip(prompts, options)]
+    answers = [None] * len(items)
+    order = sorted(range(len(items)), key=lambda i: need[i])
+    fitting = [i for i in order if need[i] <= model.context]
     for begin in range(0, len(fitting), batch_size):
-        batch = fitting[begin:begin + batch_size]
-        if likelihood:
-            best = model.likelihoods([prompts[i] for i in batch], [options[i] for i in batch]).argmax(-1).tolist()
-            texts = [items[i].labels[k] for i, k in zip(batch, best)]
+        batch = fitting[begin : begin + batch_size]
+        batch_prompts = [prompts[i] for i in batch]
+        if items[0].labels:
+            best = model.likelihoods(batch_prompts, [options[i] for i in batch]).argmax(-1)
+            texts = [items[i].labels[k] for i, k in zip(batch, best.tolist())]
         else:
-            texts = model.complete([prompts[i] for i in batch], new)
+            texts = model.complete(batch_prompts, budget(items))
         for i, text in zip(batch, texts):
             answers[i] = text
-        progress(len(batch))
-    progress(len(items) - len(fitting))
     return answers, need
 
 
-def score(items: list[Item], answers: list) -> list:
-    """True, False, or None for an item without an answer."""
-    metric = TASKS[items[0].task].metric
-    return [None if text is None else (text if metric == "likelihood" else said(metric, text)) == item.answer
-            for item, text in zip(items, answers)]
+def evaluate(model, suite: dict[str, list[Item]], batch_size: int = BATCH) -> dict[str, dict]:
+    """The scores of a model on every list of items.
 
-
-def evaluate(model, suite: dict[str, list[Item]], batch_size: int = BATCH, progress=lambda n: None) -> dict:
-    """{name: {"task", "n", "right", "accuracy", "interval", "chance", "left_out", "shortest", "longest", "items"}}; accuracy is None
-    where no item fits.
-    Raises ValueError where none of any task does: which, and by how much."""
+    {name: {"kind", "paper", "chance", "lazy", "n", "right", "accuracy", "interval", "left_out",
+    "shortest", "longest", "items"}}. n: items that fit the context. shortest, longest: tokens that
+    an item needs. accuracy and interval: None where no item fits. ValueError: no item of any task
+    fits the context."""
     results = {}
-    for name, items in suite.items():
-        answers, need = answer_all(model, items, batch_size, progress)
-        marks = score(items, answers)
-        n, right = sum(mark is not None for mark in marks), sum(mark is True for mark in marks)
-        results[name] = {"task": items[0].task, "n": n, "right": right, "accuracy": right / n if n else None,
-                         "interval": interval(right, n) if n else None,
-                         "chance": 1 / len(items[0].labels) if items[0].labels else TASKS[items[0].task].chance,
-                         "left_out": len(items) - n, "shortest": min(need), "longest": max(need),
-                         "items": [{"answer": item.answer, "said": text, "right": mark}
-                                   for item, text, mark in zip(items, answers, marks)]}
+    for name, items in tqdm(suite.items(), unit="tasks", dynamic_ncols=True, disable=None):
+        task = items[0].task
+        answers, need = answer_all(model, items, batch_size)
+        rows = [
+            {"answer": item.answer, "said": text, "right": said(task.metric, text) == item.answer}
+            for item, text in zip(items, answers)
+        ]
+        n, right = len(items) - answers.count(None), sum(row["right"] for row in rows)
+        results[name] = {
+            "kind": task.kind,
+            "paper": task.paper,
+            "chance": task.chance,
+            "lazy": task.lazy,
+            "n": n,
+            "right": right,
+            "accuracy": right / n if n else None,
+            "interval": interval(right, n) if n else None,
+            "left_out": len(items) - n,
+            "shortest": min(need),
+            "longest": max(need),
+            "items": rows,
+        }
     if not any(result["n"] for result in results.values()):
-        raise ValueError(f"no item fits the model's context of {model.context} tokens:\n  " + "\n  ".join(
-            f"{name}: the shortest needs {r['shortest']} tokens, {r['shortest'] - model.context} too many" for name, r in results.items())
-            + "\nmake the items shorter (--set, see python iqeval.py show), or train with a longer context")
+        problems = [
+            f"{name}: the shortest needs {r['shortest']} tokens" for name, r in results.items()
+        ]
+        console.refuse(
+            [*problems, "make the items shorter (--set), or train with a longer context"],
+            f"no item fits the model's context of {model.context} tokens:",
+        )
     return results
 
 
-def table(results: dict, context: int) -> str:
-    """One block per kind; the published figures are of the paper's own items, so for orientation only."""
+def table(results: dict[str, dict], context: int) -> str:
+    """One block of lines per kind of task: the score beside chance and the best lazy strategy.
+
+    The published figures are of the paper's own items, so they are for orientation only."""
     lines = []
     for kind, title in KINDS.items():
-        names = [name for name, r in results.items() if TASKS[r["task"]].kind == kind]
+        names = [name for name, r in results.items() if r["kind"] == kind]
         if not names:
             continue
-        lines += ["", f"{title:<38}{'items':>7}{'ours':>8}  {'95% interval':<15}{'chance':>7} |" + "".join(f"{m:>10}" for m in MODELS)]
+        models = "".join(f"{model:>10}" for model in MODELS)
+        head = f"{title:<38}{'items':>5}{'right %':>9}  95% interval  {'chance':>6}{'lazy':>6} |"
+        lines += ["", head + models]
         for name in names:
-            r, paper = results[name], {} if name.endswith("-words") else TASKS[name].paper
-            ours = f"{'-':>8}  {'':<15}"
+            r = results[name]
+            ours = f"{'-':>9}  {'':<14}"
             if r["n"]:
                 low, high = (100 * end for end in r["interval"])
-                ours = f"{100 * r['accuracy']:>8.1f}  {low:>5.1f} to {high:>5.1f} "
-            lines.append(f"  {name:<36}{r['n']:>7}{ours}{100 * r['chance']:>7.1f} |"
-                         + "".join(f"{paper[m]:>10.2f}" if m in paper else f"{'-':>10}" for m in MODELS))
-    long = [f"  {name}: {r['left_out']} of {r['n'] + r['left_out']} items, the longest needs {r['longest']}"
-            for name, r in results.items() if r["left_out"]]
-    return "\n".join(lines[1:] + ([f"\nlonger than the context of {context} tokens, so left out:"] + long if long else []))
+                ours = f"{100 * r['accuracy']:>9.1f}  {low:>4.1f} to {high:>5.1f} "
+            published = () if name.endswith("-words") else r["paper"]
+            published = "".join("         -" if p is None else f"{p:>10.2f}" for p in published)
+            lazy = "-" if r["lazy"][1] is None else f"{r['lazy'][1]:.1f}"
+            bars = f"{100 * r['chance']:>6.1f}{lazy:>6} |"
+            lines.append(f"  {name:<36}{r['n']:>5}{ours}{bars}{published}")
+    long = {name: r for name, r in results.items() if r["left_out"]}
+    lines += [f"\nlonger than the context of {context} tokens, so left out:"] if long else []
+    for name, r in long.items():
+        total = r["left_out"] + r["n"]
+        lines.append(
+            f"  {name}: {r['left_out']} of {total} items, the longest needs {r['longest']}"
+        )
+    return "\n".join(lines[1:])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 10. A corpus to learn the tasks from: the prompts with their answers as language signal, propositions as teacher signal (section 2.2).
-#     Of a proposition only the emoji is supervised, so that they are short, and many of them fit a row, is what counts.
+# --------------------------------------------------------------------------------------------------
+# 9. A corpus to learn the tasks from
+#
+# Prompts with their answers are the language signal, propositions the teacher signal (section 2.2).
+# Only a proposition's emoji is supervised, so propositions are short: more of them fit in a row.
 
-# Weights in documents. Copying first, which everything else needs, then a little of everything.
-MIX = {"head-tail": 12, "full-repeating": 11, "head-slicing": 10, "replace-lowercase": 10, "single-fact": 3, "two-facts": 0.5,
-       "counting-en": 2, "counting-zh": 2, "replace-word": 1.5, "key-retrieval": 1.5,
-       **{name: 0.2 for name in GENERATED if TASKS[name].kind == "symbolic"}}
-# Of the claims those that are short and build on copying: what the model cannot say itself it will hardly judge.
-CLAIMS = {"claim-full-repeating": 2, "claim-head-slicing": 2, "claim-replace-lowercase": 2, "claim-single-fact": 1}
+# Weights in documents. Tasks of copying have most: everything else needs copying.
+MIX = {
+    "head-tail": 12,
+    "full-repeating": 11,
+    "head-slicing": 10,
+    "replace-lowercase": 10,
+    "single-fact": 3,
+    "two-facts": 0.5,
+    "counting-en": 2,
+    "counting-zh": 2,
+    "replace-word": 1.5,
+    "key-retrieval": 1.5,
+    **{name: 0.2 for name, task in TASKS.items() if task.kind == "symbolic"},
+}
+CLAIMS = {
+    "claim-full-repeating": 2,
+    "claim-head-slicing": 2,
+    "claim-replace-lowercase": 2,
+    "claim-single-fact": 1,
+}
 
 
-def corpus(documents: int, seed: int, split: str = "train", progress=lambda n: None) -> tuple[list, list]:
-    """(rows {"text"} of the language signal, rows {"text", "proposition", "label"} of the teacher signal), about as many of each."""
-    def items(name, weight, weights, shift=0, **options):
-        return TASKS[name].generate(max(2, round(documents * weight / sum(weights.values()))), 2 * seed + shift, split, **options)
-
+def corpus(documents: int, seed: int) -> tuple[list[dict], list[dict]]:
+    """(rows {"text"} of the language signal, rows {"text", "proposition", "label"} of the teacher
+    signal), about `documents` of each, from the training split."""
     language, teacher = [], []
-    for name, weight in MIX.items():
-        variants = ({"labels": "symbols"}, {"labels": "words"}) if "labels" in TASKS[name].knobs else ({},)
-        for shift, options in enumerate(variants):             # symbolic tasks: as often with their words
-            found = items(name, weight / len(variants), MIX, shift, **options)
+    for name, weight in tqdm(MIX.items(), unit="tasks", dynamic_ncols=True, disable=None):
+        # A symbolic task comes in two halves: with symbols and, from another seed, with words.
+        variants = [{"labels": kind} for kind in LABELS] if TASKS[name].kind == "symbolic" else [{}]
+        n = max(2, round(documents * weight / len(variants) / sum(MIX.values())))
+        for shift, options in enumerate(variants):
+            found = TASKS[name].generate(n, 2 * seed + shift, "train", **options)
             language += [{"text": f"{item.prompt} {item.answer}\n"} for item in found]
-            progress(len(found))
     for name, weight in CLAIMS.items():
-        teacher += [{key: item.facts[key] for key in ("text", "proposition", "label")} for item in items(name, weight, CLAIMS)]
-    for part in (language, teacher):
-        random.Random(f"corpus {seed}").shuffle(part)
+        n = max(2, round(documents * weight / sum(CLAIMS.values())))
+        for item in TASKS[name].generate(n, 2 * seed, "train"):
+            teacher.append({key: item.facts[key] for key in ("text", "proposition", "label")})
+    for rows in (language, teacher):
+        random.Random(f"corpus {seed}").shuffle(rows)
     return language, teacher
 
 
-def make(out, documents: int, seed: int, split: str, progress: bool = False) -> dict:
-    """Write the corpus as text.jsonl and teacher.jsonl and prepare it, all in the new folder `out`; returns data.prepare's meta."""
+def make_corpus(out: str | Path, documents: int, seed: int) -> dict:
+    """Write the corpus as text.jsonl and teacher.jsonl, and prepare it, in the new folder `out`.
+
+    Returns the meta of data.prepare. ValueError before any work if `out` is not free."""
     out, problems = Path(out).absolute(), []
     if documents < 100:
         problems.append(f"--documents {documents}: too few to train on, make at least 100")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         problems.append(f"--out {out}: exists and is not an empty folder; choose another name")
-    refuse(problems)
-    raw = out.with_name(f"{out.name}.raw-{os.getpid()}")
-    raw.mkdir(parents=True)
-    try:
-        with tqdm(total=documents, unit="documents", dynamic_ncols=True, disable=not progress) as bar:
-            parts = corpus(documents, seed, split, bar.update)
-        for name, rows in zip(("text", "teacher"), parts):
-            (raw / f"{name}.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        meta = prepare({"text": [raw / "text.jsonl"]}, out, get_tokenizer("bytes"), teacher=[raw / "teacher.jsonl"], progress=False)
-        for path in sorted(raw.iterdir()):
-            path.rename(out / path.name)
-    finally:
-        shutil.rmtree(raw, ignore_errors=True)
+    console.refuse(problems)
+    signals = corpus(documents, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("text.jsonl", "teacher.jsonl")]
+        for path, rows in zip(files, signals):
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            path.write_text("".join(lines), encoding="utf-8")
+        sources, tokenizer = {"text": files[:1]}, get_tokenizer("bytes")
+        meta = prepare(sources, out, tokenizer, teacher=files[1:], progress=False)
+        for path in files:
+            shutil.move(path, out / path.name)
     return meta
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 11. The command line
-
-def export(suite: dict[str, list[Item]], out) -> list[Path]:
-    """TASK.jsonl and TASK.yaml for lm-evaluation-harness. The same prompts, stops and metrics: a model gets the same score there."""
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is not a folder; choose another name")
-    out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, items in suite.items():
-        task, file = TASKS[items[0].task], out / f"iq_{name.replace('-', '_')}.jsonl"
-        rows = [{"prompt": item.prompt, "answer": item.answer, "labels": list(item.labels),
-                 "gold": item.labels.index(item.answer) if item.labels else -1} for item in items]
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        lines = [f"task: {file.stem}", "dataset_path: json", "dataset_kwargs:", "  data_files:",
-                 f"    test: {json.dumps(str(file.absolute()))}",
-                 "test_split: test", 'doc_to_text: "{{prompt}}"', f'target_delimiter: "{task.gap}"', "num_fewshot: 0"]
-        if task.metric == "likelihood":
-            lines += ["output_type: multiple_choice", "doc_to_choice: labels", "doc_to_target: gold", "metric_list:", "  - metric: acc",
-                      "    aggregation: mean", "    higher_is_better: true"]
-        else:
-            found = "\\\\d+" if task.metric == "number" else "^[^\\\\S\\\\n]*([^\\\\n]*)"
-            lines += ["output_type: generate_until", 'doc_to_target: "{{answer}}"', "generation_kwargs:", '  until: ["\\n"]',
-                      "  do_sample: false",
-                      f"  max_gen_toks: {budget(items)}", "filter_list:", "  - name: first", "    filter:", "      - function: regex",
-                      f'        regex_pattern: "{found}"', "      - function: take_first", "metric_list:", "  - metric: exact_match",
-                      "    aggregation: mean", "    higher_is_better: true"]
-        file.with_suffix(".yaml").write_text("\n".join(lines) + "\n")
-        written += [file, file.with_suffix(".yaml")]
-    return written
+# --------------------------------------------------------------------------------------------------
+# 10. The command line
 
 
-def attempt(problems: list[str], function, *args, **kwargs):
-    """function(*args, **kwargs); where it raises ValueError, None, and its words are added to the problems."""
-    try:
-        return function(*args, **kwargs)
-    except ValueError as error:
-        problems.append(str(error))
+def parse_pairs(words: list[str], form: str, problems: list[str]) -> dict[str, str]:
+    """{name: value} of words in the form name=value. What is wrong or twice goes to `problems`."""
+    pairs = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if not name or not value:
+            problems.append(f"{word}: not in the form {form}")
+        elif name in pairs:
+            problems.append(f"{name}=...: given twice")
+        pairs[name] = value
+    return pairs
 
 
-def parse_pairs(words: list[str], option: str, example: str) -> dict:
-    names = [word.partition("=")[0] for word in words]
-    refuse([f"{option} {word}: not in the form {example}" for word in words if not all(word.partition("="))]
-           + [f"{option} {name}=...: given twice" for name in dict.fromkeys(names) if names.count(name) > 1])
-    return dict(word.split("=", 1) for word in words)
+def make_suite(args: argparse.Namespace, problems: Iterable[str] = ()) -> dict[str, list[Item]]:
+    """The items that --tasks, --items, --seed and --set ask for, by the name in the table.
 
-
-def make_suite(args) -> dict[str, list[Item]]:
-    """The items that --tasks, --items, --seed, --set and --data ask for, symbolic tasks also with their words. Raises ValueError with
-    everything that is wrong."""
-    problems, suite = [], {}
-    pairs = attempt(problems, parse_pairs, args.set, "--set", "KNOB=VALUE") or {}
-    files = attempt(problems, parse_pairs, args.data, "--data", "TASK=FILE") or {}
-    knobs = {k: int(v) if re.fullmatch(r"-?\d+", v) else v for k, v in pairs.items()}
-    names = list(dict.fromkeys([*(GENERATED if args.tasks is None else args.tasks), *files]))
-    if not names and not problems:
-        problems.append("no task is chosen: name some after --tasks, or leave --tasks out for all")
-    known = [task for name in names if (task := attempt(problems, find_task, name))]
-    for knob in knobs:
-        if not any(knob in task.knobs for task in known):
-            problems.append(f"--set {knob}={knobs[knob]}: none of these tasks has that knob; they have "
-                            f"{', '.join(sorted({k for task in known for k in task.knobs})) or 'none'}")
+    A symbolic task comes twice: with symbols and with words. ValueError: everything that is wrong
+    with them, after `problems`, which the caller has found."""
+    problems, suite, given = [*problems], {}, {}
     if args.items is not None and not 1 <= args.items <= 100_000:
         problems.append(f"--items {args.items}: ask for 1 to 100,000")
-    wanted = []                                  # (name in the table, task, difficulty)
-    for task in known:
-        here = {k: v for k, v in knobs.items() if k in task.knobs}
-        for labels in ("symbols", "words") if task.kind == "symbolic" and "labels" not in knobs else (None,):
-            options = here | ({"labels": labels} if labels else {})
-            wanted.append((task.name + ("-words" if options.get("labels") == "words" else ""), task, options))
-            attempt(problems, task.settings, options)
-    refuse(list(dict.fromkeys(problems)))
-    for name, task, options in wanted:
-        n = args.items or task.count
-        if task.name in files:
-            suite[name] = attempt(problems, read_items, task.name, files[task.name], n, args.seed, **options)
-        else:
-            suite[name] = attempt(problems, task.generate, n, args.seed, **options)
-    refuse(list(dict.fromkeys(problems)))
+    for name, value in parse_pairs(args.set, "--set KNOB=VALUE", problems).items():
+        given[name] = int(value) if re.fullmatch(r"-?\d+", value) else value
+    unused = set(given)
+    for name in args.tasks or TASKS:
+        try:
+            task = find_task(name)
+            difficulty = {k: v for k, v in given.items() if k in task.knobs}
+            unused -= set(difficulty)
+            for variant in [{"labels": k} for k in LABELS] if "labels" in task.knobs else [{}]:
+                knobs = task.settings(variant | difficulty)
+                shown = f"{name}-words" if knobs.get("labels") == "words" else name
+                count = 1 if problems else args.items or task.count
+                suite[shown] = task.generate(count, args.seed, **knobs)
+        except ValueError as error:
+            problems.append(str(error))
+    problems += [f"--set {k}={given[k]}: none of these tasks has that knob" for k in sorted(unused)]
+    console.refuse(problems)
     return suite
 
 
-def run(args) -> int:
+def run_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the options of `run_options`."""
     problems = []
-    if (args.checkpoint is None) == (args.hf is None):
-        problems.append("give a CHECKPOINT of train.py, or --hf NAME_OR_PATH, and not both")
-    if args.hf and args.tokenizer_file:
-        problems.append("--tokenizer-file: a model of --hf brings its own, leave it out")
     if args.batch_size < 1:
         problems.append(f"--batch-size {args.batch_size}: must be at least 1")
     if Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir():
-        problems.append(f"--out {args.out}: must be the name of a file in a folder that is there")
-    device, suite = attempt(problems, pick_device, args.device), attempt(problems, make_suite, args)
-    refuse(problems)
-    model = HuggingFaceModel(args.hf, device) if args.hf else OurModel(args.checkpoint, device, args.tokenizer_file)
-    with tqdm(total=sum(map(len, suite.values())), unit="items", dynamic_ncols=True) as bar:
-        results = evaluate(model, suite, args.batch_size, bar.update)
-        seconds = bar.format_dict["elapsed"]
+        problems.append(f"--out {args.out}: must be the name of a file in a folder that exists")
+    return problems
+
+
+def score_checkpoint(args: argparse.Namespace, suite: dict[str, list[Item]]):
+    """Print the table of a checkpoint's scores and write every answer to --out."""
+    model = CheckpointModel(args.checkpoint, pick_device(args.device), args.tokenizer_file)
+    start = time.perf_counter()
+    results = evaluate(model, suite, args.batch_size)
+    seconds = time.perf_counter() - start
     print(table(results, model.context))
-    report = {"model": args.hf or args.checkpoint, "context": model.context, "seed": args.seed, "set": args.set,
-              "seconds": round(seconds, 1), "torch": torch.__version__, "tasks": results}
-    Path(args.out).write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{sum(r['n'] for r in results.values()):,} items in {seconds:.0f} s; every answer is in {args.out}")
-    return 0
+    report = {"options": vars(args), "context": model.context, "torch": torch.__version__}
+    report |= {"seconds": round(seconds, 1), "tasks": results}
+    text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
+    Path(args.out).write_text(text, encoding="utf-8")
+    total = sum(result["n"] for result in results.values())
+    print(f"\n{total:,} items in {seconds:.0f} s; every answer is in {args.out}")
 
 
 def list_tasks() -> str:
-    lines = [f"{'task':<25}{'shots':<13}{'items':>5}  {'metric':<11}{'chance':>6}  difficulty (--set)"]
+    """One line per task."""
+    head = f"{'task':<25}{'shots':<13}{'items':>5}  {'metric':<11}{'chance':>6}{'lazy':>6}"
+    lines = [f"{head}  difficulty (--set)"]
     for kind, title in KINDS.items():
-        lines += ["", title] + [f"{task.name:<25}{task.shots:<13}{task.count:>5}  {task.metric:<11}{100 * task.chance:>6.1f}  "
-                                f"{' '.join(f'{k}={v}' for k, v in task.knobs.items())}{'' if task.make else '   (needs --data)'}"
-                                for task in TASKS.values() if task.kind == kind]
+        lines += ["", title]
+        for task in TASKS.values():
+            if task.kind == kind:
+                knobs = " ".join(f"{name}={knob.default}" for name, knob in task.knobs.items())
+                about = f"{task.name:<25}{task.shots:<13}{task.count:>5}  {task.metric:<11}"
+                lines.append(f"{about}{100 * task.chance:>6.1f}{task.lazy[1]:>6.1f}  {knobs}")
     return "\n".join(lines)
 
 
-def shown_items(args) -> list[Item]:
-    args.tasks = [args.task]
-    return next(iter(make_suite(args).values()))        # of a symbolic task's two variants the one with symbols
-
-
-def show(args) -> int:
-    if args.task is None:
-        print(list_tasks() + "\n\nLook at one: python iqeval.py show head-tail")
-        return 0
+def show(items: list[Item]):
+    """Print items with their answers marked, then what chance and laziness get."""
     before, after = ("\x1b[1;32m", "\x1b[0m") if sys.stdout.isatty() else ("\u27e6", "\u27e7")
-    for number, item in enumerate(shown_items(args), 1):
-        print(f"--- {args.task}, item {number} ---\n{item.prompt}{TASKS[item.task].gap}{before}{item.answer}{after}\n")
-    return 0
+    task = items[0].task
+    for number, item in enumerate(items, 1):
+        print(f"--- {task.name}, item {number} ---")
+        print(f"{item.prompt}{task.gap}{before}{item.answer}{after}\n")
+    print(bars(task))
 
 
-def play(args) -> int:
-    items, right, asked = shown_items(args), 0, 0
+def bars(task: Task) -> str:
+    """What a score of the task must be compared with."""
+    text, (strategy, percent) = f"chance is {100 * task.chance:.1f}%", task.lazy
+    if percent is None:
+        return text
+    return f"{text}; the best lazy strategy known gets {percent:.1f}% ({strategy})"
+
+
+def play(items: list[Item]):
+    """Ask the user for each answer, until an empty line."""
+    right = asked = 0
+    task = items[0].task
     meaning = {EMOJI[1]: " it holds", EMOJI[0]: " it does not"}
-    print(f"{len(items)} items of {args.task}. Write what comes next, then Enter; an empty line or Ctrl-D ends it.\n")
+    print(f"{len(items)} items of {task.name}. Write what comes next, then Enter. ", end="")
+    print("An empty line or Ctrl-D ends it.\n")
     for item in items:
-        choices = {str(k): label for k, label in enumerate(item.labels, 1)}           # nobody likes to type <30mFC%4Z>
-        print(f"{item.prompt} ", end="\n" * bool(choices), flush=True)
-        if choices:
-            print("  ".join(f"{k}: {label}{meaning.get(label, '')}" for k, label in choices.items()), end=" ? ", flush=True)
-        answer = sys.stdin.readline()
-        if not answer.strip():
-            print()
+        choices = {str(number): label for number, label in enumerate(item.labels, 1)}
+        print(item.prompt, end="\n" if choices else " ", flush=True)
+        for number, label in choices.items():
+            print(f"{number}: {label}{meaning.get(label, '')}  ", end="", flush=True)
+        text = sys.stdin.readline().strip()
+        if not text:
             break
-        text = answer.rstrip("\n").strip()
-        good, asked = (choices.get(text, text) if choices else said(TASKS[args.task].metric, text)) == item.answer, asked + 1
-        right += good
-        print("right\n" if good else f"no, it is: {item.answer}\n")
-    chance = TASKS[args.task].chance
+        answer = choices.get(text, text) if choices else said(task.metric, text)
+        asked, right = asked + 1, right + (answer == item.answer)
+        print("right\n" if answer == item.answer else f"no, it is: {item.answer}\n")
     if asked:
-        low, high = interval(right, asked)
-        print(f"{right} of {asked} right: {100 * right / asked:.0f}%, with 95% confidence between {100 * low:.0f} and "
-              f"{100 * high:.0f}; chance is {100 * chance:.1f}")
-    return 0
+        low, high = (100 * end for end in interval(right, asked))
+        print(
+            f"\n{right} of {asked} right: {100 * right / asked:.0f}%, with 95% confidence between "
+            f"{low:.0f} and {high:.0f}; {bars(task)}"
+        )
 
 
-def make_command(args) -> int:
-    meta = make(args.out, args.documents, args.seed, args.split, progress=True)
-    tokens, labels = meta["sources"][0]["train"]["tokens"], meta["teacher"]["train"]["documents"]
-    print(f"{args.out}: {tokens:,} tokens of text and {labels:,} propositions to train on, from the {args.split} split. Next:\n"
-          f"    python train.py --preset iq-demo --data {shlex.quote(args.out)} --teacher-fraction 0.25 --eval-rows 64")
-    return 0
+def item_options(parser: argparse.ArgumentParser, items: int | None = None):
+    """Add the options that choose items."""
+    count = f"items of each task (default: {items or 'as many as in the paper'})"
+    parser.add_argument("--items", type=int, default=items, metavar="N", help=count)
+    parser.add_argument("--seed", type=int, default=0, help="of the items (default %(default)s)")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KNOB=VALUE",
+        help="the difficulty of all tasks that have that knob, as in --set length=4",
+    )
 
 
-def export_command(args) -> int:
-    suite = make_suite(args)
-    export(suite, args.out)
-    first = f"iq_{next(iter(suite)).replace('-', '_')}"
-    print(f"{sum(map(len, suite.values())):,} items of {len(suite)} tasks in {args.out}. In an environment with lm-evaluation-harness:\n"
-          f"    lm_eval --model hf --model_args pretrained=MODEL --include_path {shlex.quote(str(Path(args.out)))} --tasks {first}")
-    return 0
+def run_options(parser: argparse.ArgumentParser):
+    """Add the options that say which model is scored, and how."""
+    parser.add_argument(
+        "checkpoint", help="a run folder, a checkpoint in it, or a file from train.py --export"
+    )
+    parser.add_argument(
+        "--out", default="iqeval.json", metavar="FILE", help="for all answers (default %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=BATCH,
+        metavar="N",
+        help="items computed at once (default %(default)s)",
+    )
+    parser.add_argument(
+        "--tokenizer-file", metavar="PATH", help="cl100k_base.tiktoken, if it cannot be downloaded"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
 
 
-def main(argv=None) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="iqeval.py", description="The IQ evaluation of FLM-101B (section 5): tasks that memory cannot answer.",
-        formatter_class=raw, epilog="begin with:\n    python iqeval.py show\n    python iqeval.py play head-tail")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="iqeval.py", description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    p = commands.add_parser("show", help="print items of a task with their answers, or the tasks")
+    p.add_argument("task", nargs="?", help="a task's name; without it, all tasks are listed")
+    item_options(p, 3)
+    p = commands.add_parser("play", help="answer the items of a task yourself")
+    p.add_argument("task", help="a task's name")
+    item_options(p, 10)
+    p = commands.add_parser("run", help="score a checkpoint, with the paper's figures beside it")
+    run_options(p)
+    item_options(p)
+    p.add_argument("--tasks", nargs="+", metavar="TASK", help="only these (default: all)")
+    p = commands.add_parser("make", help="write and prepare a corpus to learn the tasks from")
+    p.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
+    p.add_argument("--seed", type=int, default=0, help="of the items (default %(default)s)")
+    p.add_argument(
+        "--documents",
+        type=int,
+        default=60_000,
+        metavar="N",
+        help="texts, and as many propositions (default %(default)s)",
+    )
+    return parser.parse_args(argv)
 
-    def command(name, function, help, example, items=None):
-        p = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", formatter_class=raw,
-                                epilog="example:\n    " + example)
-        p.set_defaults(function=function)
-        p.add_argument("--seed", type=int, default=0, help="the same seed makes the same items (default %(default)s)")
-        if name != "make":
-            p.add_argument("--items", type=int, default=items, metavar="N",
-                           help=f"items of each task (default: {items or 'as many as in the paper'})")
-            p.add_argument("--set", nargs="+", default=[], metavar="KNOB=VALUE",
-                           help="the difficulty of the tasks that have that knob, as in --set length=4 (python iqeval.py show)")
-            p.add_argument("--data", nargs="+", default=[], metavar="TASK=FILE",
-                           help="read a task's items from the original dataset's file, as in --data boolq=BoolQ/val.jsonl")
-        return p
 
-    p = command("run", run, "score a model, with the paper's figures beside it",
-                "python iqeval.py run runs/iq-demo --tasks head-tail single-fact --items 50")
-    p.add_argument("checkpoint", nargs="?", help="a run folder (its newest checkpoint), a step folder, or a file from train.py --export")
-    p.add_argument("--hf", metavar="NAME_OR_PATH", help="a Hugging Face causal language model instead; needs transformers")
-    p.add_argument("--tasks", nargs="*", metavar="TASK", help="only these (default: all that are generated, and those of --data)")
-    p.add_argument("--out", default="iqeval.json", metavar="FILE", help="where scores and answers go (default %(default)s)")
-    p.add_argument("--batch-size", type=int, default=BATCH, metavar="N", help="items per batch (default %(default)s)")
-    p.add_argument("--tokenizer-file", metavar="PATH", help="cl100k_base.tiktoken, where it cannot be downloaded")
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
-    for name, function, help in (("show", show, "print items with their answers; without a task, list the tasks"),
-                                 ("play", play, "answer the items of a task yourself")):
-        p = command(name, function, help, f"python iqeval.py {name} single-fact --set sentences=3", items=3 if name == "show" else 10)
-        p.add_argument("task", metavar="TASK", nargs="?" if name == "show" else None, help="its name")
-    p = command("make", make_command, "write and prepare a corpus to learn the tasks from",
-                "python iqeval.py make --split train --out corpora/iq")
-    p.add_argument("--out", required=True, metavar="DIR", help="the folder to make; must not exist, or be empty")
-    p.add_argument("--split", choices=SPLITS, default="train",
-                   help="which queries; a model trained on eval has seen the answers (default %(default)s)")
-    p.add_argument("--documents", type=int, default=60_000, metavar="N", help="texts, and as many propositions (default %(default)s)")
-    p = command("export", export_command, "write items and task files for lm-evaluation-harness",
-                "python iqeval.py export --out items --tasks head-tail")
-    p.add_argument("--tasks", nargs="*", metavar="TASK", help="only these (default: all that are generated, and those of --data)")
-    p.add_argument("--out", required=True, metavar="DIR", help="the folder for TASK.jsonl and TASK.yaml")
-    args = parser.parse_args(argv)
-    return args.function(args)
+def main(argv: list[str] | None = None):
+    """The command line: show, play, run and make."""
+    args = parse_args(argv)
+    if args.command == "run":
+        score_checkpoint(args, make_suite(args, run_problems(args)))
+    elif args.command == "make":
+        meta = make_corpus(args.out, args.documents, args.seed)
+        tokens = meta["sources"][0]["train"]["tokens"]
+        labels = meta["teacher"]["train"]["documents"]
+        print(
+            f"{args.out}: {tokens:,} tokens of text and {labels:,} propositions to train on. "
+            f"Next:\n    python train.py --preset iq-demo "
+            f"--data {shlex.quote(args.out)} --teacher-fraction 0.25 --eval-rows 64"
+        )
+    elif args.task is None:
+        print(f"{list_tasks()}\n\nLook at one: python iqeval.py show head-tail")
+    else:
+        args.tasks = [args.task]
+        items = next(iter(make_suite(args).values()))  # a symbolic task's items with symbols
+        (show if args.command == "show" else play)(items)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")    # not every terminal knows every character
-    try:
-        code = main()
-        sys.stdout.flush()
-        sys.exit(code)
-    except BrokenPipeError:                      # ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (ValueError, OSError) as error:
-        print(f"iqeval.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\niqeval.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    console.run(main)

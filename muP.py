@@ -109,7 +109,7 @@ def init_weights(model: FLM, seed: int) -> FLM:
 
 
 def param_groups(model: FLM, lr: float, weight_decay: float) -> list[dict]:
-    """AdamW's parameter groups, one for each pair of m and decay in the table (TP-V, table 8).
+    """AdamW's parameter groups, one for each pair of m and decay in the table (TP-V).
 
     Each carries `lr_scale` = 1/m: a learning-rate schedule sets group["lr"] to its value times
     group["lr_scale"]. AdamW multiplies decay by the learning rate, so decay is multiplied by m:
@@ -127,7 +127,7 @@ def param_groups(model: FLM, lr: float, weight_decay: float) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. The coordinate check (TP-V, appendix D.1)
+# 2. The coordinate check (TP-V; microsoft/mup has one as a test)
 
 SMALL = {"n_layers": 2, "head_dim": 16, "max_seq_len": 128}  # of "demo": seconds on a laptop
 LAYERS = ("embedding", "attn_norm", "q", "k", "v", "attn.o")
@@ -182,7 +182,9 @@ def activations(model: FLM, tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
     seen, hooks = {name: [] for name in LAYERS}, []
 
     def watch(name, module, part=lambda y: y):
-        hook = lambda module, x, y: seen[name].append(part(y).detach().abs().mean())
+        def hook(module, x, y):
+            seen[name].append(part(y).detach().abs().mean())
+
         hooks.append(module.register_forward_hook(hook))
 
     watch("embedding", model.embedding, lambda y: y * model.config.input_mult)
@@ -284,10 +286,10 @@ EXIT_CODES = {"flat": 0, "not flat": 1, "cannot tell": 3}  # 2 is an error, as e
 def print_table(sizes: dict[str, Tensor], widths: list[int]):
     """How much larger the widest model's layers are, and with which power of the width."""
     steps = sizes["muP"].shape[2]
-    heading = "".join(f"{name:{7 * steps + 14}}" for name in sizes)
+    heading = "".join(f"  {name:{7 * steps}}   p ± noise" for name in sizes)
     print(
-        f"mean |activation| at width {widths[-1]} over width {widths[0]}, at step 0 to "
-        f"{steps - 1}; then p, where it grows as width^p, at the last step\n\n{'':12}{heading}"
+        f"mean |activation| at width {widths[-1]} over width {widths[0]}, at step 0 to {steps - 1}"
+        f";\np: at the last step it grows as width^p\n\n{'':10}{heading}"
     )
     for i, layer in enumerate(LAYERS):
         line = f"{layer:10}"

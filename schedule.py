@@ -1,269 +1,561 @@
-"""schedule.py - a run as pure functions of the samples seen: stages, learning rate, FLOPs, cost."""
-from __future__ import annotations
+"""schedule.py - a run as pure functions of the samples seen: stages, learning rate, FLOPs, cost.
+
+    python schedule.py                      what growth saved the paper: days, FLOPs and dollars
+    python schedule.py --stages mine.json   what stages of your own cost
+
+A run is a list of stages; at the start of each one but the first the model grows. Everything is
+counted in samples, which are rows of T tokens, so nothing here depends on the batch size. How many
+samples a step takes is in one place, plan_stages. (The growth mask is a function of the samples
+too: flm.growth_mask.)
+
+Read it from top to bottom:
+
+    1. a stage             its fields, and the paper's three stages
+    2. reading stages      from a file: every mistake is named
+    3. planning a run      recipes; from steps to samples
+    4. at a sample         learning_rate, training_flops
+    5. the cost plan       tokens, FLOPs, days, GPU-hours and dollars of each stage
+    6. the command line
+"""
 
 import argparse
+import dataclasses
 import json
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 import console
-import grow
-from flm import FLM, FLMConfig, forward_flops, preset
+from flm import FLMConfig, count_parameters, forward_flops, preset
+from grow import GROWS, check_growth, layer_plan
+
+# --------------------------------------------------------------------------------------------------
+# 1. A stage
 
 
-# The paper's three stages. lr (at the stage's start), warmup (samples), days, tokens: its Table 1. batch_size (rows of 2048
-# tokens), tp, pp, dp, tflops (per GPU, while training): its Table 2. (Table 1's "4.31M tokens" for the last batch is not 2160 rows,
-# which are 4.42M.) The shapes behind the presets flm-16b and flm-51b are OURS, as are layers and ramp: the paper prints none.
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run. None: not given.
+
+    >>> stage = Stage("small", preset("demo"), start=0, end=320, batch_size=16)
+    >>> Stage.from_dict(stage.to_dict()) == stage
+    True
+    """
+
+    name: str
+    config: FLMConfig
+    start: int = 0  # in samples, as end, ramp and warmup
+    end: int | None = None
+    ramp: int = 0  # from the growth until the mask is at 1
+    layers: str | list = "stack"  # where new layers come from: grow.layer_plan
+    lr: float | None = None  # at the start of the stage; None: the cosine just goes on
+    warmup: int | None = None
+    batch_size: int | None = None  # rows of a step
+    # for the cost plan
+    tokens: float | None = None
+    days: float | None = None
+    gpus: int | None = None
+    tflops: float | None = None  # TFLOP/s of one GPU
+    dp: int | None = None
+    tp: int | None = None
+    pp: int | None = None
+
+    def to_dict(self) -> dict:
+        """Plain JSON values, without what is not given."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if value is not None}
+
+    @staticmethod
+    def from_dict(values: dict) -> "Stage":
+        return Stage(**{**values, "config": FLMConfig.from_dict(values["config"])})
+
+
+# The paper's three stages. Its Table 1: lr (at the start of the stage), warmup, days, tokens. Its
+# Table 2: batch_size (rows of 2048 tokens), tp, pp, dp, tflops (while training). (Table 1 says
+# "4.31M tokens" for the last batch; 2160 rows are 4.42M.) The shapes behind the presets flm-16b and
+# flm-51b are OURS, as are layers and ramp: the paper prints none.
+# fmt: off
 PAPER_STAGES = [
-    {"name": "16B", "preset": "flm-16b", "lr": 4e-4, "warmup": 4_608_000, "batch_size": 2304, "tokens": 245.37e9, "days": 9.63,
-     "tp": 2, "pp": 1, "dp": 96, "tflops": 162},
-    {"name": "51B", "preset": "flm-51b", "lr": 3.4e-4, "warmup": 230_400, "batch_size": 2304, "tokens": 39.64e9, "days": 5.37,
-     "tp": 4, "pp": 2, "dp": 24, "tflops": 160, "layers": "stack", "ramp": 230_400},
-    {"name": "101B", "preset": "flm-101b", "lr": 2e-4, "warmup": 230_400, "batch_size": 2160, "tokens": 26.54e9, "days": 6.54,
-     "tp": 4, "pp": 4, "dp": 12, "tflops": 165, "layers": "stack", "ramp": 230_400},
+    {"name": "16B", "preset": "flm-16b", "lr": 4e-4, "warmup": 4_608_000, "batch_size": 2304,
+     "tokens": 245.37e9, "days": 9.63, "tp": 2, "pp": 1, "dp": 96, "tflops": 162},
+    {"name": "51B", "preset": "flm-51b", "lr": 3.4e-4, "warmup": 230_400, "batch_size": 2304,
+     "tokens": 39.64e9, "days": 5.37, "tp": 4, "pp": 2, "dp": 24, "tflops": 160,
+     "layers": "stack", "ramp": 230_400},
+    {"name": "101B", "preset": "flm-101b", "lr": 2e-4, "warmup": 230_400, "batch_size": 2160,
+     "tokens": 26.54e9, "days": 6.54, "tp": 4, "pp": 4, "dp": 12, "tflops": 165,
+     "layers": "stack", "ramp": 230_400},
 ]
+# fmt: on
+PAPER_BUDGET = 100_000  # dollars: the paper's title
+PAPER_SCRATCH_DAYS = 76.74  # the paper's own estimate of 101B throughout (section 2.3)
+PAPER_ZETTAFLOP = 52.76  # of the whole run, by the paper's count
+
+# --------------------------------------------------------------------------------------------------
+# 2. Reading stages
+
+LIMIT = 10**18  # of every number: a larger one is a mistake, and floats overflow
+WHOLE, NUMBER = (int, 1, "a whole number above 0"), ((int, float), 1e-99, "a number above 0")
+KEYS = {  # what a stage in a file may have: {key: (type, least value, both in words)}
+    "name": (str, None, "a text"),
+    "preset": (str, None, "the name of a preset"),
+    "config": (dict, None, "{field: value, ...}"),
+    "layers": ((str, list), None, "a rule or a row of layers"),
+    **dict.fromkeys(("start", "ramp", "warmup"), (int, 0, "a whole number, 0 or above")),
+    **dict.fromkeys(("batch_size", "gpus", "dp", "tp", "pp"), WHOLE),
+    **dict.fromkeys(("lr", "tokens", "days", "tflops"), NUMBER),
+}
 
 
-PAPER_BUDGET = 100_000                           # dollars: the paper's title
+def key_problems(given: dict) -> list[str]:
+    """What is wrong with the keys and values of a stage, each by itself."""
+    problems = []
+    for key, value in given.items():
+        kind, least, words = KEYS.get(key, (object, None, ""))
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        if key not in KEYS:
+            problems.append(f"unknown key {key!r}; there are {', '.join(KEYS)}")
+        elif not right or least is not None and not least <= value <= LIMIT:
+            problems.append(f"{key} = {value!r}: must be {words}")
+    return problems
 
 
-PAPER_SCRATCH_DAYS = 76.74                       # its own estimate of 101B throughout (section 2.3)
+def stage_config(given: dict, base: FLMConfig | None) -> FLMConfig:
+    """The model of a stage: its preset, or else `base`, with the fields that it names."""
+    base = preset(given["preset"]) if "preset" in given else base
+    return FLMConfig.from_dict({**(base.to_dict() if base else {}), **given.get("config", {})})
 
 
-STAGE_FIELDS = {"name", "preset", "config", "start", "ramp", "layers", "moments", "lr", "warmup", "batch_size", "steps", "tokens", "days", "tp", "pp", "dp",
-                "gpus", "tflops"}
+def stage_start(given: dict, before: Stage | None) -> int:
+    """The sample at which a stage starts. Raises ValueError where it cannot."""
+    start = given.get("start")
+    if before is None:
+        if start:
+            raise ValueError(f"starts at sample {start:,}; the first stage starts at 0")
+        return 0
+    if start is None and before.tokens is None:
+        raise ValueError("needs a start in samples, or the stage before it its tokens")
+    if start is None:
+        start = before.start + round(before.tokens / before.config.max_seq_len)
+    console.refuse(too_early(start, before))
+    return start
 
 
-STAGE_NUMBERS = {"lr", "tokens", "days", "tflops"}                                       # above 0; the other numbers are whole
+def too_early(start: int, before: Stage) -> list[str]:
+    """Why a stage cannot start there: the one before has a sample at least, and its whole ramp."""
+    earliest = before.start + max(1, before.ramp)
+    if start >= earliest:
+        return []
+    return [
+        f"starts at sample {start:,}. The stage before it starts at {before.start:,} and has a "
+        f'ramp of {before.ramp:,}, so this one may start at {earliest:,} or later: "start": '
+        f"{earliest}"
+    ]
 
 
-def read_stages(stages: list[dict]) -> list[dict]:
-    """Check a schedule; returns it with each stage's "config" as an FLMConfig, and with "start", "ramp" and "layers" filled in.
+def read_stage(given: dict, name: str, before: Stage | None, base: FLMConfig | None) -> Stage:
+    """One stage, after `before`. Raises ValueError with what is wrong with it."""
+    console.refuse(key_problems(given))
+    config = stage_config(given, before.config if before else base)
+    values = {"name": name, **given, "config": config}
+    values.pop("preset", None)
+    if before:
+        check_growth(before.config, config)
+        layer_plan(before.config.n_layers, config.n_layers, values.get("layers", "stack"))
+    if {"dp", "tp", "pp"} <= given.keys():
+        values.setdefault("gpus", given["dp"] * given["tp"] * given["pp"])
+    return Stage(**{**values, "start": stage_start(given, before)})
 
-    A stage: {"preset": name, and/or "config": {fields}} is its model (fields not named are the preset's, or the stage's before),
-    "tokens" or the next stage's "start" (in samples) its length; STAGE_FIELDS are all the keys. Training reads lr, warmup,
-    batch_size, layers, moments and ramp, the plan days, gpus (or tp, pp, dp) and tflops.
-    Raises ValueError naming all that is wrong with the first bad stage (the later ones build on it): unknown keys, impossible
-    values, a shrinking target, a start that goes backwards, or that lies in the ramp of the stage before."""
-    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
-        raise ValueError('a schedule is a list of stages, such as [{"preset": "flm-16b", "tokens": 245.37e9}, ...]')
-    result = []
-    for i, given in enumerate(stages):
-        before = result[-1] if result else None
-        stage = {"name": given.get("preset", f"stage {i + 1}"), "layers": "stack", "moments": "zeros", "ramp": 0, **given}
-        problems = [f"unknown key {key!r}; there are {', '.join(sorted(STAGE_FIELDS))}" for key in given if key not in STAGE_FIELDS]
-        for key in STAGE_FIELDS & {*stage} - {"name", "preset", "config", "layers", "moments"}:
-            value, kind = stage[key], (int, float) if key in STAGE_NUMBERS else int
-            if not isinstance(value, kind) or isinstance(value, bool) or not (0 < value < math.inf or value == 0 and key in ("start", "ramp", "warmup")):
-                problems.append(f"{key} = {value!r}: must be a {'number' if key in STAGE_NUMBERS else 'whole number'} above 0")
+
+def read_stages(given: list[dict], base: FLMConfig | None = None) -> list[Stage]:
+    """The stages of a run, checked, with every start filled in.
+
+    A stage is {"preset": name, and/or "config": {fields}}: its model. Fields that are not named are
+    those of the preset, or of the stage before; of `base` in the first stage. Its length is its
+    "tokens" or the next stage's "start". KEYS has all keys. Training reads start, ramp, layers, lr,
+    warmup and batch_size; the cost plan reads tokens, gpus (or dp, tp, pp), and days or tflops.
+
+    Raises ValueError with what is wrong with the first bad stage (the later ones build on it)."""
+    is_list = isinstance(given, list) and all(isinstance(item, dict) for item in given)
+    if not is_list or not given:
+        raise ValueError(
+            'stages are a JSON list, such as [{"preset": "flm-16b", "tokens": 245.37e9}, ...]'
+        )
+    stages = []
+    for number, values in enumerate(given, 1):
+        name = str(values.get("name", values.get("preset", f"stage {number}")))
+        before = stages[-1] if stages else None
         try:
-            base = preset(stage["preset"]).to_dict() if "preset" in stage else before["config"].to_dict() if before else {}
-            stage["config"] = FLMConfig.from_dict(base | dict(stage.get("config", {})))
-            if before:
-                grow.prepare(before["config"], stage["config"], stage["layers"], stage["moments"], 0, 0, 1)
-        except (ValueError, TypeError) as error:
-            problems.append(str(error))
-        if not problems and not before and stage.setdefault("start", 0):
-            problems.append(f"starts at sample {stage['start']:,}; the first stage starts at 0")
-        if not problems and before:
-            if "start" not in stage and "tokens" in before:
-                stage["start"] = before["start"] + round(before["tokens"] / before["config"].max_seq_len)
-            if "start" not in stage:
-                problems.append("needs a start in samples, or the stage before it its tokens")
-            elif stage["start"] <= before["start"]:
-                problems.append(f"starts at sample {stage['start']:,}, which is not after stage {i}'s start, {before['start']:,}")
-            elif stage["start"] < before["start"] + before["ramp"]:
-                problems.append(f"starts at sample {stage['start']:,}, before stage {i}'s ramp is over, at {before['start'] + before['ramp']:,}")
-            else:
-                before.setdefault("tokens", (stage["start"] - before["start"]) * before["config"].max_seq_len)
-        if problems:
-            raise ValueError(f"this schedule does not work: stage {i + 1} ({stage['name']})\n  " + "\n  ".join(problems))
-        result.append(stage)
-    return result
+            stage = read_stage(values, name, before, base)
+        except ValueError as error:
+            heading = f"these stages do not work: stage {number} ({name})"
+            raise ValueError(f"{heading}\n  {error}") from None
+        if before and before.tokens is None:
+            tokens = (stage.start - before.start) * before.config.max_seq_len
+            stages[-1] = replace(before, tokens=tokens)
+        stages.append(stage)
+    return stages
 
 
-def narayanan_flops(L: int, C: int, V: int, T: int, tokens: float, factor: float = 72) -> float:
-    """Floating point operations of training on `tokens`, by the formula that the paper uses (section 4; Narayanan et al.
-    2104.04473, equation 3): 72 without recomputation, 96 with all of it, 84 with an error of 12 where that is not known.
-
-    The bracket was made for 96, where it counts the head, never recomputed, at 96/16 VC = 6 VC a token, as many as are multiplied; with
-    72 it counts 4.5 VC, so 3 * flm.forward_flops, which counts what is multiplied, is larger than the 72-form by 1.5 VC a token."""
-    return factor * tokens * L * C * C * (1 + T / (6 * C) + V / (16 * L * C))
-
-
-def cost_plan(stages: list[dict] | None = None, price: float | None = None) -> dict:
-    """What a schedule costs, by stage and in total, and the same tokens at the final size throughout. Plain JSON.
-
-    stages: see read_stages; none: the paper's. Each needs tokens, gpus (or tp, pp, dp), and days or tflops. price: dollars per
-    GPU-hour, by default what makes the paper's budget. "scratch" takes the last stage's rate; "flop" counts what is
-    multiplied, without recomputation; "tflops" is that over the stage's days, so it counts every pause too."""
-    ours, paper = stages is None, sum(24 * s["days"] * s["tp"] * s["pp"] * s["dp"] for s in PAPER_STAGES)
-    price = PAPER_BUDGET / paper if price is None else price
-    if not 0 < price < math.inf:
-        raise ValueError(f"a price of {price} dollars per GPU-hour: must be above 0")
-    rows, problems = [], []
-    for stage in read_stages(PAPER_STAGES if ours else stages):
-        config, gpus = stage["config"], stage.get("gpus", stage.get("tp", 0) * stage.get("pp", 0) * stage.get("dp", 0))
-        if "tokens" not in stage or not gpus or not ("days" in stage or "tflops" in stage):
-            problems.append(f"{stage['name']}: needs tokens, gpus (or tp, pp and dp), and days or tflops (per GPU)")
-            continue
-        flop = 3 * forward_flops(config, config.max_seq_len) * stage["tokens"]
-        days = stage["days"] if "days" in stage else flop / (gpus * stage["tflops"] * 1e12 * 86400)
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in FLM(config).parameters())
-        rows.append({"name": stage["name"], "n_layers": config.n_layers, "d_model": config.d_model, "n_heads": config.n_heads, "d_ff": config.d_ff,
-                     "parameters": parameters, "tokens": stage["tokens"], "days": days, "gpus": gpus, "gpu_hours": 24 * days * gpus,
-                     "dollars": 24 * days * gpus * price, "flop": flop, "tflops": flop / (days * 86400 * gpus) / 1e12,
-                     "narayanan_72": narayanan_flops(config.n_layers, config.d_model, config.vocab_size, config.max_seq_len, stage["tokens"])})
-    if problems:
-        raise ValueError("this schedule cannot be costed:\n  " + "\n  ".join(problems))
-    last, summed = rows[-1], ("tokens", "days", "gpu_hours", "dollars", "flop", "narayanan_72")
-    total = {key: sum(row[key] for row in rows) for key in summed}
-    scratch = {key: last[key] * total["tokens"] / last["tokens"] for key in summed}
-    return {"stages": rows, "total": total, "scratch": scratch, "price": price,
-            "saving": {"days": 1 - total["days"] / scratch["days"], "times": scratch["days"] / total["days"],
-                       "flop": 1 - total["flop"] / scratch["flop"], "flop_times": scratch["flop"] / total["flop"]},
-            "sources": {"tokens": "the paper, Table 1" if ours else "the schedule",
-                        "days": "the paper, Table 1" if ours else "the schedule, or ours from its tflops",
-                        "gpus": "the paper, Table 2" if ours else "the schedule",
-                        "shapes": "101B: the paper; 16B and 51B: ours" if ours else "the schedule",
-                        "parameters, flop, tflops, narayanan_72": "ours, from the shapes",
-                        "gpu_hours, scratch, saving": "ours, from days, tokens and GPUs",
-                        "dollars": "ours: the price per GPU-hour " + ("that makes the paper's $100K" if price == PAPER_BUDGET / paper else "given")},
-            **({"paper_scratch_days": PAPER_SCRATCH_DAYS, "paper_zettaflop": 52.76,
-                "paper_tflops": {stage["name"]: stage["tflops"] for stage in PAPER_STAGES}} if ours else {})}
+def read_json(option: str, file: str):
+    """What a JSON file holds. Raises ValueError that names the option."""
+    try:
+        return json.loads(Path(file).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} {file} is not JSON: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option} {file}: cannot be read ({error})") from error
 
 
-def show_plan(p: dict) -> str:
-    """The plan as a table; what is marked * is ours."""
-    heads = ("stage", "parameters*", "tokens", "days", "GPUs", "GPU-hours*", "dollars*", "zettaFLOP*", "TFLOP/s per GPU*")
+# --------------------------------------------------------------------------------------------------
+# 3. Planning a run
 
-    def row(name, r, parameters="", gpus="", rate=""):
-        return (name, parameters, f"{r['tokens'] / 1e9:.2f} B", f"{r['days']:.2f}", gpus, f"{r['gpu_hours']:,.0f}", f"{r['dollars']:,.0f}",
-                f"{r['flop'] / 1e21:.2f}", rate)
-
-    table = [heads, *(row(r["name"], r, f"{r['parameters'] / 1e9:.2f} B", str(r["gpus"]), f"{r['tflops']:.0f}") for r in p["stages"]),
-             row("grown", p["total"]), row(f"{p['stages'][-1]['name']} throughout*", p["scratch"])]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join([line[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(line[1:], widths[1:]))]).rstrip() for line in table]
-    s = p["saving"]
-    lines += ["", f"growth saves {s['days']:.0%} of the days ({s['times']:.2f} times fewer) and {s['flop']:.0%} of the FLOPs ({s['flop_times']:.2f} times fewer)*, "
-              f"at ${p['price']:.4f} per GPU-hour", "", "where the numbers come from:"]
-    lines += [f"  {what}: {where}" for what, where in p["sources"].items()]
-    if "paper_scratch_days" in p:
-        lines += [f"beside the paper's own: {p['paper_scratch_days']} days for 101B throughout (ours: {p['scratch']['days']:.2f}, from the last stage's tokens per day); "
-                  f"{p['paper_zettaflop']} zettaFLOP",
-                  f"in all (ours: {p['total']['narayanan_72'] / 1e21:.2f} by its formula's 72-form, {p['total']['flop'] / 1e21:.2f} with the head in full); "
-                  + ", ".join(f"{v} ({k})" for k, v in p["paper_tflops"].items()) + " TFLOP/s per GPU while",
-                  "training, where ours divides by all the days of a stage."]
-    return "\n".join(lines)
-
-
-DEMO_STAGES = [                                  # the paper's recipe in miniature; starts in shares of the run
+# The paper's recipe in miniature; start, ramp and warmup in shares of the run.
+DEMO_STAGES = [
     {"config": {"n_layers": 2}},
     {"config": {"n_layers": 4}, "start": 0.55, "ramp": 0.08, "layers": "stack", "warmup": 0.02},
     {"config": {"n_layers": 6}, "start": 0.78, "ramp": 0.08, "layers": "stack", "warmup": 0.02},
 ]
-
-
-# "flm-...": the paper's Table 1 (steps inferred: tokens / batch). The others: ours, found by trying.
+FEWEST_STEPS = 5  # in which each of these stages has a whole step, whatever the batch size
+# "flm-...": the paper's Table 1 (steps inferred: tokens / batch). The others: ours, by trying.
 RECIPES = {
     "demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800, "stages": DEMO_STAGES},
     "iq-demo": {"steps": 4000, "batch_size": 8, "lr": 2e-3, "warmup": 1000},
-    **{stage["preset"]: {"steps": round(stage["tokens"] / stage["batch_size"] / 2048),
-                         **{k: stage[k] for k in ("batch_size", "lr", "warmup")}} for stage in PAPER_STAGES},
 }
+RECIPES |= {
+    stage["preset"]: {
+        "steps": round(stage["tokens"] / stage["batch_size"] / 2048),
+        **{key: stage[key] for key in ("batch_size", "lr", "warmup")},
+    }
+    for stage in PAPER_STAGES
+}
+RECIPES["flm-proxy"] = RECIPES["flm-16b"]  # what the paper's search on the proxy was for
 
 
-def plan_stages(s, config: FLMConfig, seen: int = 0) -> list[dict]:
-    """The run's stages from small to large; one where nothing grows. read_stages has the fields; what it leaves open is
-    filled in: "lr" (at the stage's start; None: the cosine just goes on), "warmup", "batch_size", and "end". A stage begins
-    with the first whole step at or after its "start". seen: samples that a checkpoint brings along, from which all counts.
-    Raises ValueError with all violations."""
-    total = s.steps * s.batch_size
-    if s.stages == "paper":
-        given = PAPER_STAGES
-    elif s.stages not in (None, "none"):
-        try:
-            given = json.loads(Path(s.stages).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{s.stages} is not JSON: {error}") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--stages {s.stages}: cannot be read ({error}); give a JSON file of stages, paper or none") from error
-    elif s.stages is None and "stages" in RECIPES[s.preset] and not s.model and not s.init_from:
-        given = [{k: round(v * total) if k in ("start", "ramp", "warmup") else v for k, v in stage.items()}
-                 for stage in RECIPES[s.preset]["stages"]]
+def plan_stages(
+    given: list[dict],
+    config: FLMConfig,
+    *,
+    steps: int | None,
+    batch_size: int,
+    lr: float,
+    warmup: int,
+    seen: int = 0,
+) -> list[Stage]:
+    """The stages of a run: whole steps, each with its end, lr, warmup and batch_size.
+
+    given: see read_stages; the first stage builds on `config`. steps: optimizer steps of the whole
+    run, whatever the batch sizes of its stages; None: the run ends with the tokens of its last
+    stage. batch_size, lr, warmup: of the first stage, where it names none. A later stage has the
+    same batch_size, no lr and no warmup, where it names none. seen: samples that a checkpoint
+    brings along, from which all counts.
+
+    A stage begins with the first whole step at or after its start, here with sample 112:
+
+    >>> given = [{"config": {"n_layers": 2}}, {"config": {"n_layers": 6}, "start": 100}]
+    >>> options = {"batch_size": 16, "lr": 3e-3, "warmup": 0}
+    >>> stages = plan_stages(given, preset("demo"), steps=20, **options)
+    >>> [(stage.config.n_layers, stage.start, stage.end) for stage in stages]
+    [(2, 0, 112), (6, 112, 320)]
+
+    Raises ValueError with all that does not fit."""
+    first, *later = read_stages(given, config)
+    defaults = {"lr": lr, "warmup": warmup, "batch_size": batch_size}
+    stages = [fill_in(first, **defaults)]
+    stages += [fill_in(stage, warmup=0, batch_size=batch_size) for stage in later]
+    placed = place_stages(stages, steps)
+    return [replace(s, start=s.start + seen, end=s.end + seen) for s in placed]
+
+
+def fill_in(stage: Stage, **defaults) -> Stage:
+    """The stage with these values where it has none."""
+    missing = {key: value for key, value in defaults.items() if getattr(stage, key) is None}
+    return replace(stage, **missing)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def place_stages(stages: list[Stage], steps: int | None) -> list[Stage]:
+    """Move each start to a whole step, and set each end. A stage has one step at least, and its
+    ramp ends before the next growth. Raises ValueError with every stage that does not fit, and the
+    start or the steps that would."""
+    placed, problems, done = [stages[0]], [], 0  # done: the steps before the last one placed
+    for stage in stages[1:]:
+        before = placed[-1]
+        count = ceil_div(stage.start - before.start, before.batch_size)
+        start = before.start + count * before.batch_size
+        found = too_early(start, before)
+        if found:  # say so, and go on as if the stage started where it may
+            problems += [f"{stage.name} {problem}" for problem in found]
+            count = ceil_div(max(1, before.ramp), before.batch_size)
+            start = before.start + count * before.batch_size
+        placed[-1] = replace(before, end=start)
+        placed.append(replace(stage, start=start))
+        done += count
+    last = placed[-1]
+    if steps is None and last.tokens is None:
+        problems.append(f"{last.name} needs its tokens, or the run a number of steps: --steps")
+    elif steps is None:
+        end = last.start + round(last.tokens / last.config.max_seq_len)
+    elif steps <= done:
+        problems.append(steps_needed(steps, done, last))
     else:
-        given = [{}]
-    if isinstance(given, list) and given and isinstance(given[0], dict) and "preset" not in given[0] \
-            and isinstance(given[0].get("config", {}), dict):
-        given = [{**given[0], "config": config.to_dict() | given[0].get("config", {})}, *given[1:]]
-    stages = read_stages(given)
-    for i, stage in enumerate(stages):
-        stage.setdefault("lr", None if i else s.lr)
-        stage.setdefault("warmup", 0 if i else s.warmup)
-        stage.setdefault("batch_size", s.batch_size)
-        if i:
-            before = stages[i - 1]
-            steps = -(-(stage["start"] - before["start"]) // before["batch_size"])
-            before["end"] = stage["start"] = before["start"] + steps * before["batch_size"]
+        end = last.start + (steps - done) * last.batch_size
+    console.refuse(problems, "these stages do not fit the run:")
+    return [*placed[:-1], replace(last, end=end)]
+
+
+def steps_needed(steps: int, done: int, last: Stage) -> str:
+    """What to say where a run of `steps` ends before its last stage. done: the steps before it."""
+    return (
+        f"{steps} steps end before the last stage, {last.name}, which starts at sample "
+        f"{last.start:,} after {done} steps: ask for --steps {done + 1} or more"
+    )
+
+
+def given_stages(word: str | None, preset_name: str, steps: int, batch_size: int) -> list[dict]:
+    """What --stages means, for plan_stages. word: "none", "paper", a JSON file, or None for what
+    the recipe of the preset has. Raises ValueError for a file that cannot be read, and for a run
+    that is too short for the recipe."""
+    if word is not None:
+        return {"none": [{}], "paper": PAPER_STAGES}.get(word) or read_json("--stages", word)
+    shares = RECIPES[preset_name].get("stages", [{}])
+    if len(shares) > 1 and steps < FEWEST_STEPS:
+        raise ValueError(
+            f"{steps} steps are too few for the growths of the recipe {preset_name}: ask for "
+            f"--steps {FEWEST_STEPS} or more, or for a run without growth: --stages none"
+        )
+    return in_samples(shares, steps * batch_size)
+
+
+def in_samples(shares: list[dict], samples: int) -> list[dict]:
+    """Stages whose start, ramp and warmup are shares of a run, for a run of so many samples."""
+    keys = ("start", "ramp", "warmup")
+    return [
+        {key: round(value * samples) if key in keys else value for key, value in stage.items()}
+        for stage in shares
+    ]
+
+
+def extend_stages(stages: list[Stage], more_steps: int, lr_ratio: float = 1.0) -> list[Stage]:
+    """The stages of a run that is resumed with other --steps and --lr: the last stage ends so many
+    steps later (or earlier), and every learning rate is multiplied. Raises ValueError where the
+    last stage would have no step."""
     last = stages[-1]
-    last["end"] = last["start"] + round(last["tokens"] / last["config"].max_seq_len) if s.stages == "paper" else total
-    if last["end"] <= last["start"]:
-        raise ValueError(f"the last stage starts at sample {last['start']:,}, but {s.steps} steps of {s.batch_size} end at "
-                         f"sample {total:,}: ask for more --steps")
-    return [{**stage, "start": stage["start"] + seen, "end": stage["end"] + seen} for stage in stages]
+    end = last.end + more_steps * last.batch_size
+    if end <= last.start:
+        steps, done = total_steps(stages) + more_steps, total_steps(stages[:-1])
+        raise ValueError(steps_needed(steps, done, last))
+    stages = [*stages[:-1], replace(last, end=end)]
+    return [replace(s, lr=s.lr and s.lr * lr_ratio) for s in stages]
 
 
-def learning_rate(s, stages: list[dict], samples: int) -> float:
-    """At the end of the step that brings the run to `samples`: a straight warm-up, then half a cosine that ends with the last
-    sample at min_lr of the peak.
+def total_steps(stages: list[Stage], samples: int = 0) -> int:
+    """The optimizer steps from `samples` to the end of the run.
 
-    The paper's stages "approximately inherit the previous learning rate and adhere to the same schedule" (section 2.4): a
-    stage without an "lr" leaves the cosine alone, one with a lower "lr" makes it slower or faster, so that it comes by there at
-    the stage's start, and one with the same or a higher "lr" sets it back to there. Each stage may warm up again."""
-    named = [stage for stage in stages if stage["lr"] is not None]
-    peak, floor = max(stage["lr"] for stage in named), s.min_lr
+    >>> options = {"batch_size": 16, "lr": 3e-3, "warmup": 0}
+    >>> given = [{}, {"config": {"n_layers": 8}, "start": 100, "batch_size": 8}]
+    >>> stages = plan_stages(given, preset("demo"), steps=20, **options)
+    >>> total_steps(stages), total_steps(stages, 96), stages[-1].end
+    (20, 14, 216)
+    """
+    left = ((stage.end - max(stage.start, samples), stage.batch_size) for stage in stages)
+    return sum(ceil_div(rows, batch_size) for rows, batch_size in left if rows > 0)
 
-    def phase(lr):                               # where on the cosine, from 0 to 1, that learning rate is
-        share = (lr / peak - floor) / (1 - floor) if floor < 1 else 1.0
-        return math.acos(max(-1.0, min(1.0, 2 * share - 1))) / math.pi
 
-    i = max(i for i, stage in enumerate(named) if i == 0 or stage["start"] < samples)
-    begin, a, end, b = named[i]["start"] + (0 if i else named[0]["warmup"]), phase(named[i]["lr"]), stages[-1]["end"], 1.0
-    if i + 1 < len(named) and phase(named[i + 1]["lr"]) > a:
-        end, b = named[i + 1]["start"], phase(named[i + 1]["lr"])
+# --------------------------------------------------------------------------------------------------
+# 4. At a sample
+
+
+def cosine_phase(lr: float, peak: float, min_lr: float) -> float:
+    """Where a learning rate lies on half a cosine from `peak` (0) down to min_lr * peak (1)."""
+    share = (lr / peak - min_lr) / (1 - min_lr) if min_lr < 1 else 1.0
+    return math.acos(max(-1.0, min(1.0, 2 * share - 1))) / math.pi
+
+
+def learning_rate(stages: list[Stage], samples: int, min_lr: float) -> float:
+    """The learning rate of the step that brings the run to `samples`: a straight warm-up to the
+    peak, then half a cosine that ends with the last sample, at min_lr (a share) of the peak.
+
+    The paper's stages "approximately inherit the previous learning rate and adhere to the same
+    schedule" (section 2.4). A stage without an lr leaves the cosine alone. A lower lr than before
+    is met at the start of its stage: the cosine is stretched so that it passes there. An lr as high
+    as before, or higher, sets the cosine back to there. Each stage may warm up again.
+
+    >>> given, options = [{}], {"batch_size": 1, "lr": 0.5, "warmup": 10}
+    >>> stages = plan_stages(given, preset("demo"), steps=110, **options)
+    >>> [round(learning_rate(stages, samples, 0.2), 9) for samples in (5, 10, 60, 110)]
+    [0.25, 0.5, 0.3, 0.1]
+    """
+    named = [stage for stage in stages if stage.lr is not None]  # the points that the cosine meets
+    peak = max(stage.lr for stage in named)
+    now = max(i for i, stage in enumerate(named) if i == 0 or stage.start < samples)
+    begin, phase = named[now].start, cosine_phase(named[now].lr, peak, min_lr)
+    end, end_phase = stages[-1].end, 1.0
+    if now == 0:
+        begin += named[0].warmup
+    if now + 1 < len(named):
+        following = cosine_phase(named[now + 1].lr, peak, min_lr)
+        if following > phase:
+            end, end_phase = named[now + 1].start, following
     done = min(1.0, max(0.0, (samples - begin) / max(1, end - begin)))
-    lr = peak * (floor + (1 - floor) * (1 + math.cos(math.pi * (a + (b - a) * done))) / 2)
-    stage = [stage for stage in stages if stage["start"] < samples][-1]
-    return lr * min(1.0, (samples - stage["start"]) / max(1, stage["warmup"]))
+    angle = math.pi * (phase + (end_phase - phase) * done)
+    lr = peak * (min_lr + (1 - min_lr) * (1 + math.cos(angle)) / 2)
+    stage = [stage for stage in stages if stage.start < samples][-1]
+    return lr * min(1.0, (samples - stage.start) / max(1, stage.warmup))
 
 
-def training_flops(stages: list[dict], samples: int) -> int:
-    """Floating point operations of the model on the way to `samples`: three forward passes' worth."""
-    return sum(3 * forward_flops(st["config"], st["config"].max_seq_len) * st["config"].max_seq_len
-               * (min(samples, st["end"]) - st["start"]) for st in stages if st["start"] < samples)
+def training_flops(stages: list[Stage], samples: int) -> int:
+    """Floating point operations of the model from the start of the run to `samples`: three forward
+    passes' worth for each token.
+
+    >>> stages = plan_stages([{}], preset("demo"), steps=1, batch_size=1, lr=1.0, warmup=0)
+    >>> training_flops(stages, 1) == 3 * forward_flops(preset("demo"), 256) * 256
+    True
+    """
+    flops = 0
+    for stage in stages:
+        if stage.start < samples:
+            T = stage.config.max_seq_len
+            rows = min(samples, stage.end) - stage.start
+            flops += 3 * forward_flops(stage.config, T) * T * rows
+    return flops
 
 
-def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="schedule.py", description="Tokens, FLOPs, days, GPU-hours and dollars of each stage.")
-    parser.add_argument("--schedule", metavar="FILE.json")
-    parser.add_argument("--price", type=float, metavar="DOLLARS")
+# --------------------------------------------------------------------------------------------------
+# 5. The cost plan
+
+
+def narayanan_flops(L: int, C: int, V: int, T: int, tokens: float, factor: float = 72) -> float:
+    """Floating point operations of training on `tokens`, by the formula that the paper uses
+    (section 4; Narayanan et al., arXiv 2104.04473, equation 3). factor: 72 without recomputation of
+    activations, 96 with all of it, 84 with an error of 12 where that is not known.
+
+    The bracket was made for 96, where it counts the head, which is never recomputed, at
+    96/16 VC = 6 VC a token, as many as are multiplied. With 72 it counts 4.5 VC. So
+    3 * flm.forward_flops, which counts what is multiplied, is larger by 1.5 VC a token."""
+    return factor * tokens * L * C * C * (1 + T / (6 * C) + V / (16 * L * C))
+
+
+SUMMED = ("tokens", "days", "gpu_hours", "dollars", "flop", "narayanan_72")
+
+
+def stage_cost(stage: Stage, price: float) -> dict:
+    """A row of the cost plan. price: dollars per GPU-hour."""
+    c, gpus = stage.config, stage.gpus
+    flop = 3 * forward_flops(c, c.max_seq_len) * stage.tokens
+    days = stage.days or flop / (gpus * stage.tflops * 1e12 * 86400)
+    formula = narayanan_flops(c.n_layers, c.d_model, c.vocab_size, c.max_seq_len, stage.tokens)
+    return {
+        "name": stage.name,
+        **{key: getattr(c, key) for key in GROWS},
+        "parameters": count_parameters(c),
+        "tokens": stage.tokens,
+        "days": days,
+        "gpus": gpus,
+        "gpu_hours": 24 * days * gpus,
+        "dollars": 24 * days * gpus * price,
+        "flop": flop,
+        "tflops": flop / (days * 86400 * gpus) / 1e12,
+        "narayanan_72": formula,
+    }
+
+
+def cost_plan(stages: list[dict] | None = None, price: float | None = None) -> dict:
+    """What a run costs, by stage and in total, and the same tokens at the final size
+    throughout ("scratch", at the last stage's rate). Plain JSON.
+
+    stages: see read_stages; None: the paper's. Each needs tokens, gpus (or dp, tp, pp), and days or
+    tflops (of a GPU). price: dollars per GPU-hour, by default what makes the paper's budget.
+    "flop" counts what is multiplied, without recomputation. "tflops" is that over the stage's
+    days, so it counts every pause too. Raises ValueError where a number is missing."""
+    paper = read_stages(PAPER_STAGES)
+    if price is None:
+        price = PAPER_BUDGET / sum(24 * stage.days * stage.gpus for stage in paper)
+    if not 0 < price < math.inf:
+        raise ValueError(f"a price of {price} dollars per GPU-hour: must be above 0")
+    used = paper if stages is None else read_stages(stages)
+    needs = "needs tokens, gpus (or dp, tp and pp), and days or tflops (per GPU)"
+    lacking = [s for s in used if not (s.tokens and s.gpus and (s.days or s.tflops))]
+    console.refuse((f"{s.name}: {needs}" for s in lacking), "these stages cannot be costed:")
+    rows = [stage_cost(stage, price) for stage in used]
+    total = {key: sum(row[key] for row in rows) for key in SUMMED}
+    scratch = {key: rows[-1][key] * total["tokens"] / rows[-1]["tokens"] for key in SUMMED}
+    times = {key: scratch[key] / total[key] for key in ("days", "flop")}
+    return {"stages": rows, "total": total, "scratch": scratch, "times": times, "price": price}
+
+
+COLUMNS = "{:{}}{:>13}{:>12}{:>9}{:>7}{:>13}{:>12}{:>13}{:>18}"
+HEADS = ("parameters*", "tokens", "days", "GPUs", "GPU-hours*", "dollars*", "zettaFLOP*")
+HEADS += ("TFLOP/s per GPU*",)
+PAPER_NOTES = """
+Where the numbers come from. The paper: days and tokens (Table 1), GPUs (Table 2), the shape of the
+101B model. Ours: the shapes of the 16B and 51B models, and all that is marked *: parameters and
+FLOPs by the shapes, GPU-hours by days and GPUs, dollars by the price that makes the paper's $100K.
+
+Beside them the paper's own: {} days for 101B throughout (ours, {:.2f}, at the last stage's tokens
+per day); {} zettaFLOP in all (ours: {:.2f} by its formula's 72-form, {:.2f} with the head in full);
+162, 160 and 165 TFLOP/s per GPU while training (ours: over all the days of a stage)."""
+
+
+def cost_row(name: str, row: dict, width: int) -> str:
+    """A line of the table. Totals have no parameters, no GPUs and no rate."""
+    parameters = gpus = rate = ""
+    if "parameters" in row:
+        parameters, gpus = f"{row['parameters'] / 1e9:.2f} B", row["gpus"]
+        rate = f"{row['tflops']:.0f}"
+    tokens, days, flop = f"{row['tokens'] / 1e9:.2f} B", f"{row['days']:.2f}", row["flop"] / 1e21
+    hours, dollars = f"{row['gpu_hours']:,.0f}", f"{row['dollars']:,.0f}"
+    cells = (parameters, tokens, days, gpus, hours, dollars, f"{flop:.2f}", rate)
+    return COLUMNS.format(name, width, *cells).rstrip()
+
+
+def describe_cost_plan(plan: dict) -> str:
+    """The plan as a table; what is marked * is ours."""
+    last, times = f"{plan['stages'][-1]['name']} throughout*", plan["times"]
+    width = max(len(name) for name in (last, *(row["name"] for row in plan["stages"])))
+    lines = [COLUMNS.format("stage", width, *HEADS)]
+    lines += [cost_row(row["name"], row, width) for row in plan["stages"]]
+    lines += [cost_row("grown", plan["total"], width), cost_row(last, plan["scratch"], width), ""]
+    share = {key: 1 - 1 / value for key, value in times.items()}
+    lines.append(
+        f"growth saves {share['days']:.0%} of the days ({times['days']:.2f} times fewer) and "
+        f"{share['flop']:.0%} of the FLOPs ({times['flop']:.2f} times fewer)*, at "
+        f"${plan['price']:.4f} per GPU-hour"
+    )
+    return "\n".join(lines)
+
+
+def describe_paper(plan: dict) -> str:
+    """Where the numbers of the paper's plan come from, and the paper's own beside ours."""
+    total = plan["total"]
+    ours = plan["scratch"]["days"], total["narayanan_72"] / 1e21, total["flop"] / 1e21
+    return PAPER_NOTES.format(PAPER_SCRATCH_DAYS, ours[0], PAPER_ZETTAFLOP, *ours[1:])
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. The command line
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="schedule.py",
+        description="Tokens, FLOPs, days, GPU-hours and dollars of each stage of a run that grows, "
+        "by default of the paper's.",
+        epilog="example: python schedule.py --stages mine.json --price 2",
+    )
+    stages = "a JSON list of stages (see read_stages), each with tokens, gpus, and days or tflops"
+    parser.add_argument("--stages", metavar="FILE", help=stages)
+    price = "of a GPU-hour (default: what makes the paper's budget of $100K)"
+    parser.add_argument("--price", type=float, metavar="DOLLARS", help=price)
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     args = parser.parse_args(argv)
-    stages = None
-    if args.schedule:
-        try:
-            stages = json.loads(Path(args.schedule).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{args.schedule} is not JSON: {error}") from error
-    result = cost_plan(stages, args.price)
-    print(json.dumps(result, indent=1) if args.json else show_plan(result))
+    plan = cost_plan(args.stages and read_json("--stages", args.stages), args.price)
+    print(json.dumps(plan, indent=1) if args.json else describe_cost_plan(plan))
+    if not args.stages and not args.json:
+        print(describe_paper(plan))
     return 0
-
-
 
 
 if __name__ == "__main__":

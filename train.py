@@ -6,17 +6,14 @@
     python train.py --eval-only runs/demo    held-out loss of a checkpoint
     python train.py --benchmark              how fast this machine trains, as one JSON object
 
-Read it from top to bottom:
+Read it from top to bottom. The options stand in settings.py, device and arithmetic in machine.py,
+the held-out loss in evaluation.py, what a run keeps on the disk in run_folder.py.
 
-    1. Settings                every option, its default, and which modes read it
-    2. The machine             device, dtype, and the peak rate that utilisation is measured against
-    3. Evaluation              nats per token and bits per byte on held-out documents
-    4. The parts of a step     this rank's share of the model, the optimizer, the update
-    5. The folder of a run     the lock, config.json, the log, the text
-    6. The run                 RunState and Run; the whole step is Run.train_step
-    7. The loop                from the settings to the last checkpoint: train
-    8. Other modes             the evaluation of a checkpoint, the benchmark
-    9. The command line
+    1. The parts of a step     this rank's share of the model, the optimizer, the update
+    2. The run                 RunState and Run; the whole step is Run.train_step
+    3. The loop                from the settings to the last checkpoint: train
+    4. Other modes             the evaluation of a checkpoint, the benchmark
+    5. The command line
 
 Letters as in flm.py: B batch, in rows of T tokens. A row is a "sample"; everything is counted in
 samples. What the paper says of training is here: AdamW (0.9, 0.95), decay 0.1, clipping at 1.0, a
@@ -29,13 +26,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import gc
 import itertools
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -60,448 +55,49 @@ import parallel
 import schedule
 from checkpoint import find_checkpoint, read_info
 from console import refuse
+from evaluation import describe, evaluate
 from flm import (
     IGNORE,
     FLMConfig,
     count_parameters,
     forward_flops,
     growth_mask,
-    parse_fields,
-    preset,
 )
-from parallel import Layout, Worker, World
+from machine import Machine, name_of, now, peak_memory, pick_machine
+from parallel import Worker, World
+from run_folder import (
+    check_corpus,
+    check_tokenizer,
+    claim_folder,
+    cut_log,
+    find_text,
+    has_checkpoint,
+    lock_folder,
+    open_corpus,
+    program,
+    read_run,
+    resume_command,
+    resumed,
+    resumed_stages,
+    write_run,
+)
 from sample import continue_texts
 from schedule import RECIPES, Stage, learning_rate, training_flops
+from settings import (
+    FIELDS,
+    LAYOUT,
+    MODES,
+    Settings,
+    check_same_settings,
+    check_settings,
+    flag,
+    make_parser,
+    plan_layout,
+    resolve,
+)
 
 # --------------------------------------------------------------------------------------------------
-# 1. Settings
-
-# (lowest, highest, in words): the values that an option may have
-COUNT = (1, math.inf, "at least 1")
-POSITIVE = (sys.float_info.min, sys.float_info.max, "a number above 0")
-NOT_NEGATIVE = (0, sys.float_info.max, "0 or above")
-SHARE = (0, 1, "between 0 and 1")
-SEED = (0, 2**63 - 1, "between 0 and 2^63 - 1")
-
-MODES = ("resume", "auto_resume", "eval_only", "export", "benchmark")  # of the command line
-EVAL, BENCH, BOTH = ("eval_only",), ("benchmark",), ("eval_only", "benchmark")
-
-
-def option(default, help: str, **more):
-    """A field of Settings, with all that the rest of the program wants to know of it.
-
-    resume: whether --resume may change it. modes: the other MODES that read it. valid: the values
-    that it may have. group: in --help, the heading of it and the next ones. metavar, choices:
-    argparse's."""
-    return dataclasses.field(default=default, metadata={"help": help, **more})
-
-
-def layout_option(default, help: str, **more):
-    """An option that says how a model lies on processes. It changes no result."""
-    return option(default, help, resume=True, modes=BOTH, **more)
-
-
-# fmt: off
-@dataclass(frozen=True)
-class Settings:
-    """Every option of a run, as plain JSON values. None: the preset's recipe decides (RECIPES)."""
-
-    preset: str = option(
-        "demo", "the model: demo, iq-demo, flm-proxy, flm-16b, flm-51b or flm-101b",
-        group="what to train", modes=BENCH)
-    model: tuple[str, ...] = option(
-        (), "change fields of the model: --model d_model=384 n_heads=6",
-        metavar="FIELD=VALUE", modes=BENCH)
-    mup: str = option(
-        "on", "on: maximal update parametrization; off: the standard one",
-        choices=("on", "off"), modes=BENCH)
-    stages: str | None = option(
-        None, "growth in the run: a JSON file of stages, paper, or none (not given: those of the "
-        "preset's recipe)", metavar="FILE")
-    init_from: str | None = option(
-        None, "begin a new run with the model, the moments and the place in the data of a "
-        "checkpoint", metavar="CHECKPOINT")
-    seed: int = option(
-        0, "of the initial weights and of the order of the data", valid=SEED, modes=BENCH)
-
-    data: str | None = option(
-        None, "a folder from data.py prepare (not given: Python's standard library)",
-        group="on what", metavar="DIR", resume=True, modes=EVAL)
-    data_changed: bool = option(
-        False, "with --resume: go on though the text is another one than before", resume=True)
-    tokenizer: str = option(
-        "bytes", "tokenizer of the standard library; a prepared folder has its own",
-        choices=("bytes", "cl100k_base"), modes=EVAL)
-    tokenizer_file: str | None = option(
-        None, "cl100k_base.tiktoken, where it cannot be downloaded",
-        metavar="PATH", resume=True, modes=EVAL)
-    teacher_fraction: float = option(
-        0.0, "share of rows with FreeLM's teacher signal", valid=SHARE)
-
-    steps: int | None = option(
-        None, "optimizer steps; the cosine ends with the last one",
-        group="how", valid=COUNT, resume=True)
-    batch_size: int | None = option(None, "rows per step", valid=COUNT, modes=BENCH)
-    micro_batch: int | None = option(
-        None, "rows per forward pass; gradients add up (not given: all rows; with --pp: 1)",
-        valid=COUNT, resume=True, modes=BENCH)
-    lr: float | None = option(
-        None, "peak learning rate at the proxy's width; muP scales it for each group of parameters",
-        valid=POSITIVE, resume=True)
-    min_lr: float = option(
-        0.015, "end of the cosine, as a share of the peak (the paper: 6e-6 of 4e-4)",
-        valid=SHARE, resume=True)
-    warmup: int | None = option(
-        None, "warm-up of the learning rate, in samples", metavar="SAMPLES", valid=NOT_NEGATIVE)
-    weight_decay: float = option(0.1, "decay of matrices", valid=NOT_NEGATIVE)
-    clip: float = option(1.0, "largest norm of the whole gradient", valid=POSITIVE, resume=True)
-
-    out: str | None = option(
-        None, "the run's folder (not given: the first free one of runs/PRESET, runs/PRESET-2, ...)",
-        group="watching and keeping", metavar="DIR")
-    eval_every: int = option(100, "steps between evaluations", valid=COUNT, resume=True)
-    eval_rows: int = option(
-        256, "held-out rows of an evaluation, spread over the held-out documents",
-        valid=COUNT, resume=True, modes=EVAL)
-    eval_batch: int | None = option(
-        None, "rows per forward pass of an evaluation (not given: as in training)",
-        valid=COUNT, resume=True, modes=EVAL)
-    save_every: int = option(200, "steps between checkpoints", valid=COUNT, resume=True)
-    save_minutes: float = option(
-        30.0, "minutes after which a checkpoint is written in any case", valid=POSITIVE,
-        resume=True)
-    keep: int = option(
-        2, "newest checkpoints that are kept (and one more until a step has shown that the newest "
-        "is sound)", valid=COUNT, resume=True)
-
-    device: str = option(
-        "auto", "auto, cpu or cuda", group="on which machine", resume=True, modes=BOTH)
-    threads: int | None = option(
-        None, "CPU threads (not given: PyTorch decides, one per core)",
-        valid=COUNT, resume=True, modes=BOTH)
-    dtype: str = option(
-        "auto", "arithmetic: auto, bfloat16 (over fp32 weights), float32, float64",
-        choices=("auto", "bfloat16", "float32", "float64"), modes=BOTH)
-    compile: bool = option(
-        False, "torch.compile each block: a slow start, then faster steps",
-        resume=True, modes=BENCH)
-    deterministic: bool = option(False, "the same bits on CUDA too; slower", resume=True)
-
-    dp: int | None = layout_option(
-        None, "data parallelism: copies of the model, each with a share of the batch (not given: "
-        "all processes that are left)", valid=COUNT,
-        group="on how many processes, started with torchrun (parallel.py)")
-    tp: int = layout_option(
-        1, "tensor parallelism: processes that share every matrix", valid=COUNT)
-    pp: int = layout_option(
-        1, "pipeline parallelism: processes that share the layers", valid=COUNT)
-    schedule: str = layout_option(
-        "1F1B", "the pipeline schedule", choices=tuple(parallel.PIPELINE_SCHEDULES))
-    sequence_parallel: bool = layout_option(
-        False, "cut the sequence, too, over the --tp processes")
-    shard_optimizer: bool = layout_option(
-        False, "cut weights, gradients and moments over the --dp processes (with --tp or --pp it "
-        "is always so)")
-    activation_checkpointing: bool = layout_option(
-        False, "compute activations again in the backward pass: less memory, a third more work")
-
-    def __post_init__(self):  # JSON and argparse know no tuples
-        object.__setattr__(self, "model", tuple(self.model))
-# fmt: on
-
-
-FIELDS = dataclasses.fields(Settings)
-LAYOUT = [field.name for field in dataclasses.fields(Layout)]  # each is an option
-
-
-def flag(name: str) -> str:
-    """The option of a setting: "--batch-size" of "batch_size"."""
-    return "--" + name.replace("_", "-")
-
-
-def check_settings(s: Settings) -> list[str]:
-    """A line for every option that is out of its range."""
-    problems = []
-    for field in FIELDS:
-        value = getattr(s, field.name)
-        lowest, highest, words = field.metadata.get("valid", (None, None, ""))
-        if words and value is not None and not lowest <= value <= highest:
-            problems.append(f"{flag(field.name)} {value}: must be {words}")
-    return problems
-
-
-def resolve(settings: Settings) -> tuple[Settings, list[Stage]]:
-    """The settings with the recipe's values filled in, and the stages of the run; the last stage
-    has the final model. Raises ValueError with every violated constraint."""
-    config, seen, recipe = preset(settings.preset), 0, RECIPES[settings.preset]
-    missing = [k for k in ("steps", "batch_size", "lr", "warmup") if getattr(settings, k) is None]
-    s = dataclasses.replace(settings, **{k: recipe[k] for k in missing})
-    if "warmup" in missing:  # the recipe's warm-up is for the recipe's number of steps
-        s = dataclasses.replace(s, warmup=min(s.warmup, max(0, s.steps * s.batch_size // 12)))
-    changes, problems = parse_fields(s.model)
-    problems = [f"--model {problem}" for problem in problems] + check_settings(s)
-    if s.data_changed:
-        problems.append("--data-changed: a new run has no text before; leave it out")
-    try:
-        config = config.replace(**{"mup": s.mup == "on", **changes})
-        if s.init_from:
-            config, seen = read_start(s)
-    except ValueError as error:
-        problems.append(str(error))
-    refuse(problems, "these settings do not fit together:")
-
-    # The recipe's stages are made for the preset's own model.
-    word = "none" if s.stages is None and (s.model or s.init_from) else s.stages
-    given = schedule.given_stages(word, s.preset, s.steps, s.batch_size)
-    numbers = dict(steps=s.steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup, seen=seen)
-    stages = schedule.plan_stages(given, config, **numbers)
-    if s.init_from:
-        wanted, found = stages[0].config.to_dict(), config.to_dict()
-        differ = [f"{k} {v}, not {wanted[k]}" for k, v in found.items() if v != wanted[k]]
-        refuse(differ, f"--init-from {s.init_from} holds another model than the first stage's:")
-    return s, stages
-
-
-def read_start(s: Settings) -> tuple[FLMConfig, int]:
-    """(model, samples seen) of the checkpoint that --init-from names."""
-    source, problems = find_checkpoint(s.init_from), []
-    if source.is_file():
-        problems.append(f"--init-from {source} is a file of weights: give a run or a step folder")
-    if s.model:
-        problems.append(f"--model {' '.join(s.model)}: --init-from brings its own model")
-    refuse(problems)
-    info = read_info(source)
-    return FLMConfig.from_dict(info["config"]), info["samples"]
-
-
-def plan_layout(s: Settings, stages: list[Stage], processes: int) -> Layout:
-    """The layout of these settings on so many processes. Raises ValueError with every reason why
-    a stage does not fit it."""
-    dp = s.dp or max(1, processes // (s.tp * s.pp))
-    layout = Layout(**{name: getattr(s, name) for name in LAYOUT} | {"dp": dp})
-    problems = []
-    if layout.size != processes:
-        start = f"torchrun --standalone --nproc-per-node {layout.size} train.py ..."
-        alone = f"this is one: start them with {start}, or take one: --dp 1 --tp 1 --pp 1"
-        found = f"torchrun started {processes}" if processes > 1 else alone
-        problems.append(f"dp {dp} x tp {s.tp} x pp {s.pp} = {layout.size} processes, but {found}")
-    for i, stage in enumerate(stages, 1):
-        found = parallel.check_layout(layout, stage.config, stage.batch_size, s.micro_batch)
-        problems += [f"stage {i}: {text}" if len(stages) > 1 else text for text in found]
-    refuse(problems, "this layout does not fit:")
-    return layout
-
-
-# --------------------------------------------------------------------------------------------------
-# 2. The machine
-
-# Dense bf16 peaks in TFLOP/s, from the makers' data sheets. The longest name that is part of the
-# card's own name counts.
-# fmt: off
-PEAKS = {
-    "A100": 312, "A800": 312, "H100": 989, "H800": 989, "H200": 989, "H100 PCIe": 756, "B200": 2250,
-    "A10": 125, "A40": 150, "A6000": 155, "L4": 121, "L40": 181, "L40S": 362, "RTX 4090": 165,
-    "RTX 3090": 71,
-}
-# fmt: on
-
-# A CPU with one of these computes bf16 matrix products faster than fp32 ones.
-BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where a run computes, and how."""
-
-    device: torch.device
-    dtype: torch.dtype  # of the arithmetic
-    peak: float  # FLOP/s that utilisation is measured against, of all ranks
-    why: str  # one line for a person
-    measured: bool = True  # whether the peak is a measured one, not a data sheet's
-
-    @property
-    def weights(self) -> torch.dtype:
-        """The dtype of weights and moments: bf16 arithmetic keeps fp32 weights."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
-    @property
-    def exact(self) -> Machine:
-        """The same machine, computing in the dtype of the weights."""
-        return dataclasses.replace(self, dtype=self.weights)
-
-    def measure_again(self, world: World) -> Machine:
-        """The best of several measurements is the peak: a busy machine only lowers one of them."""
-        if not self.measured:
-            return self
-        (rate,) = world.sum(matmul_rate(self.device, self.dtype, 1024))
-        return dataclasses.replace(self, peak=max(self.peak, rate))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def now(device: torch.device) -> float:
-    """Seconds, after all work on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 2048) -> float:
-    """FLOP/s of the best of six n x n matrix products. Where products are slow (a CPU that has to
-    emulate bf16), smaller ones."""
-    size = min(n, 256)
-    while True:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        best = math.inf
-        for _ in range(6):
-            start = now(device)
-            a @ b
-            best = min(best, now(device) - start)
-        if size >= n or best > 0.1:
-            return 2 * size**3 / best
-        size = min(n, 2 * size)
-
-
-def check_device(name: str, world: World) -> torch.device:
-    """The device that this rank computes on. Raises ValueError where ranks would share a GPU."""
-    device, cards = checkpoint.pick_device(name), torch.cuda.device_count()
-    shared = device.index is not None or world.neighbours > cards
-    if device.type == "cuda" and world.size > 1 and shared:
-        raise ValueError(
-            f"--device {name}: {world.neighbours} processes on this machine take a GPU each, and "
-            f"it has {cards}: give torchrun --nproc-per-node {cards} and train.py --device cuda, "
-            "or --device cpu"
-        )
-    return device
-
-
-def pick_dtype(device: torch.device, dtype: str) -> tuple[str, str]:
-    """The arithmetic of a run, and the reason in brackets. `auto` decides by what the processor
-    can do and never by a stopwatch, so machines of one kind choose alike. bf16 has the range of
-    fp32 with fewer digits, so it needs no loss scaling (section 3)."""
-    if dtype != "auto":
-        return dtype, ""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if native else "float32", f" (compute capability {major}.{minor})"
-    known = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.11 does not have it
-    found = [name for name in BF16_INSTRUCTIONS if known.get(name)]
-    if found:
-        return "bfloat16", f" (the processor has {found[0]})"
-    return "float32", " (no bf16 instructions known of this processor)"
-
-
-def pick_machine(device: str, dtype: str, world: World = World()) -> Machine:
-    """Choose where and in what to compute, and say why. Rank 0 chooses the arithmetic; utilisation
-    is measured against the rates of all ranks together."""
-    place = world.raise_on_all_ranks(check_device, device, world)
-    dtype, reason = world.broadcast_from_rank_0(pick_dtype(place, dtype))
-    kind, name = getattr(torch, dtype), f"cpu with {torch.get_num_threads()} threads"
-    if place.type == "cuda":
-        name = torch.cuda.get_device_name(place)
-    cards = [card for card in PEAKS if card in name and kind == torch.bfloat16]
-    if cards:
-        rate, source = 1e12 * PEAKS[max(cards, key=len)], "its dense peak"
-    else:
-        rate = matmul_rate(place, kind, 4096 if place.type == "cuda" else 2048)
-        source = "a matrix product measured at the start"
-    why = f"{name}, {dtype}{reason}; utilisation is against {rate / 1e9:,.0f} GFLOP/s, {source}"
-    if world.size > 1:
-        why = f"{world.size} processes, rank 0 on {why}"
-    return Machine(place, kind, *world.sum(rate), why, measured=not cards)
-
-
-# --------------------------------------------------------------------------------------------------
-# 3. Evaluation
-
-
-def held_out_rows(
-    corpus: data.Corpus, signal_name: str, rows: int, micro: int, world: World
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """This dp rank's share of `rows` held-out rows, spread from the first to the last: tokens and
-    targets (b, T), and how many of them go through the model at once. Rows without targets fill up
-    what a pipeline needs."""
-    n_rows = corpus.n_rows("val", signal_name)
-    n = min(rows, n_rows)
-    share = -(-n // world.layout.dp)  # the last rank may have fewer
-    size, begin = min(micro, share), world.at("dp") * share
-    picked = range(begin, min(begin + share, n))
-    mine = [corpus.rows("val", signal_name, j * n_rows // n, 1) for j in picked]
-    blank = torch.zeros(1, corpus.seq_len, dtype=torch.long)
-    missing = parallel.rows_needed(world.layout, share, size) - len(mine)
-    mine += [(blank, blank + IGNORE)] * missing
-    tokens, targets = (torch.cat(part) for part in zip(*mine))
-    return tokens, targets, size
-
-
-def score_labels(
-    logits: torch.Tensor, targets: torch.Tensor, angry: int, devil: int
-) -> torch.Tensor:
-    """[loss in nats, labels that are right] of logits (b, T, V), each summed. A label is right when
-    its emoji has the lower loss of the two, at the last token; a tie counts one half, since bf16
-    logits that differ little are often equal."""
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    logits, targets = logits.flatten(0, 1), targets.flatten()
-    swapped = torch.where(targets == devil, angry, targets)
-    swapped = torch.where(targets == angry, devil, swapped)
-    cross_entropy = functools.partial(
-        torch.nn.functional.cross_entropy, logits, ignore_index=IGNORE, reduction="none"
-    )
-    loss, other = (parallel.local(cross_entropy(y)) for y in (targets, swapped))
-    right = (loss < other) + 0.5 * (loss == other)
-    is_label = (targets == angry) | (targets == devil)
-    return torch.stack([loss.sum(), (right * is_label).sum()])
-
-
-def evaluate(worker: Worker, corpus: data.Corpus, rows: int, micro: int) -> dict:
-    """Held-out loss: {"val_loss": nats per token, "val_bpb": bits per byte of text, "val_tokens"}.
-
-    Where the corpus has a teacher signal also {"teacher_loss": nats per label token,
-    "teacher_accuracy": share of labels that are right, "teacher_labels"}; see score_labels. Bits
-    per byte divide by the bytes that the predicted tokens stand for, so tokenizers can be compared.
-    rows: rows of each signal. micro: rows at once. All ranks of the worker's world take part."""
-    world, tokenizer, result = worker.world, corpus.tokenizer, {}
-    lengths = torch.from_numpy(data.byte_lengths(tokenizer))  # (V,)
-    angry, devil = (tokenizer.encode_ordinary(data.EMOJI[label])[-1] for label in (1, 0))
-    scores = {
-        "language": None,
-        "teacher": functools.partial(score_labels, angry=angry, devil=devil),
-    }
-    for name, score in scores.items():
-        if corpus.n_rows("val", name) == 0:
-            continue
-        tokens, targets, size = held_out_rows(corpus, name, rows, micro, world)
-        found = worker.forward(tokens, targets, size, score=score).flatten().tolist()
-        nats, right = [*found, 0.0][:2] if world.last and world.at("tp") == 0 else (0.0, 0.0)
-        known = targets[targets != IGNORE] if world.at("tp") == world.at("pp") == 0 else targets[:0]
-        labels = ((known == angry) | (known == devil)).sum()
-        counts = [int(value) for value in (known.numel(), lengths[known].sum(), labels)]
-        nats, right, count, length, labels = world.sum(nats, right, *counts)
-        if name == "language":
-            bits = nats / math.log(2) / length
-            result |= {"val_loss": nats / count, "val_bpb": bits, "val_tokens": int(count)}
-        else:
-            result |= {"teacher_loss": nats / count, "teacher_accuracy": right / labels}
-            result |= {"teacher_labels": int(labels)}
-    return result
-
-
-def describe(result: dict) -> str:
-    """An evaluation in one line."""
-    text = f"held-out loss {result['val_loss']:.4f} nats per token, "
-    text += f"{result['val_bpb']:.4f} bits per byte"
-    if "teacher_loss" in result:
-        text += f"; teacher {result['teacher_loss']:.4f} nats per label token, "
-        text += f"{result['teacher_accuracy']:.1%} of {result['teacher_labels']} labels right"
-    return text
-
-
-# --------------------------------------------------------------------------------------------------
-# 4. The parts of a step
+# 1. The parts of a step
 
 
 def describe_config(config: FLMConfig) -> str:
@@ -592,232 +188,7 @@ def update(
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. The folder of a run
-
-LOCK_MARK = (
-    "locked by train.py: "  # how the lock of a run begins; by this a folder is known as ours
-)
-
-
-def replace_file(path: Path, text: str):
-    """Write a file whole or not at all."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        tmp.write_text(text)
-        tmp.replace(path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def read_run(folder) -> tuple[Settings, list[Stage]]:
-    """Settings and stages of an existing run. Raises ValueError where there is none."""
-    try:
-        run = json.loads((Path(folder) / "config.json").read_text())
-        return Settings(**run["settings"]), [Stage.from_dict(stage) for stage in run["stages"]]
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{folder} is not the folder of a run: no readable config.json in it ({error})"
-        ) from error
-
-
-def find_text(run: Path, given: str | None) -> tuple[str, str | None]:
-    """(where the text of an existing run is, its digest when the run began). given: --data. Raises
-    ValueError where the folder of before is gone."""
-    config = json.loads((run / "config.json").read_text())
-    text = given or config["corpus"]
-    if text == config["corpus"] and not Path(text).exists():
-        raise ValueError(
-            f"the text of {run} was in {text}, and from here there is no such folder: say where it "
-            "is with --data DIR"
-        )
-    return text, config.get("corpus_digest")
-
-
-def write_run(
-    folder: Path, s: Settings, stages: list[Stage], machine: Machine, corpus: data.Corpus
-):
-    """Write config.json: everything that the run can be repeated from."""
-    content = {
-        "settings": dataclasses.asdict(s) | {"data_changed": False},  # said once, not for ever
-        "stages": [stage.to_dict() for stage in stages],
-        "corpus": str(corpus.path),
-        "corpus_digest": corpus.digest,
-        "machine": machine.why,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    replace_file(folder / "config.json", json.dumps(content, indent=1) + "\n")
-
-
-def has_checkpoint(folder) -> bool:
-    """Whether there is a run in the folder that can be resumed."""
-    try:
-        return find_checkpoint(folder).is_dir()
-    except ValueError:
-        return False
-
-
-def check_unused(folder: Path):
-    """Raises ValueError where a new run must not write. A folder of ours without a checkpoint is
-    fine: its run was killed in its first save, and nothing of it is lost."""
-    if has_checkpoint(folder):
-        where = shlex.quote(str(folder))
-        raise ValueError(
-            f"{folder} holds another run: go on with it (--resume {where}) or choose another "
-            "folder (--out)"
-        )
-    lock = folder / "lock"
-    ours = lock.is_file() and lock.read_text().startswith(LOCK_MARK)
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not ours:
-        raise ValueError(f"{folder} exists and is not a run: choose another folder (--out)")
-
-
-def lock_folder(folder: Path, stack: contextlib.ExitStack):
-    """Hold the lock of a run until `stack` closes; the system releases it however the process
-    ends. Raises ValueError where another process holds it. Windows has no such lock."""
-    lock = stack.enter_context(open(folder / "lock", "a+"))
-    try:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except OSError:
-        lock.seek(0)
-        holder = lock.read().strip().removeprefix(LOCK_MARK) or "still starting"
-        raise ValueError(
-            f"{folder} is being written by another run ({holder}): wait for it, or choose another "
-            "folder (--out)"
-        ) from None
-    lock.truncate(0)
-    lock.write(f"{LOCK_MARK}process {os.getpid()} on {platform.node()}\n")
-    lock.flush()
-
-
-def claim_folder(s: Settings, stack: contextlib.ExitStack) -> str:
-    """Choose, make and lock the folder of a new run; two runs that start at once get two folders.
-
-    If the run ends before its first checkpoint, what was made is removed again, and nothing else.
-    Raises ValueError for a folder that holds something, OSError where it cannot be made."""
-    for n in itertools.count(1):
-        folder = Path(s.out or f"runs/{s.preset}" + (f"-{n}" if n > 1 else ""))
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        if s.out:
-            check_unused(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=bool(s.out))
-            break
-        except FileExistsError:  # a run of ours, perhaps one that began a moment ago
-            continue
-        except OSError as error:
-            problem = f"cannot make the run's folder {folder}: {error.strerror}"
-            raise OSError(f"{problem}; choose another (--out)") from error
-    lock_folder(folder, stack)
-    check_unused(folder)
-    stack.callback(remove_unbegun, folder, made)
-    return str(folder)
-
-
-def remove_unbegun(folder: Path, made: list[Path]):
-    """Remove what a run has made before its first checkpoint, if it has none."""
-    if has_checkpoint(folder):
-        return
-    for name in ("config.json", "metrics.jsonl", "lock"):
-        (folder / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not empty: somebody else's files
-        for path in made:
-            path.rmdir()
-
-
-def cut_log(path: Path, step: int, stage: int):
-    """Drop the log's lines on steps and growths after the checkpoint of that step and stage: the
-    run writes them again. A last line that was cut off is dropped too."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
-            continue
-        try:
-            entry = json.loads(line)
-            if entry["step"] <= step and entry.get("stage", 0) <= stage:
-                kept.append(line)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path}, line {number} is not a line of a log, which is JSON with a step "
-                f"({error!r}): remove that line"
-            ) from error
-    replace_file(path, "".join(kept))
-
-
-def default_corpus(tokenizer: str, tokenizer_file: str | None, config: FLMConfig) -> str:
-    """The folder of the default corpus, Python's standard library, prepared on first use."""
-    version = platform.python_version()
-    folder = f"corpora/stdlib-{version}-{tokenizer}"
-    if not Path(folder).exists():
-        encoding = data.get_tokenizer(tokenizer, tokenizer_file)
-        check_vocabulary(encoding, config, folder)
-        print(f"preparing the default corpus, Python {version}'s own source, in {folder}")
-        try:
-            data.prepare({"stdlib": data.stdlib_files()}, folder, encoding)
-        except (ValueError, OSError):
-            if not Path(folder).exists():  # else another run was faster, with the same text
-                raise
-    return folder
-
-
-def check_vocabulary(encoding, config: FLMConfig, folder: str):
-    if encoding.n_vocab > config.vocab_size:
-        raise ValueError(
-            f"{folder} is made of {encoding.name} tokens, whose ids go up to "
-            f"{encoding.n_vocab - 1}; the model's vocabulary ends at {config.vocab_size - 1}: add "
-            f"--model vocab_size={-(-encoding.n_vocab // 128) * 128}"
-        )
-
-
-def open_corpus(
-    folder: str | None,
-    tokenizer: str,
-    tokenizer_file: str | None,
-    config: FLMConfig,
-    world: World = World(),
-) -> data.Corpus:
-    """A prepared folder; None: the default corpus, which rank 0 prepares on first use. Raises
-    ValueError where its ids exceed the model's vocabulary."""
-    folder = folder or world.on_rank_0(default_corpus, tokenizer, tokenizer_file, config)
-    corpus = world.raise_on_all_ranks(data.Corpus, folder, config.max_seq_len, tokenizer_file)
-    check_vocabulary(corpus.tokenizer, config, folder)
-    for split, n in corpus.teacher_left_out.items():
-        if n:
-            too_long = f"longer than {config.max_seq_len} tokens and left out"
-            print(f"{folder}: {n:,} teacher items ({split}) are {too_long}")
-    return corpus
-
-
-def check_corpus(s: Settings, corpus: data.Corpus, digest: str | None):
-    """Raises ValueError for a text that a run cannot use, or that is not the text of before."""
-    if s.teacher_fraction and not corpus.n_rows("train", "teacher"):
-        raise ValueError(
-            f"--teacher-fraction {s.teacher_fraction}, but {corpus.path} has no teacher signal: "
-            "prepare it with --teacher FILE.jsonl"
-        )
-    if digest not in (None, corpus.digest) and not s.data_changed:
-        raise ValueError(
-            f"the text in {corpus.path} is not the one that this run began with, so the batches "
-            "would be other ones: give the folder of the same text (--data DIR), or say that you "
-            "want another text (--data-changed)"
-        )
-
-
-def check_tokenizer(corpus: data.Corpus, name: str, where):
-    if corpus.tokenizer.name != name:
-        raise ValueError(
-            f"{corpus.path} is made of {corpus.tokenizer.name} tokens, {where} was trained on "
-            f"{name}: prepare the text with --tokenizer {name}"
-        )
-
-
-# --------------------------------------------------------------------------------------------------
-# 6. The run
+# 2. The run
 
 
 @dataclass
@@ -1069,7 +440,8 @@ class Run:
         fresh += f"{s.warmup} samples) or --dtype float32"
         if not sound:
             return f"{text}No checkpoint is sound: {fresh}"
-        go_on = f"{resume_command(self.world, self.folder)} --lr {s.lr / 10:g}"
+        lower = min(s.lr / 10, RECIPES[s.preset]["lr"])
+        go_on = f"{resume_command(self.world, self.folder)} --lr {lower:g}"
         text += (
             f"The newest sound checkpoint is {sound}; newer ones are named .diverged now. Go on "
         )
@@ -1077,27 +449,7 @@ class Run:
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. The loop
-
-
-def resumed_stages(s: Settings) -> list[Stage]:
-    """The stages of the run in s.out, with what --resume may change: its end, and the peak of the
-    learning rate."""
-    old, stages = read_run(s.out)
-    return schedule.extend_stages(stages, s.steps - old.steps, s.lr / old.lr)
-
-
-def check_same_settings(world: World, s: Settings, resume: bool = False):
-    """Raises ValueError, on every rank, where the ranks were started with different options."""
-    everyone, differ = world.gather({**dataclasses.asdict(s), "resume": resume}), []
-    for name in everyone[0]:
-        ranks = {}  # value: the ranks that have it
-        for rank, settings in enumerate(everyone):
-            ranks.setdefault(repr(settings[name]), []).append(rank)
-        found = [f"{value} on {len(who)} (rank {who[0]} ...)" for value, who in ranks.items()]
-        if len(found) > 1:
-            differ.append(f"{flag(name)}: {', '.join(found)}")
-    refuse(differ, "the processes were started with different arguments:")
+# 3. The loop
 
 
 def read_state(source: str | None, resume: bool, stages: list[Stage]) -> tuple:
@@ -1276,41 +628,8 @@ def train(
     }
 
 
-def program(world: World) -> str:
-    return "python train.py" if world.size == 1 else "torchrun ... train.py"
-
-
-def resume_command(world: World, folder) -> str:
-    return f"{program(world)} --resume {shlex.quote(str(folder))}"
-
-
-def resumed(folder: str, given: dict) -> Settings:
-    """The settings of the run in `folder`, changed by what was given. Raises ValueError for what
-    --resume may not change, and where the run is already at its end."""
-    where = shlex.quote(str(folder))
-    if (Path(folder) / "checkpoint.json").exists():
-        parent = shlex.quote(str(Path(folder).parent))
-        raise ValueError(f"{folder} is one checkpoint; --resume takes its run: --resume {parent}")
-    s, _ = read_run(folder)
-    wanted = dataclasses.replace(s, **given)
-    changed = {k: getattr(wanted, k) for k in given if getattr(wanted, k) != getattr(s, k)}
-    fixed = {field.name for field in FIELDS if not field.metadata.get("resume")} & set(changed)
-    problems = [f"{flag(k)} {changed[k]}: this run has {getattr(s, k)}" for k in sorted(fixed)]
-    refuse(problems, "a run fixes these, start a new one to change them:")
-    info = read_info(find_checkpoint(folder))
-    s = dataclasses.replace(s, out=str(folder), **changed)
-    refuse(check_settings(s))
-    if not schedule.total_steps(resumed_stages(s), info["samples"]):
-        more = f"ask for more, as in --resume {where} --steps {2 * info['step']}"
-        raise ValueError(f"{folder} has done its {info['step']} steps: {more}")
-    for name in {"steps", "lr", "min_lr"} & set(changed):
-        follows = "the learning rate follows the new schedule from here on"
-        print(f"{flag(name)} is now {changed[name]}: {follows}")
-    return s
-
-
 # --------------------------------------------------------------------------------------------------
-# 8. Other modes
+# 4. Other modes
 
 
 def eval_only(source: str, given: dict, world: World = World()) -> dict:
@@ -1370,18 +689,6 @@ def time_steps(worker: Worker, optimizer, s: Settings, rounds: int) -> list[floa
     return [statistics.median(column) for column in zip(*times[2:])]
 
 
-def peak_memory(device: torch.device) -> float | None:
-    """GiB that this process has used at most; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
 def benchmark(settings: Settings, world: World = World(), rounds: int = 5) -> dict:
     """Time training steps of the final model on random tokens. The backward pass is what forward
     and backward together take longer than a forward pass alone. Raises ValueError where the times
@@ -1427,67 +734,7 @@ def benchmark(settings: Settings, world: World = World(), rounds: int = 5) -> di
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. The command line
-
-
-def add_option(group, field: dataclasses.Field):
-    """The command line's word for one field of Settings."""
-    text = field.metadata["help"]
-    extra = {k: v for k, v in field.metadata.items() if k in ("metavar", "choices")}
-    if field.type == "bool":
-        extra["action"] = argparse.BooleanOptionalAction
-    elif field.type.startswith("tuple"):
-        extra["nargs"] = "+"
-    else:
-        kind = {"int": int, "float": float, "str": str}[field.type.split(" ")[0]]
-        extra["type"] = kind
-        if kind is not str:
-            extra.setdefault("metavar", "N" if kind is int else "X")
-        if field.default is not None:
-            text += f" (default {field.default})"
-        elif field.name in RECIPES["demo"] and field.name != "stages":
-            text += f" (demo: {RECIPES['demo'][field.name]})"
-    group.add_argument(flag(field.name), help=text, **extra)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The options of train.py: every field of Settings, and the other modes."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        usage="%(prog)s [options]",
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n" + __doc__.split("\n\n")[1],
-        description="Train FLM-101B's model. With no arguments: a small one, on Python's own "
-        "source, in a few minutes.",
-    )
-    for field in FIELDS:
-        if "group" in field.metadata:
-            group = parser.add_argument_group(field.metadata["group"])
-        add_option(group, field)
-    modes = parser.add_argument_group("something else").add_mutually_exclusive_group()
-    modes.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    modes.add_argument(
-        "--auto-resume",
-        action="store_true",
-        help="go on with the run in --out if there is one, else begin it: for torchrun "
-        "--max-restarts and job queues",
-    )
-    modes.add_argument(
-        "--eval-only",
-        metavar="CHECKPOINT",
-        help="print the held-out loss of a checkpoint (on --data, or on the text of its run)",
-    )
-    modes.add_argument(
-        "--export",
-        nargs=2,
-        metavar=("CHECKPOINT", "FILE"),
-        help="write a checkpoint's weights into one file",
-    )
-    modes.add_argument(
-        "--benchmark", action="store_true", help="time training steps; prints one JSON object"
-    )
-    return parser
+# 5. The command line
 
 
 def main(argv=None, world: World = World(), run_class: type[Run] = Run) -> int:

@@ -1,180 +1,249 @@
-"""lab/growth.py - is growth worth it? The same size from scratch and by growth."""
+"""Is growth worth it? The same size from scratch and by growth, at equal FLOPs.
+
+    python -m lab.growth
+
+Every run is a run of train.py with a full cosine of its own. A schedule's run takes as many FLOPs
+as some number of steps from scratch, its *budget*. Its speed-up is the FLOPs that training from
+scratch needs for the same loss, over the FLOPs that it took. Tutorial 3 shows the result.
+"""
+
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import shutil
-import statistics
-import subprocess
-import sys
-import time
+import math
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import console
-import schedule
-import train
-from flm import forward_flops
-from lab.report import plot, pyplot, write_json
-from schedule import read_stages
+from flm import FLMConfig
+from lab import runs
+from lab.report import write_json
+from lab.runs import FinishedRun
+from lab.transfer import mean
+from schedule import Stage, in_samples, plan_stages, read_json, training_flops
+from settings import Settings, flag, resolve
 
+# fmt: off
+MODEL = ("n_layers=8", "d_model=32", "n_heads=1", "head_dim=32", "d_ff=128", "max_seq_len=128",
+         "mup_base_width=32", "init_std=0.05")
+TRAINING = {"lr": 0.016, "batch_size": 8, "warmup": 400, "eval_rows": 512}
 
-BENCH = ["--model", "n_layers=8", "d_model=32", "n_heads=1", "head_dim=32", "d_ff=128", "max_seq_len=128", "mup_base_width=32", "init_std=0.05",
-         "--lr", "0.016", "--batch-size", "8", "--warmup", "400", "--eval-rows", "512", "--threads", "1", "--dtype", "float32"]
-
-
-SCHEDULES = {                                    # start, ramp and warm-up in shares of the run, as in train.py's DEMO_STAGES
-    "small": [{"config": {"n_layers": 2}}],      # never grown: what the final size has to beat
-    "early": [{"config": {"n_layers": 2}}, {"config": {"n_layers": 8}, "start": 0.3, "ramp": 0.1, "warmup": 0.02}],
-    "once": [{"config": {"n_layers": 2}}, {"config": {"n_layers": 8}, "start": 0.5, "ramp": 0.1, "warmup": 0.02}],
+# Stages as train.py's, but start, ramp and warmup are shares of the run.
+SCHEDULES = {
+    "small": [{"config": {"n_layers": 2}}],  # never grown: what the final size has to beat
+    "early": [{"config": {"n_layers": 2}},
+              {"config": {"n_layers": 8}, "start": 0.3, "ramp": 0.1, "warmup": 0.02}],
+    "once": [{"config": {"n_layers": 2}},
+             {"config": {"n_layers": 8}, "start": 0.5, "ramp": 0.1, "warmup": 0.02}],
 }
+# fmt: on
 
 
-def shares(stages: list[dict], samples: int) -> list[dict]:
-    """A schedule in shares of a run as one in samples, for train.py --stages. Raises ValueError for what is no share."""
-    wrong = [f"{key} = {stage[key]!r}" for stage in stages for key in ("start", "ramp", "warmup") if key in stage
-             and not (isinstance(stage[key], (int, float)) and 0 <= stage[key] < 1)]
-    if wrong:
-        raise ValueError(f"a schedule of the bench is in shares of its run, from 0 to 1, whatever its length; this one has {', '.join(wrong)}")
-    return [{k: round(v * samples) if k in ("start", "ramp", "warmup") else v for k, v in stage.items()} for stage in stages]
+# ----------------------------------------------------------------------------------------------
+# 1. The runs
 
 
-def bench_plan(args) -> list[dict]:
-    """Every run of the bench: {"name", "budget", "seed", "steps", "folder", "options", "stages", "tflop"}. A schedule's run has the steps
-    whose FLOPs are those of `budget` steps from scratch. Raises ValueError for what train.py would refuse, before anything runs."""
-    def resolve(options):
-        given = vars(train.make_parser().parse_args(options))
-        return train.resolve(train.Settings(**given | {"model": tuple(given["model"])}))
-
-    settings, (whole,) = resolve([*BENCH, *args.train, "--steps", str(min(args.steps + (args.at or []))), "--stages", "none"])
-    final, cost = whole["config"], lambda config: forward_flops(config, config.max_seq_len)
-    schedules, runs, out = {"scratch": None}, [], Path(args.out)
-    for word in args.stages:
+def read_schedules(words: list[str]) -> dict[str, list[dict]]:
+    """{name: stages}. A word is a name of SCHEDULES, or a JSON file: a list of stages, or several
+    as {name: stages}. Raises ValueError where a word is neither."""
+    schedules = {}
+    for word in words:
         try:
-            stages = SCHEDULES[word] if word in SCHEDULES else json.loads(Path(word).read_text())
-            schedules |= stages if isinstance(stages, dict) else {Path(word).stem: stages}
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"--stages {word}: neither one of {', '.join(SCHEDULES)} nor a readable JSON file ({error})") from error
+            found = SCHEDULES[word] if word in SCHEDULES else read_json("--stages", word)
+        except ValueError as error:
+            raise ValueError(f"{error}; give a file or one of {', '.join(SCHEDULES)}") from error
+        schedules |= found if isinstance(found, dict) else {Path(word).stem: found}
+    for name, stages in schedules.items():
+        console.refuse(schedule_problems(name, stages), f"--stages, schedule {name}:")
+    return schedules
+
+
+def schedule_problems(name: str, stages: list[dict]) -> list[str]:
+    """What keeps this from being a schedule of this bench."""
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        return [f"must be a list of stages, not {stages!r:.60}"]
+    shares = [(k, stage[k]) for stage in stages for k in ("start", "ramp", "warmup") if k in stage]
+    problems = [
+        f"{key} = {share!r}: must be a share of the run, from 0 to 1"
+        for key, share in shares
+        if not (isinstance(share, (int, float)) and 0 <= share < 1)
+    ]
+    return problems + ["is the name of the runs without growth"] * (name == "scratch")
+
+
+def equal_steps(stages: list[dict], budget: int, settings: Settings, final: FLMConfig) -> int:
+    """The number of steps of this schedule that costs what `budget` steps from scratch cost."""
+    many, B = 100_000, settings.batch_size
+    options = {"batch_size": B, "lr": settings.lr, "warmup": settings.warmup}
+    flops = []
+    for given in ([{}], in_samples(stages, many * B)):
+        planned = plan_stages(given, final, steps=many, **options)
+        flops.append(training_flops(planned, planned[-1].end))
+    return max(2 * len(stages) - 1, round(budget * flops[0] / flops[1]))
+
+
+def bench_settings(args: argparse.Namespace) -> dict[tuple[str, int], list[Settings]]:
+    """{(name, budget): a run for each seed}. Raises ValueError for what train.py would refuse."""
+    common = runs.common_settings(args.train, set(), model=MODEL, **TRAINING)
+    budgets = args.at or [min(args.steps)]
+    checked = dataclasses.replace(common, steps=min(args.steps + budgets))
+    final = resolve(checked)[1][-1].config
+    result, out = {}, Path(args.out)
+    schedules = {"scratch": [{}], **read_schedules(args.stages)}
     out.mkdir(parents=True, exist_ok=True)
     for name, stages in schedules.items():
-        for budget in args.steps if name == "scratch" else args.at or [min(args.steps)]:
-            steps, file = budget, "none"
-            if stages is not None:
-                stages = [{**stages[0], "config": final.to_dict() | stages[0].get("config", {})}, *stages[1:]]
-                plan = read_stages(shares(stages, 10 ** 6))
-                ends = [*(stage["start"] for stage in plan[1:]), 10 ** 6]
-                mean = sum(cost(stage["config"]) * (end - stage["start"]) for stage, end in zip(plan, ends)) / 10 ** 6
-                steps, file = max(2 * len(plan), round(budget * cost(final) / mean)), str(out / f"{name}-{budget}.json")
-                Path(file).write_text(json.dumps(shares(stages, steps * settings.batch_size), indent=1) + "\n")
-            for seed in args.seeds:
-                folder = out / f"{name}-{budget}-seed{seed}"
-                options = [*BENCH, *args.train, "--steps", str(steps), "--seed", str(seed), "--stages", file, "--out", str(folder),
-                           "--eval-every", str(steps), "--save-every", str(steps), "--keep", "1"]
-                s, planned = resolve(options)
-                if (folder / "cost.json").exists():
-                    there = train.read_run(folder)
-                    changed = [k for k, v in dataclasses.asdict(s).items() if k not in ("out", "threads", "stages") and getattr(there[0], k) != v != "auto"]
-                    if changed or there[1] != planned:
-                        raise ValueError(f"{folder} is a run of another bench ({', '.join(changed) or 'other stages'}): choose another --out")
-                runs.append({"name": name, "budget": budget, "seed": seed, "steps": steps, "folder": folder, "options": options, "stages": planned,
-                             "tflop": schedule.training_flops(planned, planned[-1]["end"]) / 1e12})
-    train.open_corpus(settings.data, settings.tokenizer, settings.tokenizer_file, final)     # prepared once, before any run
-    return runs
+        for budget in args.steps if name == "scratch" else budgets:
+            steps = equal_steps(stages, budget, common, final)
+            file = out / f"{name}-{budget}.json"
+            file.write_text(
+                json.dumps(in_samples(stages, steps * common.batch_size), indent=1) + "\n"
+            )
+            run = dataclasses.replace(common, steps=steps, eval_every=steps, stages=str(file))
+            result[name, budget] = [
+                dataclasses.replace(run, seed=seed, out=str(out / f"{name}-{budget}-seed{seed}"))
+                for seed in args.seeds
+            ]
+    return result
 
 
-def bench_run(run: dict) -> dict:
-    """Train where that is not done yet (a run that was interrupted begins again); returns what the run says of itself: its held-out loss, the
-    losses around each growth, its seconds. cost.json, written last, says that it is whole. Raises ValueError with train.py's last words."""
-    import resource                              # not on Windows, where all the rest works
-
-    folder, log = run["folder"], run["folder"].with_suffix(".log")
-    if not (folder / "cost.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        with open(log, "w") as output:
-            code = subprocess.call([sys.executable, str(Path(train.__file__)), *run["options"]], stdin=subprocess.DEVNULL,
-                                   stdout=output, stderr=subprocess.STDOUT)
-        if code:
-            last = "\n  ".join(log.read_text(errors="replace").strip().splitlines()[-4:])
-            raise ValueError(f"{folder.name}: train.py ended with code {code}, its last words (all of them are in {log}):\n  {last}")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        (folder / "cost.json").write_text(json.dumps({"cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
-                                                      "wall_seconds": round(time.perf_counter() - start, 1)}))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return json.loads((folder / "cost.json").read_text()) | {
-        "loss": [line["val_loss"] for line in lines if "val_loss" in line][-1],
-        "growths": [[line["loss_before"], line["loss_after"]] for line in lines if "grown" in line]}
+# ----------------------------------------------------------------------------------------------
+# 2. The table
 
 
-def speed_up(scratch: dict[float, float], flop: float, loss: float) -> tuple[float | None, bool]:
-    """(the FLOPs that training from scratch needs for `loss`, over `flop`; whether that is extrapolated). scratch: {FLOPs: loss} of two runs
-    or more. Between two of them loss is a straight line in log FLOPs; beyond the ends the nearest line goes on. None where there is no line,
-    or one on which more training is worse."""
-    points = sorted(scratch.items())
-    if len(points) < 2 or not all(b < a for (_, a), (_, b) in zip(points, points[1:])):
+def speed_up(
+    scratch: dict[float, float | None], flop: float, loss: float | None
+) -> tuple[float | None, bool]:
+    """(The FLOPs that training from scratch needs for `loss`, over `flop`; whether that is
+    extrapolated.) scratch: {FLOPs: loss} of two runs or more.
+
+    Between two of them the loss is a straight line in log FLOPs; beyond the ends the nearest line
+    goes on. None where there is no line, or one on which more training is worse.
+
+    >>> speed_up({1.0: 3.0, 4.0: 2.0}, flop=1.0, loss=2.5)
+    (2.0, False)
+    """
+    points = sorted((f, value) for f, value in scratch.items() if value is not None)
+    falls = all(b < a for (_, a), (_, b) in zip(points, points[1:]))
+    if loss is None or len(points) < 2 or not falls:
         return None, True
-    i = next((i for i, (_, b) in enumerate(points[1:-1]) if loss >= b), len(points) - 2)
-    (f, a), (g, b) = points[i:i + 2]
-    return f * (g / f) ** ((a - loss) / (a - b)) / flop, not points[-1][1] <= loss <= points[0][1]
+    inner = (i for i, (_, b) in enumerate(points[1:-1]) if loss >= b)
+    i = next(inner, len(points) - 2)
+    (f, a), (g, b) = points[i : i + 2]
+    needed = f * (g / f) ** ((a - loss) / (a - b))
+    return needed / flop, not points[-1][1] <= loss <= points[0][1]
 
 
-def bench(args) -> dict[tuple, dict]:
-    """Run all, print the table, write bench.json and the plot."""
-    def times(value):
-        return "-" if value is None else f"{value:.2f}"
-
-    def describe(stages):
-        return " -> ".join(f"{stage['config'].n_layers}x{stage['config'].d_model}" + (
-            f" at {stage['start'] / stages[-1]['end']:.0%}, ramp {stage['ramp'] / stages[-1]['end']:.0%}" if stage["start"] else "") for stage in stages)
-
-    rows: dict[tuple, dict] = {}
-    for run in tqdm(bench_plan(args), unit="run", dynamic_ncols=True):
-        row = rows.setdefault((run["name"], run["budget"]), {k: run[k] for k in ("name", "budget", "steps", "tflop")} | {"stages": describe(run["stages"])})
-        for key, value in bench_run(run).items():
-            row.setdefault(key, {})[run["seed"]] = value
-    scratch = [row for row in rows.values() if row["name"] == "scratch"]
-    for row in rows.values():
-        row |= {"mean": {key: statistics.mean(row[key].values()) for key in ("loss", "cpu_seconds", "wall_seconds")}}
-    for row in rows.values():
-        row["speed_up"], row["extrapolated"] = speed_up({r["tflop"]: r["mean"]["loss"] for r in scratch}, row["tflop"], row["mean"]["loss"])
-        row["by_seed"] = {seed: speed_up({r["tflop"]: r["loss"][seed] for r in scratch}, row["tflop"], loss)[0] for seed, loss in row["loss"].items()}
-
-    print(f"\n{'run':22}{'steps':>6}{'TFLOP':>8}{'CPU s':>7}{'wall s':>7}{'loss':>8}{'speed-up':>10}{'by seed' if len(args.seeds) > 1 else '':>14}   stages")
-    for row in sorted(rows.values(), key=lambda row: (row["name"] != "scratch", row["budget"], row["mean"]["loss"])):
-        seeds = " to ".join(times(value) for value in sorted(row["by_seed"].values(), key=lambda v: v or 0)[::len(args.seeds) - 1]) if len(args.seeds) > 1 else ""
-        print(f"{row['name'] + ' ' + str(row['budget']):22}{row['steps']:6}{row['tflop']:8.2f}{row['mean']['cpu_seconds']:7.0f}{row['mean']['wall_seconds']:7.0f}"
-              f"{row['mean']['loss']:8.4f}{times(row['speed_up']):>9}{'*' if row['extrapolated'] else ' '}{seeds:>14}   {row['stages']}")
-    print(f"loss: held out, nats per token, mean of {len(args.seeds)} seed(s). speed-up: the FLOPs that scratch training needs for that loss, over those spent,\n"
-          "by straight lines in log FLOPs between the scratch runs; * where a line is extended. Seconds: the whole process. Stages: layers x width, in shares of the run.")
-    write_json(Path(args.out) / "bench.json", {"options": [*BENCH, *args.train], "torch": torch.__version__, "rows": list(rows.values())})
-    if args.plot:
-        plot(args.plot, 2, [("one size, several ways", label, "held-out loss", {
-            name: zip(*sorted((row["mean"].get(key, row["tflop"]), row["mean"]["loss"]) for row in rows.values() if row["name"] == name))
-            for name in dict.fromkeys(row["name"] for row in rows.values())}) for label, key in (("TFLOP", "tflop"), ("CPU seconds", "cpu_seconds"))])
-    return rows
+def describe(stages: list[Stage]) -> str:
+    """Layers x width of each stage, with its start and ramp in shares of the run."""
+    end, words = stages[-1].end, []
+    for stage in stages:
+        size = f"{stage.config.n_layers}x{stage.config.d_model}"
+        grown = f" at {stage.start / end:.0%}, ramp {stage.ramp / end:.0%}"
+        words.append(size + (grown if stage.start else ""))
+    return " -> ".join(words)
 
 
-def main(argv=None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    end = argv.index("--") if "--" in argv else len(argv)
-    p = argparse.ArgumentParser(prog="lab.growth", description="How much sooner does a grown model get to the same loss?")
-    p.add_argument("--out", default="runs/bench", metavar="DIR")
-    p.add_argument("--steps", type=int, nargs="+", default=[2000, 4000])
-    p.add_argument("--at", type=int, nargs="+", metavar="STEPS")
-    p.add_argument("--stages", nargs="+", default=list(SCHEDULES), metavar="SCHEDULE")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0])
-    p.add_argument("--plot", metavar="FILE")
-    args = p.parse_args(argv[:end])
-    args.train = argv[end + 1:]
-    if args.plot:
-        pyplot()
-    bench(args)
-    return 0
+def make_row(name: str, budget: int, seeds: list[FinishedRun]) -> dict:
+    """A row of the table, without its speed-up: the runs of one schedule and budget."""
+    first = seeds[0]
+    tflop = training_flops(first.stages, first.stages[-1].end) / 1e12
+    row = {"name": name, "budget": budget, "steps": first.asked["steps"], "tflop": tflop}
+    row |= {"stages": describe(first.stages), "mean": {}}
+    for key, field in (("loss", "val"), ("cpu_seconds",) * 2, ("wall_seconds",) * 2):
+        row[key] = {run.asked["seed"]: getattr(run, field) for run in seeds}
+        row["mean"][key] = mean(row[key].values())
+    return row | {"growths": {run.asked["seed"]: run.growths for run in seeds}}
 
 
+def add_speed_ups(rows: list[dict]):
+    """Compare every row with the rows from scratch: of the means, and seed by seed."""
+    scratch = [row for row in rows if row["name"] == "scratch"]
+    for row in rows:
+        line = {r["tflop"]: r["mean"]["loss"] for r in scratch}
+        row["speed_up"], row["extrapolated"] = speed_up(line, row["tflop"], row["mean"]["loss"])
+        row["by_seed"] = {}
+        for seed, loss in row["loss"].items():
+            line = {r["tflop"]: r["loss"][seed] for r in scratch}
+            row["by_seed"][seed] = speed_up(line, row["tflop"], loss)[0]
+
+
+def print_table(rows: list[dict]):
+    """The table, the best schedule of each budget first, and how to read it."""
+
+    def shown(value, digits=2):
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    seeds = len(rows[0]["loss"])
+    by_seed = "by seed" if seeds > 1 else ""
+    print(f"\n{'run':22}{'steps':>6}{'TFLOP':>8}{'CPU s':>7}{'wall s':>7}{'loss':>8}", end="")
+    print(f"{'speed-up':>10}{by_seed:>14}   stages")
+
+    def order(row):
+        return row["name"] != "scratch", row["budget"], row["mean"]["loss"] or math.inf
+
+    for row in sorted(rows, key=order):
+        known = sorted(row["by_seed"].values(), key=lambda value: value or 0)
+        by_seed = f"{shown(known[0])} to {shown(known[-1])}" if seeds > 1 else ""
+        cost, star = row["mean"], "*" if row["extrapolated"] else " "
+        print(
+            f"{row['name'] + ' ' + str(row['budget']):22}{row['steps']:6}{row['tflop']:8.2f}",
+            end="",
+        )
+        print(
+            f"{cost['cpu_seconds']:7.0f}{cost['wall_seconds']:7.0f}{shown(cost['loss'], 4):>8}",
+            end="",
+        )
+        print(f"{shown(row['speed_up']):>9}{star}{by_seed:>14}   {row['stages']}")
+    print(f"""loss: held out, nats per token, mean of {seeds} seed(s); - where a run diverged.
+speed-up: the FLOPs that training from scratch needs for that loss, over the FLOPs of this run, by
+straight lines in log FLOPs between the runs from scratch; * where a line is extended.
+Seconds: of steps, evaluations and growths. Stages: layers x width, in shares of the run.""")
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Command line
+
+
+STAGES_HELP = f"""of {", ".join(SCHEDULES)} (default all), or a JSON file of stages as train.py's,
+but with start, ramp and warmup in shares of the run; or of several: {{name: stages}}"""
+HELP = f"""How much sooner does a grown model reach the same loss? Train one size from scratch with
+several budgets, and by growth. Stop it at any time: the same command goes on. What follows -- goes
+to train.py, for every run; without it, all runs have:
+  {" ".join(MODEL[:6])}
+  {" ".join(MODEL[6:])} {" ".join(f"{flag(k)} {v}" for k, v in TRAINING.items())}
+
+examples:
+  python -m lab.growth --seeds 0 1 2
+  python -m lab.growth --stages mine.json --at 2000 4000 -- --data corpora/mine
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="lab.growth", description=HELP, formatter_class=raw)
+    add, names = parser.add_argument, list(SCHEDULES)
+    numbers = {"type": int, "nargs": "+", "metavar": "STEPS"}
+    add("--steps", **numbers, default=[2000, 4000], help="budgets from scratch (default 2000 4000)")
+    add("--at", **numbers, help="budgets of the schedules (default: the smallest of --steps)")
+    add("--stages", nargs="+", default=names, metavar="SCHEDULE", help=STAGES_HELP)
+    runs.add_options(parser, out="runs/bench")
+    return parser
+
+
+def main(argv: list[str] | None = None):
+    args = make_parser().parse_args(argv)
+    groups = bench_settings(args)
+    every = [settings for group in groups.values() for settings in group]
+    finished = runs.run_all(every, args.jobs, args.keep_checkpoints)
+    rest = iter(finished)
+    rows = [make_row(*key, [next(rest) for _ in group]) for key, group in groups.items()]
+    add_speed_ups(rows)
+    print_table(rows)
+    report = {"same_in_all": runs.same_in_all(finished), "torch": torch.__version__, "rows": rows}
+    write_json(Path(args.out) / "bench.json", report)
 
 
 if __name__ == "__main__":

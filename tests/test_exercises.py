@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import data
+import machine
 import muP
 import parallel
 import train
-from flm import FLM, IGNORE, FLMConfig, KVCache, PRESETS, forward_flops, xpos_tables
-
+from flm import FLM, IGNORE, PRESETS, FLMConfig, KVCache, forward_flops, xpos_tables
 
 # ---- 01-model.md --------------------------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ def test_02_exercise_4_reading_table_1():
 def test_02_exercise_5_pulling_the_plug(tmp_path, monkeypatch):
     """The newest checkpoint is that of step 4. Resuming cuts the log back to it and computes steps 5 and 6 a second time, with
     the same losses, so the log has every step once and equals that of a run that nobody killed."""
-    monkeypatch.setattr(train, "matmul_rate", lambda *_: 1e9)        # spares a second; only utilisation depends on it
+    monkeypatch.setattr(machine, "matmul_rate", lambda *_: 1e9)        # spares a second; only utilisation depends on it
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 200}) + "\n" for i in range(20)))
     data.prepare({"plain": [tmp_path / "plain.jsonl"]}, "tokens", data.get_tokenizer("bytes"), val_fraction=0.2, progress=False)

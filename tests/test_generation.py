@@ -245,7 +245,10 @@ def test_on_token_streams_what_is_returned():
     streamed = [[], []]
     model = build(tiny(), 4)
     stop = (generate(model, [[1], [2, 3]], 8)[0][4],)
-    note = lambda row, token: streamed[row].append(token)  # noqa: E731
+
+    def note(row, token):
+        streamed[row].append(token)
+
     new = generate(model, [[1], [2, 3]], 8, stop=stop, on_token=note)
     assert streamed == new and len(new[0]) < 8
 
@@ -297,3 +300,14 @@ def test_a_trained_length_of_one(blockwise):
     new = generate(model, [[1, 2, 3]], 5, temperature=0, capacity=7, blockwise=blockwise)
     assert new == [slow_greedy(model, [1, 2, 3], 5, blockwise)]
     assert "need 2 cache slots, there are 1" in error(generate, model, [[1]], 2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_diverged_model_is_refused(value, temperature):
+    """Weights that are not finite draw nothing: a ValueError says that the run diverged."""
+    model = build(tiny())
+    with torch.no_grad():
+        model.layers["1"].ff.down.bias[3] = value
+    message = error(generate, model, [[1]], 4, temperature=temperature)
+    assert "not finite" in message and "diverged" in message

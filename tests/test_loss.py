@@ -5,7 +5,16 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import build, configs, difference, few, seeds, some_targets, some_tokens, tiny
+from helpers import (
+    build,
+    configs,
+    difference,
+    few,
+    seeds,
+    some_targets,
+    some_tokens,
+    tiny,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -96,3 +96,13 @@ def test_a_trained_length_of_one(tmp_path, capsys):
     assert sample.main([str(folder)]) == 0
     assert sample.main([str(folder), "--prompt", "abc", "--cache", "20", "--blockwise"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("abc")
+
+
+def test_a_diverged_checkpoint_ends_with_one_screen(tmp_path):
+    """Weights that are NaN: exit code 2 and a few lines, not a traceback of the drawing."""
+    model = wild(FLM(tiny(vocab_size=288)))
+    with torch.no_grad():
+        model.norm.bias[0] = torch.nan
+    code, out, err = run_command("sample", save_model(tmp_path / "step-00000001", model))
+    assert code == 2 and "not finite" in err and "diverged" in err
+    assert "Traceback" not in err and len(err.splitlines()) < 10

@@ -1,7 +1,6 @@
 """Folders, options and mistakes."""
 
 # ruff: noqa: F401, F811 (pytest finds fixtures by their names)
-
 import dataclasses
 import json
 import shutil
@@ -13,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from workshop import (
     CONFIG,
+    FLOAT64,
     SIZE,
     contents,
     corpus,
@@ -25,9 +25,10 @@ from workshop import (
     workshop,
 )
 
+import parallel
 import train
 from flm import PRESETS
-from train import Settings, main
+from train import Settings, World, main
 
 # --------------------------------------------------------------------------------------------------
 # Run folders
@@ -310,3 +311,45 @@ def test_every_preset_has_a_recipe():
         assert stages[-1].config == config
         assert None not in (s.steps, s.batch_size, s.lr, s.warmup)
         assert s.warmup < s.steps * s.batch_size  # it reaches its peak
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**20])
+@pytest.mark.parametrize("mode", [[], ["--benchmark"]])
+def test_a_seed_is_refused_everywhere_alike(seed, mode):
+    """What PyTorch's generators do not take is refused by training and benchmark."""
+    with pytest.raises(ValueError, match=rf"--seed {seed}: must be between 0 and 2\^63 - 1"):
+        main([*mode, "--seed", str(seed)])
+
+
+def test_the_largest_seed(corpus, capsys):
+    """The largest seed trains, and is benchmarked."""
+    seed = 2**63 - 1
+    assert train.train(job(corpus, seed=seed, steps=1))["step"] == 1
+    s, stages = train.resolve(job(corpus, seed=seed))
+    worker = train.allocate(stages[0].config, FLOAT64)
+    worker.init_weights(0)
+    assert len(train.time_steps(worker, train.make_optimizer(worker, s), s, 1)) == 3
+
+
+def test_rows_of_one_token(other_corpus, capsys):
+    """max_seq_len=1 trains to its end; there is no room for a sample."""
+    s = job(other_corpus, model=SIZE + ("max_seq_len=1",), steps=2)
+    assert main(flags(s)) == 0
+    assert "What next?" in (out := capsys.readouterr().out) and "A sample" not in out
+
+
+def test_compile_without_a_compiler(corpus, monkeypatch, capsys):
+    """Where PyTorch finds no C++ compiler, --compile ends with one screen and exit code 2."""
+
+    class InvalidCxxCompiler(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def fails(*_):
+        raise InvalidCxxCompiler("No working C++ compiler found\nmany\nlines")
+
+    monkeypatch.setattr(parallel.Worker, "gradients", fails)
+    line = flags(job(corpus, compile=True))
+    assert train.call_main(lambda world: main(line, world), World()) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[-2].startswith("train.py: --compile: PyTorch cannot compile here. It needs a C++")
+    assert error[-1] == "  No working C++ compiler found"

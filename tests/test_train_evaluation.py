@@ -1,7 +1,6 @@
 """The held-out loss, computed again by hand."""
 
 # ruff: noqa: F401, F811 (pytest finds fixtures by their names)
-
 import itertools
 import json
 import math
@@ -163,6 +162,26 @@ def test_eval_only_on_other_text(corpus, other_corpus, capsys):
         ) == pytest.approx(bits, abs=1e-4)
         assert other_corpus in line and "teacher" not in line
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["foreign config.json", "another run"])
+def test_an_exported_file_is_evaluated_by_itself(corpus, other_corpus, capsys, place):
+    """The held-out loss of an exported file is its own, wherever it lies: beside another program's
+    config.json, or in the folder of a run whose dtype and rows are other ones."""
+    run = train.train(job(corpus))["folder"]
+    options = {"data": corpus, "dtype": "float32"}
+    assert main(["--export", run, "weights.pt"]) == 0
+    expected = train.eval_only("weights.pt", options)
+    if place == "another run":
+        Path(train.train(job(other_corpus, dtype="float64", eval_rows=2))["folder"]).rename(
+            "beside"
+        )
+    else:
+        Path("beside").mkdir()
+        Path("beside/config.json").write_text('{"model_type": "gpt2"}')
+    Path("weights.pt").rename("beside/weights.pt")
+    assert train.eval_only("beside/weights.pt", options) == expected
+    assert "in float32" in capsys.readouterr().out
 
 
 def test_eval_only_repeats_the_run_s_own_evaluation(corpus, capsys):

@@ -2,7 +2,6 @@
 true."""
 
 # ruff: noqa: F401, F811 (pytest finds fixtures by their names)
-
 # ruff: noqa: F401, F811 (pytest finds fixtures by their names)
 import dataclasses
 import itertools
@@ -28,6 +27,7 @@ from workshop import (
     assert_same_run,
     contents,
     corpus,
+    equal,
     flags,
     go_on,
     job,
@@ -66,7 +66,9 @@ train.launch()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda n: n.name
+)
 def test_a_signal_saves_and_leaves(corpus, number):
     """A real signal to a real process, in its fourth step: the exit code is 128 + its number, the
     message says how to go on, and the run, resumed, equals one that was never stopped."""
@@ -94,6 +96,88 @@ def signals_at_batch(monkeypatch, call, *numbers):
         return real(self, *args, **options)
 
     monkeypatch.setattr(data.Corpus, "batch", batch)
+
+
+def test_an_ignored_signal_stays_ignored(corpus, monkeypatch):
+    """nohup starts a program that ignores SIGHUP; a run in it is not stopped by one."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals_at_batch(monkeypatch, 4, signal.SIGHUP)
+        assert train.train(job(corpus))["signals"] == {}
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_between_two_micro_batches(corpus, monkeypatch):
+    """Where a step takes longer than a launcher waits, a signal does not wait for its end: half a
+    step is thrown away, what was whole before it is saved, and the run goes on exactly."""
+    s, real, calls = job(corpus, micro_batch=1), FLM.forward, itertools.count(1)
+
+    def forward(model, *args, **options):
+        if next(calls) == 4 * 4 + 2:  # in the second micro-batch of the fifth step
+            signal.raise_signal(signal.SIGTERM)
+        return real(model, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *_: {"val_loss": 1.0, "val_bpb": 1.0})
+        patch.setattr(FLM, "forward", forward)
+        assert main(flags(dataclasses.replace(s, eval_every=100))) == 128 + signal.SIGTERM
+    assert next(calls) == 4 * 4 + 3  # two micro-batches of the fifth step, and no more
+    assert steps_of(s.out)[-1] == "step-00000004" and log(s.out)[-1]["step"] == 4
+    go_on(s.out, eval_every=3)
+    steps = [line for line in log(s.out) if "loss" in line]
+    straight = train.train(job(corpus, micro_batch=1))["folder"]
+    assert steps == [line for line in log(straight) if "loss" in line]
+    assert equal(contents(s.out), contents(straight))
+
+
+def test_a_second_interrupt_during_a_save(corpus, monkeypatch):
+    """Ctrl-C twice, the second time while the checkpoint is written: it is an interrupt, not a disk
+    that failed. No half checkpoint stays, and the run goes on from the one before."""
+    s, real = job(corpus, save_every=4), dcp.save
+
+    def save(tensors, checkpoint_id, **options):
+        real(tensors, checkpoint_id=checkpoint_id, **options)
+        if "step-00000003" in str(checkpoint_id):
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dcp, "save", save)
+        signals_at_batch(patch, 3, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(s)
+    assert steps_of(s.out) == ["step-00000000"]
+    go_on(s.out)
+    assert_same_run(s.out, train.train(job(corpus, save_every=4))["folder"])
+
+
+def test_checkpoints_by_time(corpus, monkeypatch):
+    """With --save-minutes 10 and a clock that each step moves on by four minutes, there is a
+    checkpoint every third step, without one by steps. What is computed does not depend on it."""
+    clock, saved = [0.0], []
+    real_time, real_batch, real_save = (
+        time.monotonic,
+        data.Corpus.batch,
+        checkpoint.write_checkpoint,
+    )
+
+    def batch(self, *args, **options):
+        clock[0] += 4 * 60
+        return real_batch(self, *args, **options)
+
+    def save(folder, *args):
+        saved.append(folder.name)
+        return real_save(folder, *args)
+
+    s = job(corpus, steps=9, save_every=100, save_minutes=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: real_time() + clock[0])
+        patch.setattr(data.Corpus, "batch", batch)
+        patch.setattr(checkpoint, "write_checkpoint", save)
+        train.train(s)
+    assert saved == [f"step-{step:08d}" for step in (0, 4, 8, 9)]
+    assert_same_run(s.out, train.train(job(corpus, steps=9))["folder"])
 
 
 def test_a_second_interrupt_stops_at_once(corpus, monkeypatch):

@@ -1,0 +1,345 @@
+"""settings.py - what a run is asked for: every option of train.py, checked and filled in.
+
+1. Settings       every option, its default, its range, and which modes of train.py read it
+2. a run          the recipe's values filled in, the stages, the layout
+3. the parser     the same options as a command line
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass
+
+import parallel
+import schedule
+from checkpoint import find_checkpoint, read_info
+from console import refuse
+from flm import FLMConfig, parse_fields, preset
+from parallel import Layout, World
+from schedule import RECIPES, Stage
+
+# --------------------------------------------------------------------------------------------------
+# 1. Settings
+
+
+# (lowest, highest, in words): the values that an option may have
+COUNT = (1, math.inf, "at least 1")
+
+
+POSITIVE = (sys.float_info.min, sys.float_info.max, "a number above 0")
+
+
+NOT_NEGATIVE = (0, sys.float_info.max, "0 or above")
+
+
+SHARE = (0, 1, "between 0 and 1")
+
+
+SEED = (0, 2**63 - 1, "between 0 and 2^63 - 1")
+
+
+MODES = ("resume", "auto_resume", "eval_only", "export", "benchmark")  # of the command line
+
+
+EVAL, BENCH, BOTH = ("eval_only",), ("benchmark",), ("eval_only", "benchmark")
+
+
+def option(default, help: str, **more):
+    """A field of Settings, with all that the rest of the program wants to know of it.
+
+    resume: whether --resume may change it. modes: the other MODES that read it. valid: the values
+    that it may have. group: in --help, the heading of it and the next ones. metavar, choices:
+    argparse's."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+def layout_option(default, help: str, **more):
+    """An option that says how a model lies on processes. It changes no result."""
+    return option(default, help, resume=True, modes=BOTH, **more)
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Settings:
+    """Every option of a run, as plain JSON values. None: the preset's recipe decides (RECIPES)."""
+
+    preset: str = option(
+        "demo", "the model: demo, iq-demo, flm-proxy, flm-16b, flm-51b or flm-101b",
+        group="what to train", modes=BENCH)
+    model: tuple[str, ...] = option(
+        (), "change fields of the model: --model d_model=384 n_heads=6",
+        metavar="FIELD=VALUE", modes=BENCH)
+    mup: str = option(
+        "on", "on: maximal update parametrization; off: the standard one",
+        choices=("on", "off"), modes=BENCH)
+    stages: str | None = option(
+        None, "growth in the run: a JSON file of stages, paper, or none (not given: those of the "
+        "preset's recipe)", metavar="FILE")
+    init_from: str | None = option(
+        None, "begin a new run with the model, the moments and the place in the data of a "
+        "checkpoint", metavar="CHECKPOINT")
+    seed: int = option(
+        0, "of the initial weights and of the order of the data", valid=SEED, modes=BENCH)
+
+    data: str | None = option(
+        None, "a folder from data.py prepare (not given: Python's standard library)",
+        group="on what", metavar="DIR", resume=True, modes=EVAL)
+    data_changed: bool = option(
+        False, "with --resume: go on though the text is another one than before", resume=True)
+    tokenizer: str = option(
+        "bytes", "tokenizer of the standard library; a prepared folder has its own",
+        choices=("bytes", "cl100k_base"), modes=EVAL)
+    tokenizer_file: str | None = option(
+        None, "cl100k_base.tiktoken, where it cannot be downloaded",
+        metavar="PATH", resume=True, modes=EVAL)
+    teacher_fraction: float = option(
+        0.0, "share of rows with FreeLM's teacher signal", valid=SHARE)
+
+    steps: int | None = option(
+        None, "optimizer steps; the cosine ends with the last one",
+        group="how", valid=COUNT, resume=True)
+    batch_size: int | None = option(None, "rows per step", valid=COUNT, modes=BENCH)
+    micro_batch: int | None = option(
+        None, "rows per forward pass; gradients add up (not given: all rows; with --pp: 1)",
+        valid=COUNT, resume=True, modes=BENCH)
+    lr: float | None = option(
+        None, "peak learning rate at the proxy's width; muP scales it for each group of parameters",
+        valid=POSITIVE, resume=True)
+    min_lr: float = option(
+        0.015, "end of the cosine, as a share of the peak (the paper: 6e-6 of 4e-4)",
+        valid=SHARE, resume=True)
+    warmup: int | None = option(
+        None, "warm-up of the learning rate, in samples", metavar="SAMPLES", valid=NOT_NEGATIVE)
+    weight_decay: float = option(0.1, "decay of matrices", valid=NOT_NEGATIVE)
+    clip: float = option(1.0, "largest norm of the whole gradient", valid=POSITIVE, resume=True)
+
+    out: str | None = option(
+        None, "the run's folder (not given: the first free one of runs/PRESET, runs/PRESET-2, ...)",
+        group="watching and keeping", metavar="DIR")
+    eval_every: int = option(100, "steps between evaluations", valid=COUNT, resume=True)
+    eval_rows: int = option(
+        256, "held-out rows of an evaluation, spread over the held-out documents",
+        valid=COUNT, resume=True, modes=EVAL)
+    eval_batch: int | None = option(
+        None, "rows per forward pass of an evaluation (not given: as in training)",
+        valid=COUNT, resume=True, modes=EVAL)
+    save_every: int = option(200, "steps between checkpoints", valid=COUNT, resume=True)
+    save_minutes: float = option(
+        30.0, "minutes after which a checkpoint is written in any case", valid=POSITIVE,
+        resume=True)
+    keep: int = option(
+        2, "newest checkpoints that are kept (and one more until a step has shown that the newest "
+        "is sound)", valid=COUNT, resume=True)
+
+    device: str = option(
+        "auto", "auto, cpu or cuda", group="on which machine", resume=True, modes=BOTH)
+    threads: int | None = option(
+        None, "CPU threads (not given: PyTorch decides, one per core)",
+        valid=COUNT, resume=True, modes=BOTH)
+    dtype: str = option(
+        "auto", "arithmetic: auto, bfloat16 (over fp32 weights), float32, float64",
+        choices=("auto", "bfloat16", "float32", "float64"), modes=BOTH)
+    compile: bool = option(
+        False, "torch.compile each block: a slow start, then faster steps",
+        resume=True, modes=BENCH)
+    deterministic: bool = option(False, "the same bits on CUDA too; slower", resume=True)
+
+    dp: int | None = layout_option(
+        None, "data parallelism: copies of the model, each with a share of the batch (not given: "
+        "all processes that are left)", valid=COUNT,
+        group="on how many processes, started with torchrun (parallel.py)")
+    tp: int = layout_option(
+        1, "tensor parallelism: processes that share every matrix", valid=COUNT)
+    pp: int = layout_option(
+        1, "pipeline parallelism: processes that share the layers", valid=COUNT)
+    schedule: str = layout_option(
+        "1F1B", "the pipeline schedule", choices=tuple(parallel.PIPELINE_SCHEDULES))
+    sequence_parallel: bool = layout_option(
+        False, "cut the sequence, too, over the --tp processes")
+    shard_optimizer: bool = layout_option(
+        False, "cut weights, gradients and moments over the --dp processes (with --tp or --pp it "
+        "is always so)")
+    activation_checkpointing: bool = layout_option(
+        False, "compute activations again in the backward pass: less memory, a third more work")
+
+    def __post_init__(self):  # JSON and argparse know no tuples
+        object.__setattr__(self, "model", tuple(self.model))
+# fmt: on
+
+
+FIELDS = dataclasses.fields(Settings)
+
+
+LAYOUT = [field.name for field in dataclasses.fields(Layout)]  # each is an option
+
+
+def flag(name: str) -> str:
+    """The option of a setting: "--batch-size" of "batch_size"."""
+    return "--" + name.replace("_", "-")
+
+
+def check_settings(s: Settings) -> list[str]:
+    """A line for every option that is out of its range."""
+    problems = []
+    for field in FIELDS:
+        value = getattr(s, field.name)
+        lowest, highest, words = field.metadata.get("valid", (None, None, ""))
+        if words and value is not None and not lowest <= value <= highest:
+            problems.append(f"{flag(field.name)} {value}: must be {words}")
+    return problems
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. A run
+
+
+def resolve(settings: Settings) -> tuple[Settings, list[Stage]]:
+    """The settings with the recipe's values filled in, and the stages of the run; the last stage
+    has the final model. Raises ValueError with every violated constraint."""
+    config, seen, recipe = preset(settings.preset), 0, RECIPES[settings.preset]
+    missing = [k for k in ("steps", "batch_size", "lr", "warmup") if getattr(settings, k) is None]
+    s = dataclasses.replace(settings, **{k: recipe[k] for k in missing})
+    if "warmup" in missing:  # the recipe's warm-up is for the recipe's number of steps
+        s = dataclasses.replace(s, warmup=min(s.warmup, max(0, s.steps * s.batch_size // 12)))
+    changes, problems = parse_fields(s.model)
+    problems = [f"--model {problem}" for problem in problems] + check_settings(s)
+    if s.data_changed:
+        problems.append("--data-changed: a new run has no text before; leave it out")
+    try:
+        config = config.replace(**{"mup": s.mup == "on", **changes})
+        if s.init_from:
+            config, seen = read_start(s)
+    except ValueError as error:
+        problems.append(str(error))
+    refuse(problems, "these settings do not fit together:")
+
+    # The recipe's stages are made for the preset's own model.
+    word = "none" if s.stages is None and (s.model or s.init_from) else s.stages
+    given = schedule.given_stages(word, s.preset, s.steps, s.batch_size)
+    steps = None if s.stages == "paper" and settings.steps is None else s.steps
+    numbers = dict(steps=steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup, seen=seen)
+    stages = schedule.plan_stages(given, config, **numbers)
+    s = dataclasses.replace(s, steps=schedule.total_steps(stages))
+    if s.init_from:
+        wanted, found = stages[0].config.to_dict(), config.to_dict()
+        differ = [f"{k} {v}, not {wanted[k]}" for k, v in found.items() if v != wanted[k]]
+        refuse(differ, f"--init-from {s.init_from} holds another model than the first stage's:")
+    return s, stages
+
+
+def read_start(s: Settings) -> tuple[FLMConfig, int]:
+    """(model, samples seen) of the checkpoint that --init-from names."""
+    source, problems = find_checkpoint(s.init_from), []
+    if source.is_file():
+        problems.append(f"--init-from {source} is a file of weights: give a run or a step folder")
+    if s.model:
+        problems.append(f"--model {' '.join(s.model)}: --init-from brings its own model")
+    refuse(problems)
+    info = read_info(source)
+    return FLMConfig.from_dict(info["config"]), info["samples"]
+
+
+def plan_layout(s: Settings, stages: list[Stage], processes: int) -> Layout:
+    """The layout of these settings on so many processes. Raises ValueError with every reason why
+    a stage does not fit it."""
+    dp = s.dp or max(1, processes // (s.tp * s.pp))
+    layout = Layout(**{name: getattr(s, name) for name in LAYOUT} | {"dp": dp})
+    problems = []
+    if layout.size != processes:
+        start = f"torchrun --standalone --nproc-per-node {layout.size} train.py ..."
+        alone = f"this is one: start them with {start}, or take one: --dp 1 --tp 1 --pp 1"
+        found = f"torchrun started {processes}" if processes > 1 else alone
+        problems.append(f"dp {dp} x tp {s.tp} x pp {s.pp} = {layout.size} processes, but {found}")
+    for i, stage in enumerate(stages, 1):
+        found = parallel.check_layout(layout, stage.config, stage.batch_size, s.micro_batch)
+        problems += [f"stage {i}: {text}" if len(stages) > 1 else text for text in found]
+    refuse(problems, "this layout does not fit:")
+    return layout
+
+
+def check_same_settings(world: World, s: Settings, resume: bool = False):
+    """Raises ValueError, on every rank, where the ranks were started with different options."""
+    everyone, differ = world.gather({**dataclasses.asdict(s), "resume": resume}), []
+    for name in everyone[0]:
+        ranks = {}  # value: the ranks that have it
+        for rank, settings in enumerate(everyone):
+            ranks.setdefault(repr(settings[name]), []).append(rank)
+        found = [f"{value} on {len(who)} (rank {who[0]} ...)" for value, who in ranks.items()]
+        if len(found) > 1:
+            differ.append(f"{flag(name)}: {', '.join(found)}")
+    refuse(differ, "the processes were started with different arguments:")
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. The parser
+
+
+def add_option(group, field: dataclasses.Field):
+    """The command line's word for one field of Settings."""
+    text = field.metadata["help"]
+    extra = {k: v for k, v in field.metadata.items() if k in ("metavar", "choices")}
+    if field.type == "bool":
+        extra["action"] = argparse.BooleanOptionalAction
+    elif field.type.startswith("tuple"):
+        extra["nargs"] = "+"
+    else:
+        kind = {"int": int, "float": float, "str": str}[field.type.split(" ")[0]]
+        extra["type"] = kind
+        if kind is not str:
+            extra.setdefault("metavar", "N" if kind is int else "X")
+        if field.default is not None:
+            text += f" (default {field.default})"
+        elif field.name in RECIPES["demo"] and field.name != "stages":
+            text += f" (demo: {RECIPES['demo'][field.name]})"
+    group.add_argument(flag(field.name), help=text, **extra)
+
+
+EXAMPLES = """examples:
+    python train.py                          a small model on Python's own source, in minutes
+    python train.py --data corpora/mine      on text that data.py prepared
+    python train.py --resume runs/demo       go on exactly where a run stopped
+    python train.py --eval-only runs/demo    held-out loss of a checkpoint
+    python train.py --benchmark              how fast this machine trains, as one JSON object"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of train.py: every field of Settings, and the other modes."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        usage="%(prog)s [options]",
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=EXAMPLES,
+        description="Train FLM-101B's model. With no arguments: a small one, on Python's own "
+        "source, in a few minutes.",
+    )
+    for field in FIELDS:
+        if "group" in field.metadata:
+            group = parser.add_argument_group(field.metadata["group"])
+        add_option(group, field)
+    modes = parser.add_argument_group("something else").add_mutually_exclusive_group()
+    modes.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    modes.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="go on with the run in --out if there is one, else begin it: for torchrun "
+        "--max-restarts and job queues",
+    )
+    modes.add_argument(
+        "--eval-only",
+        metavar="CHECKPOINT",
+        help="print the held-out loss of a checkpoint (on --data, or on the text of its run)",
+    )
+    modes.add_argument(
+        "--export",
+        nargs=2,
+        metavar=("CHECKPOINT", "FILE"),
+        help="write a checkpoint's weights into one file",
+    )
+    modes.add_argument(
+        "--benchmark", action="store_true", help="time training steps; prints one JSON object"
+    )
+    return parser

@@ -1,0 +1,206 @@
+"""Which files are read, which are not, and what the user is told about the others."""
+
+import bz2
+import gzip
+import lzma
+import shlex
+import tempfile
+from pathlib import Path
+
+import pytest
+from data_helpers import BYTES, documents_in, write_rows
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data
+from data import prepare
+
+
+def test_files_larger_than_a_block(tmp_path):
+    """A file of several read blocks whose characters straddle the borders of the blocks comes out
+    whole, without its byte order mark. A bad byte far inside is reported with its offset."""
+    text = "x" + "语言\n" * 400_000  # 2.8 MB; a block is no multiple of 7 or 3
+    block = data.BLOCK
+    path = tmp_path / "long.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    documents = list(data.read_text(path, "long", lambda n: None))
+    assert "".join(document.text for document in documents) == text
+    assert data.check_text([path]) == []
+    for place in (0, 5, block - 1, block, block + 1, 4 * block, 2_500_000):
+        raw = bytearray(b"y" * 2_600_000)
+        raw[place] = 0xFF
+        path.write_bytes(raw)
+        problem = data.check_text([path])[1]
+        assert f"long.txt: the byte at offset {place} fits no UTF-8 character" in problem
+    path.write_bytes(b"abc\xe8\xaf")  # a character cut off by the end of the file
+    assert "offset 3 " in data.check_text([path])[1]
+
+
+def test_stdlib_files():
+    """The embedded corpus: sorted Python files, several megabytes, without tests and installed
+    packages."""
+    files = data.stdlib_files()
+    assert files == sorted(files) and all(path.suffix == ".py" for path in files)
+    assert sum(path.stat().st_size for path in files) > 5_000_000
+    assert {"argparse.py", "typing.py"} <= {path.name for path in files}
+    root = Path(data.sysconfig.get_paths()["stdlib"])
+    parts = {part for path in files for part in path.relative_to(root).parts}
+    assert parts.isdisjoint({"test", "tests", "site-packages"})
+    assert data.check_text(files) == []
+
+
+def test_folders_are_walked(tmp_path):
+    """A folder gives its text files of the stated suffixes, sorted; hidden ones and others stay
+    out. A file given by itself may have any suffix."""
+    names = "b.txt a/z.MD a/deep/code.py rows.jsonl picture.png .git/x.txt .hidden.txt".split()
+    for name in names:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    found = [path.relative_to(tmp_path).as_posix() for path in data.find_files(tmp_path)]
+    assert found == ["a/deep/code.py", "a/z.MD", "b.txt", "rows.jsonl"]
+    assert data.find_files(tmp_path / "picture.png") == [tmp_path / "picture.png"]
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    """A link to a folder gives that folder's files; a link to a folder above ends; two links to one
+    folder, or to each other, give its files once."""
+    (tmp_path / "d" / "sub").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for name in ("d/a.txt", "d/sub/b.txt", "other/c.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "d" / "more").symlink_to("../other")
+    (tmp_path / "d" / "again").symlink_to("../other")
+    (tmp_path / "d" / "sub" / "up").symlink_to("..")
+    (tmp_path / "other" / "back").symlink_to("../d/sub")
+    (tmp_path / "d" / "loop").symlink_to("loop")
+    found = data.find_files(tmp_path / "d")
+    assert found == sorted(found) and len(found) == 3
+    assert {path.read_text() for path in found} == {"d/a.txt", "d/sub/b.txt", "other/c.txt"}
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    """A folder without permission is an error, not a folder without files."""
+    (tmp_path / "d" / "closed").mkdir(parents=True)
+    listed = Path.iterdir
+
+    def iterdir(path):
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(PermissionError, match="closed"):
+        data.find_files(tmp_path / "d")
+
+
+def test_ndjson_is_read_as_json_lines(tmp_path):
+    """A .ndjson file is a .jsonl file, in a folder and by itself."""
+    rows = [{"text": f"text {i}"} for i in range(3)]
+    path = write_rows(tmp_path / "rows.ndjson", rows)
+    for number, given_path in enumerate((tmp_path, path)):
+        out = tmp_path / str(number)
+        meta = prepare({"s": [given_path]}, out, BYTES, progress=False)
+        found = [documents_in(out, meta, split)["s"] for split in ("train", "val")]
+        assert sorted(found[0] + found[1]) == ["text 0", "text 1", "text 2"]
+        (out / "meta.json").unlink()
+
+
+TEXTS = {
+    "GBK": "自然语言处理是人工智能的一个方向。\n",
+    "CP932": "吾輩は猫である。名前はまだ無い。\n",
+    "EUC-JP": "吾輩は猫である。名前はまだ無い。\n",
+    "EUC-KR": "모든 인간은 태어날 때부터 자유로우며\n",
+    "LATIN1": "Tous les êtres humains naissent égaux en dignité.\n",
+    "WINDOWS-1252": "Tous les êtres “humains” naissent égaux – en dignité.\n",
+    "UTF-16": "All human beings are born free.\n",
+    "UTF-16LE": "All human beings are born free.\n",
+    "UTF-16BE": "自然语言处理是人工智能的一个方向。\n",
+}
+
+
+@pytest.mark.parametrize("encoding", TEXTS)
+@pytest.mark.parametrize("repeat", [1, 100, 20_000])
+def test_the_advice_fits_the_encoding(tmp_path, encoding, repeat):
+    """The printed command names the file, quoted, and the encoding in which it says what it said;
+    also where the first character outside of ASCII comes late. UTF-16 without a mark is not taken
+    for text, though its bytes may be UTF-8."""
+    ascii_first = "" if repeat == 1 else "plain\n" * repeat
+    text = ascii_first + TEXTS[encoding] * 20
+    path = tmp_path / "it's here.txt"
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(ValueError) as error:
+        prepare({"s": [tmp_path]}, tmp_path / "out", BYTES, progress=False)
+    command = shlex.split(str(error.value).split(": ")[-1])
+    assert command[:2] == ["iconv", "-f"] and command[3:5] == ["-t", "UTF-8"]
+    assert command[5:] == [str(path), ">", str(tmp_path / "it's here-utf8.txt")]
+    assert path.read_bytes().decode(command[2]) == text
+    assert not (tmp_path / "out").exists()
+
+
+@given(st.integers(0, 2000), st.sampled_from([b"\xff", b"\xe8", b"\x80\x80"]))
+def test_damaged_utf8_is_no_other_encoding(place, damage):
+    """Where most of what is not ASCII is UTF-8, the advice is to leave the damage out."""
+    raw = "Füße, 语言, été, は\n".encode() * 100
+    assert data.likely_encoding(raw[:place] + damage + raw[place:]) == "UTF-8"
+
+
+def test_unreadable_files_are_refused_together(tmp_path):
+    """All files of all sources that are no text are counted, ten are named, each with what fits it:
+    a compressed file is told to be unpacked, binary data to be left out. Nothing is tokenized."""
+    text = "hello\n" * 100
+    contents = {
+        "a.txt": gzip.compress(text.encode()),
+        "b.md": bz2.compress(text.encode()),
+        "c.jsonl": lzma.compress(text.encode()),
+        "d.txt.gz": gzip.compress(text.encode()),
+        "e.py": bytes(range(256)) * 10,
+        "f.txt": text.encode()[:50] + b"\xff" + text.encode(),
+        **{f"g{i}.txt": "é à\n".encode("latin-1") for i in range(10, 20)},
+        "good.txt": text.encode(),
+    }
+    for name, raw in contents.items():
+        (tmp_path / name).write_bytes(raw)
+    sources = {"all": [tmp_path], "named": [tmp_path / "d.txt.gz"]}
+    with pytest.raises(ValueError) as error:
+        prepare(sources, tmp_path / "out", BYTES, progress=False)
+    first, *lines = str(error.value).replace(f"{tmp_path}/", "").splitlines()
+    assert "16 of 17 files" in first and "and 6 more" in lines[-1] and len(lines) == 11
+    assert "  a.txt: compressed data: gzip -dc a.txt > a-utf8.txt" in lines
+    assert "  b.md: compressed data: bzip2 -dc b.md > b-utf8.md" in lines
+    assert "  c.jsonl: compressed data: xz -dc c.jsonl > c-utf8.jsonl" in lines
+    assert [line for line in lines if "e.py: binary data: leave it out" in line]
+    assert [line for line in lines if "f.txt: the byte at offset 50 fits no UTF-8" in line]
+    with pytest.raises(ValueError, match="gzip -dc .*d.txt.gz > .*d-utf8.txt$"):
+        prepare({"named": [tmp_path / "d.txt.gz"]}, tmp_path / "out", BYTES, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@given(st.text(max_size=200))
+def test_text_is_text(text):
+    """No UTF-8 text is refused for its characters; a few NULs do not matter."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "t.txt")
+        path.write_text("some words before" + text + "\0", encoding="utf-8", newline="")
+        if text.count("\0") < 5:
+            assert data.bad_byte(path) is None
+
+
+def test_files_that_are_left_out_are_told(tmp_path, capsys, monkeypatch):
+    """What a folder holds and `prepare` does not read is counted by kind and named, ten of each,
+    before the work; where nothing is left out, nothing is said."""
+    monkeypatch.chdir(tmp_path)
+    Path("d/.git").mkdir(parents=True)
+    names = ["a.txt", "b.txt", ".hidden.txt", "c.gz", "README", *(f"{i:02}.PNG" for i in range(12))]
+    for name in names:
+        Path("d", name).write_text(name)
+    Path("d", "broken.txt").symlink_to("nowhere")
+    data.main(["prepare", "d", "--out", "o"])
+    printed = capsys.readouterr().out.split("source  ")[0]
+    assert "1 .gz: d/c.gz\n" in printed and "2 hidden: d/.git, d/.hidden.txt\n" in printed
+    assert "1 without suffix: d/README\n" in printed
+    assert "1 no regular files: d/broken.txt\n" in printed
+    assert "12 .png: d/00.PNG, " in printed and "d/09.PNG\n  and 2 more\n" in printed
+    assert "10.PNG" not in printed and "a.txt" not in printed
+    data.main("prepare s=d/a.txt s=d/b.txt --out p".split())
+    assert capsys.readouterr().out.startswith("source  ")
