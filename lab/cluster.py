@@ -44,12 +44,14 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import parallel
+import settings
 import train
 from console import refuse
 from flm import FLM, FLMConfig, count_parameters, forward_flops
 from lab.collectives import Collectives, TracedRun, TracedStage, Watch, nbytes
 from lab.timetable import SCHEDULES, closed_bubble, draw
 from parallel import Layout, Worker, World, local
+from settings import MODES, Settings, flag, option, plan_layout, resolve
 
 GiB = 2**30
 
@@ -285,11 +287,11 @@ class Cluster:
     """What a rehearsal assumes. By default the paper's A800: 80 GiB, and an NVLink of 400 GB/s in
     both directions together. The paper names neither the network nor the utilisation."""
 
-    memory_gb: float = train.option(80, "memory of a GPU in GiB")
-    peak_tflops: float = train.option(312, "TFLOP/s of a GPU, dense bf16")
-    utilisation: float = train.option(0.6, "share of them that a GPU reaches while it computes")
-    tp_link: float = train.option(200, "GB/s that a rank sends along tp")
-    network: float = train.option(25, "GB/s that a rank sends along dp and pp")
+    memory_gb: float = option(80, "memory of a GPU in GiB")
+    peak_tflops: float = option(312, "TFLOP/s of a GPU, dense bf16")
+    utilisation: float = option(0.6, "share of them that a GPU reaches while it computes")
+    tp_link: float = option(200, "GB/s that a rank sends along tp")
+    network: float = option(25, "GB/s that a rank sends along dp and pp")
 
 
 def check_rehearsal(job: Job, cluster: Cluster) -> list[str]:
@@ -298,7 +300,7 @@ def check_rehearsal(job: Job, cluster: Cluster) -> list[str]:
     problems = parallel.check_layout(layout, job.config, job.batch_size, job.micro)
     for name, value in dataclasses.asdict(cluster).items():
         if not 0 < value < math.inf:
-            problems.append(f"{train.flag(name)} {value}: must be a number above 0")
+            problems.append(f"{flag(name)} {value}: must be a number above 0")
     if layout.dp > 1 and not layout.sharded:
         problems.append(
             f"--dp {layout.dp}: add --shard-optimizer; without it, gradients are exchanged outside "
@@ -517,7 +519,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     parsers = {}
     for name, text in HELP.items():
-        parents = [] if name == "draw" else [train.make_parser()]
+        parents = [] if name == "draw" else [settings.make_parser()]
         parsers[name] = commands.add_parser(
             name, help=text, description=text, parents=parents, conflict_handler="resolve"
         )
@@ -525,9 +527,7 @@ def make_parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(Cluster):
         text = field.metadata["help"] + " (default %(default)g)"
         default = field.default
-        group.add_argument(
-            train.flag(field.name), type=float, default=default, metavar="X", help=text
-        )
+        group.add_argument(flag(field.name), type=float, default=default, metavar="X", help=text)
     add = parsers["draw"].add_argument
     add("--pp", type=int, required=True, metavar="N", help="ranks of the pipeline")
     add("--micro-batches", type=int, required=True, metavar="N", help="micro-batches of a step")
@@ -536,10 +536,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def job_of(settings: train.Settings) -> Job:
-    """A training step in the last stage of the run that these settings describe."""
-    s, stages = train.resolve(settings)
-    layout = train.plan_layout(s, stages[-1:], (s.dp or 1) * s.tp * s.pp)
+def job_of(given: dict) -> Job:
+    """A training step in the last stage of the run that these options of train.py describe."""
+    s, stages = resolve(Settings(**given))
+    layout = plan_layout(s, stages[-1:], (s.dp or 1) * s.tp * s.pp)
     batch_size = stages[-1].batch_size
     return Job(
         stages[-1].config,
@@ -559,12 +559,12 @@ def main(argv: list[str] | None = None, world: World = World()) -> int:
     if command == "draw":
         print(draw(**given))
         return 0
-    unused = [train.flag(name) for name in (*train.MODES, "compile") if name in given]
+    unused = [flag(name) for name in (*MODES, "compile") if name in given]
     refuse(f"{name}: {command} makes no use of it, leave it out" for name in unused)
     if command == "rehearse":
         names = [field.name for field in dataclasses.fields(Cluster)]
         cluster = Cluster(**{name: given.pop(name) for name in names})
-        job = job_of(train.Settings(**given))
+        job = job_of(given)
         print(report(job, cluster, rehearse(job, cluster)))
         return 0
     if world.size == 1:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
+from machine import name_of
 from parallel import Worker
 
 
@@ -120,7 +121,7 @@ class Trace(Collectives):
             where = getattr(t, "passing", "")
             if axis in ("dp", "tp"):
                 where = f"micro-batch {Trace.micro} {'backward' if in_backward() else 'forward'}"
-            numbers = f"{str(tuple(t.shape)):<18} {train.name_of(t.dtype):<9} {nbytes([t]):,} bytes"
+            numbers = f"{str(tuple(t.shape)):<18} {name_of(t.dtype):<9} {nbytes([t]):,} bytes"
             # Not print: on ranks above 0, train.py has no stdout.
             sys.__stdout__.write(f"{self.who}  {where:<22}  {axis:<5} {kind:<14} {numbers}\n")
             sys.__stdout__.flush()
