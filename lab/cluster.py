@@ -48,7 +48,7 @@ import settings
 import train
 from console import refuse
 from flm import FLM, FLMConfig, count_parameters, forward_flops
-from lab.collectives import Collectives, TracedRun, TracedStage, Watch, nbytes
+from lab.collectives import Collectives, TracedRun, TracedStage, Watch
 from lab.timetable import SCHEDULES, closed_bubble, draw
 from parallel import Layout, Worker, World, local
 from settings import MODES, Settings, flag, option, plan_layout, resolve
@@ -240,9 +240,9 @@ def measure(job: Job, world: World, n: int) -> dict:
         return {
             "parameters": sum(local(p).numel() for p in parameters),
             "parameters_tp": sum(p.numel() // tp_shards(p) for p in parameters),
-            "weights": nbytes(local(p) for p in parameters),
-            "moments": nbytes(local(s[k]) for s in states for k in ("exp_avg", "exp_avg_sq")),
-            "gradients": nbytes(local(p.grad) for p in parameters),
+            "weights": sum(local(p).nbytes for p in parameters),
+            "moments": sum(local(s[k]).nbytes for s in states for k in ("exp_avg", "exp_avg_sq")),
+            "gradients": sum(local(p.grad).nbytes for p in parameters),
             "peak": peak,
             "peak_update": memory.peak,
             "sent": collectives.sent,
