@@ -30,7 +30,7 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -617,7 +617,7 @@ class HeadLoss(torch.autograd.Function):
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Generation
+# 6. The cache
 
 
 def visible_slots(
@@ -667,126 +667,3 @@ class KVCache:
             slots[:, :, self.length : end] = fresh
         keys, values = self.kv[layer]
         return keys[:, :, :end], values[:, :, :end]
-
-
-def choose(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> int:
-    """One token from logits (V,): the most likely one at temperature 0, else a draw.
-
-    The draw is among the `top_k` most likely (0: all), cut to the smallest set whose probability
-    reaches `top_p`."""
-    if temperature == 0:
-        return int(logits.argmax())
-    scaled = (logits.double() - logits.max()) / temperature
-    scaled, ids = scaled.sort(descending=True, stable=True)
-    if top_k:
-        scaled, ids = scaled[:top_k], ids[:top_k]
-    p = scaled.softmax(-1)
-    p = p * (p.cumsum(-1) - p < top_p)  # what precedes a token has not reached top_p
-    return int(ids[torch.multinomial(p, 1, generator=generator)])
-
-
-def check_generation(
-    config: FLMConfig,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    capacity: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    allowed: Tensor | None,
-):
-    """Raise ValueError with every argument of `generate` that is out of range."""
-    V, longest, problems = config.vocab_size, max(map(len, prompts), default=0), []
-    if not prompts:
-        problems.append("no prompt given")
-    for i, prompt in enumerate(prompts):
-        outside = [token for token in prompt if not 0 <= token < V]
-        if not prompt:
-            problems.append(f"prompt {i} is empty: give at least one token")
-        elif outside:
-            token = outside[0]
-            problems.append(f"prompt {i} holds the token {token}: the vocabulary ends at {V - 1}")
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens = {max_new_tokens}: must be at least 1")
-    needed = longest + max(max_new_tokens, 1) - 1
-    if needed > capacity:
-        problems.append(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones need {needed} cache "
-            f"slots, there are {capacity}: give a shorter prompt, fewer new tokens "
-            f"(--max-new-tokens), or more slots (--cache {needed}; the model was trained at "
-            f"{config.max_seq_len}, and past that xPos carries best with --blockwise)"
-        )
-    if not 0 <= temperature < math.inf:
-        problems.append(f"temperature = {temperature}: must be 0 (the likeliest token) or above")
-    if top_k < 0:
-        problems.append(f"top_k = {top_k}: must be 0 (off) or above")
-    if not 0 < top_p <= 1:
-        problems.append(f"top_p = {top_p}: must lie in (0, 1]")
-    if allowed is not None and not (len(allowed) <= V and allowed.any()):
-        marked = f"{int(allowed.sum())} of {len(allowed)} ids"
-        problems.append(f"allowed marks {marked}: must mark at least one, of at most {V}")
-    refuse(problems, "cannot generate:")
-
-
-@torch.inference_mode()
-def generate(
-    model: FLM,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: tuple[int, ...] = (),
-    allowed: Tensor | None = None,
-    capacity: int | None = None,
-    blockwise: bool = False,
-    on_token: Callable[[int, int], None] | None = None,
-) -> list[list[int]]:
-    """Continue each prompt by at most `max_new_tokens` tokens; returns the new tokens of each.
-
-    prompts: lists of token ids, of any lengths.
-    temperature, top_k, top_p: see `choose`. Row i draws from a generator of its own, (seed, i).
-    stop: ids that end a row; they are not returned.
-    allowed: bool (at most V,), the ids that may be drawn. A padded vocabulary has rows that no
-    tokenizer decodes.
-    capacity: cache slots, by default the trained length. n prompt tokens and M new ones need
-    n + M - 1: nothing reads the last one.
-    blockwise: see FLM.forward.
-    on_token(row, id): called for each new token.
-    Raises ValueError that names every argument out of range, or where logits are NaN or infinite.
-    """
-    capacity = model.config.max_seq_len if capacity is None else capacity
-    check_generation(
-        model.config, prompts, max_new_tokens, capacity, temperature, top_k, top_p, allowed
-    )
-    device, longest = model.xpos.device, max(map(len, prompts))
-    pads = [longest - len(prompt) for prompt in prompts]
-    padded = [[prompt[0]] * n + list(prompt) for prompt, n in zip(prompts, pads)]
-    x = torch.tensor(padded, device=device)  # (B, longest)
-    cache = KVCache(model, capacity, torch.tensor(pads, device=device) if any(pads) else None)
-    seeds = [(seed * 1_000_003 + row) % 2**63 for row in range(len(prompts))]
-    generators = [torch.Generator().manual_seed(row_seed) for row_seed in seeds]
-    new, live = [[] for _ in prompts], set(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        logits = model(x, cache=cache, blockwise=blockwise, last_only=True)[:, -1].float().cpu()
-        if not logits.isfinite().all():
-            raise ValueError("the model's logits are not finite numbers: the run diverged")
-        if allowed is not None:
-            logits[:, : len(allowed)].masked_fill_(~allowed, -math.inf)
-            logits[:, len(allowed) :] = -math.inf
-        picked = [choose(z, temperature, top_k, top_p, g) for z, g in zip(logits, generators)]
-        for row in sorted(live):
-            if picked[row] in stop:
-                live.discard(row)
-                continue
-            new[row].append(picked[row])
-            if on_token is not None:
-                on_token(row, picked[row])
-        if not live:
-            break
-        x = torch.tensor(picked, device=device)[:, None]  # (B, 1)
-    return new
