@@ -179,29 +179,29 @@ def activations(model: FLM, tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
     """The logits (B, T, V) and {kind of layer: mean |activation|}, read by forward hooks.
 
     The mean is over the batch and the blocks."""
-    seen, hooks = {name: [] for name in LAYERS}, []
+    D, seen, hooks = model.config.head_dim, {name: [] for name in LAYERS}, []
 
-    def watch(name, module, part=lambda y: y):
+    def watch(module: torch.nn.Module, *names: str):
         def hook(module, x, y):
-            seen[name].append(part(y).detach().abs().mean())
+            # The output of qkv is three layers: (B, T, 3*H*D) -> (B, T, H, D) each.
+            parts = y.unflatten(-1, (-1, 3, D)).unbind(-2) if len(names) == 3 else [y]
+            for name, part in zip(names, parts):
+                seen[name].append(part.detach().abs().mean())
 
         hooks.append(module.register_forward_hook(hook))
 
-    watch("embedding", model.embedding, lambda y: y * model.config.input_mult)
+    watch(model.embedding, "embedding")
     for block in model.layers.values():
-        for i, name in enumerate("qkv"):  # (B, T, 3*H*D) -> (B, T, H, D)
-            rows = (-1, 3, model.config.head_dim)
-            watch(name, block.attn.qkv, lambda y, i=i: y.unflatten(-1, rows)[..., i, :])
+        watch(block.attn.qkv, "q", "k", "v")
         for name in ("attn_norm", "attn.o", "ff_norm", "ff.up", "ff.down"):
-            watch(name, block.get_submodule(name))
-        watch("block", block)
-    watch("norm", model.norm)
-    watch("logits", model.head)
-    try:
-        logits = model(tokens)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            watch(block.get_submodule(name), name)
+        watch(block, "block")
+    watch(model.norm, "norm")
+    watch(model.head, "logits")
+    logits = model(tokens)
+    for hook in hooks:
+        hook.remove()
+    seen["embedding"][0] *= model.config.input_mult  # which the model multiplies in
     return logits, {name: torch.stack(values).mean().item() for name, values in seen.items()}
 
 
@@ -310,8 +310,30 @@ def named_means(sizes: dict[str, Tensor], widths: list[int]) -> dict:
     }
 
 
-def run_coord_check(args: argparse.Namespace) -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="muP.py", description="muP: tune small, train large.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser(
+        "coord-check",
+        help="is every layer's output as large in a wide model as in a narrow one?",
+        description="Train models of several widths for a few steps, under muP and under the "
+        "standard parametrization. A layer's mean |activation| grows as width^p; p is 0 in a flat "
+        "layer. Exit code 0: muP is flat. 1: it is not. 3: cannot tell, the seeds differ too much.",
+    )
+    add = p.add_argument
+    add("--widths", type=int, nargs="+", default=[32, 64, 128, 256], metavar="C")
+    add("--seeds", type=int, nargs="+", default=list(range(8)), metavar="N", help="at least 4")
+    add("--steps", type=int, default=3, metavar="N", help="steps of AdamW (default 3)")
+    add("--lr", type=float, default=0.01, help="learning rate at the least width (default 0.01)")
+    add("--model", nargs="+", default=[], metavar="FIELD=VALUE", help="change the small model")
+    add("--json", default="runs/coord-check.json", metavar="FILE", help="default %(default)s")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
     """`python muP.py coord-check`; returns the exit code."""
+    args = make_parser().parse_args(argv)
     torch.set_num_threads(1)  # models this small are fastest so
     widths, seeds = sorted(set(args.widths)), sorted(set(args.seeds))
     if len(widths) < 2 or args.steps < 1 or not 0 < args.lr < math.inf:
@@ -341,32 +363,6 @@ def run_coord_check(args: argparse.Namespace) -> int:
     Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     print(f"numbers: {args.json}")
     return EXIT_CODES[result]
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="muP.py", description="muP: tune small, train large.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser(
-        "coord-check",
-        help="is every layer's output as large in a wide model as in a narrow one?",
-        description="Train models of several widths for a few steps, under muP and under the "
-        "standard parametrization. A layer's mean |activation| grows as width^p; p is 0 in a flat "
-        "layer. Exit code 0: muP is flat. 1: it is not. 3: cannot tell, the seeds differ too much.",
-    )
-    add = p.add_argument
-    add("--widths", type=int, nargs="+", default=[32, 64, 128, 256], metavar="C")
-    add("--seeds", type=int, nargs="+", default=list(range(8)), metavar="N", help="at least 4")
-    add("--steps", type=int, default=3, metavar="N", help="steps of AdamW (default 3)")
-    add("--lr", type=float, default=0.01, help="learning rate at the least width (default 0.01)")
-    add("--model", nargs="+", default=[], metavar="FIELD=VALUE", help="change the small model")
-    add("--json", default="runs/coord-check.json", metavar="FILE", help="default %(default)s")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python muP.py`; returns the exit code."""
-    return run_coord_check(make_parser().parse_args(argv))
 
 
 if __name__ == "__main__":
