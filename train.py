@@ -31,7 +31,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -509,6 +508,8 @@ def open_run(
     log = run.folder / "metrics.jsonl" if world.rank == 0 else os.devnull
     run.metrics = stack.enter_context(open(log, "a"))
     run.save()  # a disk that cannot take a checkpoint shows now, not in an hour
+    if world.size > 1:
+        world.raise_on_all_ranks(parallel.redirect_library_output, run.folder, world.rank)
     return run
 
 
@@ -522,7 +523,7 @@ def describe_run(run: Run, resume: bool) -> str:
     lines = [
         f"{'going on with' if resume else 'training'} {run.folder}",
         f"  machine   {run.machine.why}",
-        f"  layout    {run.world.layout}",
+        f"  layout    {run.world.layout}; what libraries print: {run.folder}/rank-*.log",
         f"  data      {run.corpus.path}: {tokens:,} training tokens ({run.corpus.tokenizer.name})",
     ]
     for i, stage in enumerate(stages, 1):
@@ -838,34 +839,53 @@ def call_main(main: Callable[..., int], world: World) -> int:
     try:
         return main(world=world)
     except NonFinite as error:
-        if world.rank == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError):
+        text, code, speaks = str(error), 1, world.rank == 0
+    except ValueError:
         if world.rank == 0:
             raise
-        return 2
+        return 2  # a mistake: parallel.leave tells torchrun not to start again
+    except OSError as error:
+        if world.size == 1 or isinstance(error, BrokenPipeError):
+            raise
+        text, code, speaks = str(error), 1, world.rank == 0
     except RuntimeError as error:
-        if world.size > 1 and re.search("Connection (closed|reset) by peer", str(error)):
-            return 1  # another rank has failed, and says why
-        text = advice_for(error)
-        if not text:
-            raise
-        rank = f"rank {world.rank}: " if world.size > 1 else ""
-        print(f"train.py: {rank}{text}", file=sys.stderr)
-        return 2
+        text, code = parallel.explain_lost_rank(world, error), 1
+        speaks = text != ""  # empty: rank 0 says which rank is lost
+        if text is None:
+            text, code, speaks = advice_for(error), 2, True
+            if not text:
+                raise
+            if world.size > 1:
+                text = f"rank {world.rank}: {text}"
+    if speaks:
+        print(f"train.py: {text}", file=sys.stderr)
+    return code
+
+
+def early_timeout() -> float:
+    """--timeout-minutes, before the other options are read: connecting needs it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--timeout-minutes", type=float, default=10.0)
+    try:
+        return max(0.01, parser.parse_known_args()[0].timeout_minutes)
+    except argparse.ArgumentError:
+        return 10.0  # the parser of all options says what is wrong
 
 
 def launch(main: Callable[..., int] = main):
     """Run main(world=...) as a program, in one process or as one of torchrun's. Errors are printed
-    for people. Exit codes: those of console.run; 1 after NonFinite."""
+    for people. Exit codes: those of console.run; 1 after NonFinite or a lost rank."""
     torchrun = dist.is_torchelastic_launched()
     world = World(rank=int(os.environ["RANK"]) if torchrun else 0)
 
     def start() -> int:
         nonlocal world
-        if torchrun:
-            world = parallel.connect()
+        try:
+            if torchrun:
+                world = parallel.connect(early_timeout())
+        except TimeoutError as error:  # of this rank: nobody else may be there
+            print(f"train.py: {error}", file=sys.stderr)
+            return 1
         return call_main(main, world)
 
     try:
