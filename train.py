@@ -832,60 +832,60 @@ def advice_for(error: RuntimeError) -> str | None:
 
 
 def call_main(main: Callable[..., int], world: World) -> int:
-    """main(world=world), with the errors that console.run does not know. An error that all ranks
-    have is printed by rank 0 alone."""
+    """main(world=world), with its errors printed for people; returns the exit code."""
     if world.rank > 0:
         sys.stdout = open(os.devnull, "w")
     try:
         return main(world=world)
-    except NonFinite as error:
-        text, code, speaks = str(error), 1, world.rank == 0
-    except ValueError:
-        if world.rank == 0:
-            raise
-        return 2  # a mistake: parallel.leave tells torchrun not to start again
-    except OSError as error:
-        if world.size == 1 or isinstance(error, BrokenPipeError):
-            raise
-        text, code, speaks = str(error), 1, world.rank == 0
-    except RuntimeError as error:
-        text, code = parallel.explain_lost_rank(world, error), 1
-        speaks = text != ""  # empty: rank 0 says which rank is lost
-        if text is None:
-            text, code, speaks = advice_for(error), 2, True
-            if not text:
-                raise
-            if world.size > 1:
-                text = f"rank {world.rank}: {text}"
-    if speaks:
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
+        text, code = describe_error(error, world)
+    if text:
         print(f"train.py: {text}", file=sys.stderr)
     return code
 
 
+def describe_error(error: Exception, world: World) -> tuple[str, int]:
+    """What this rank prints of an error (nothing where another rank does), and the exit code: 2 for
+    a mistake, which torchrun does not repeat (parallel.leave), 1 for a fault, after which it may
+    start again. An error that nobody but its author can mend is raised again."""
+    if isinstance(error, (ValueError, OSError, NonFinite)):  # all ranks have it
+        mistake = isinstance(error, ValueError) or world.size == 1 and isinstance(error, OSError)
+        return "" if world.rank > 0 else str(error), 2 if mistake else 1
+    lost = parallel.explain_lost_rank(world, error)
+    if lost is not None:
+        return lost, 1
+    advice = advice_for(error)
+    if not advice:
+        raise error
+    return advice if world.size == 1 else f"rank {world.rank}: {advice}", 2
+
+
 def early_timeout() -> float:
-    """--timeout-minutes, before the other options are read: connecting needs it."""
+    """--timeout-minutes, read before all other options: connecting needs it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--timeout-minutes", type=float, default=10.0)
     try:
         return max(0.01, parser.parse_known_args()[0].timeout_minutes)
     except argparse.ArgumentError:
-        return 10.0  # the parser of all options says what is wrong
+        return 10.0  # the parser of all options will say what is wrong
 
 
 def launch(main: Callable[..., int] = main):
     """Run main(world=...) as a program, in one process or as one of torchrun's. Errors are printed
-    for people. Exit codes: those of console.run; 1 after NonFinite or a lost rank."""
+    for people. Exit codes: those of console.run; 1 after NonFinite."""
     torchrun = dist.is_torchelastic_launched()
     world = World(rank=int(os.environ["RANK"]) if torchrun else 0)
 
     def start() -> int:
         nonlocal world
-        try:
-            if torchrun:
+        if torchrun:
+            try:
                 world = parallel.connect(early_timeout())
-        except TimeoutError as error:  # of this rank: nobody else may be there
-            print(f"train.py: {error}", file=sys.stderr)
-            return 1
+            except TimeoutError as error:  # of this rank: it does not know of the others
+                print(f"train.py: {error}", file=sys.stderr)
+                return 1
         return call_main(main, world)
 
     try:

@@ -1,4 +1,4 @@
-"""The answers to the exercises of tutorials/02-training.md. A docstring states the answer; the code checks it."""
+"""The answers to the exercises of tutorials/02-training.md: the docstring says it, the code checks it."""
 
 import argparse
 import inspect
