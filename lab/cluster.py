@@ -559,7 +559,7 @@ def main(argv: list[str] | None = None, world: World = World()) -> int:
     if command == "draw":
         print(draw(**given))
         return 0
-    unused = [flag(name) for name in (*MODES, "compile") if name in given]
+    unused = [flag(name) for name in (*MODES, "compile") if given.get(name)]
     refuse(f"{name}: {command} makes no use of it, leave it out" for name in unused)
     if command == "rehearse":
         names = [field.name for field in dataclasses.fields(Cluster)]
