@@ -60,7 +60,9 @@ def test_the_dtype_is_chosen_by_instructions(monkeypatch, instructions, chosen, 
 def test_only_the_chosen_dtype_is_timed(monkeypatch):
     """Where bf16 products are emulated, at a thousandth of the rate, `auto` does not try them."""
     timed = []
-    monkeypatch.setattr("machine.matmul_rate", lambda device, dtype, n=0: timed.append(dtype) or 1.0)
+    monkeypatch.setattr(
+        "machine.matmul_rate", lambda device, dtype, n=0: timed.append(dtype) or 1.0
+    )
     train.pick_machine("cpu", "auto")
     assert timed == [torch.float32]
 
