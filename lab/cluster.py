@@ -44,12 +44,14 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import parallel
+import settings
 import train
 from console import refuse
 from flm import FLM, FLMConfig, count_parameters, forward_flops
-from lab.collectives import Collectives, TracedRun, TracedStage, Watch, nbytes
+from lab.collectives import Collectives, TracedRun, TracedStage, Watch
 from lab.timetable import SCHEDULES, closed_bubble, draw
 from parallel import Layout, Worker, World, local
+from settings import MODES, Settings, flag, option, plan_layout, resolve
 
 GiB = 2**30
 
@@ -79,7 +81,7 @@ try:
     find_shape = ShardingPropagator._propagate_tensor_meta_non_cached
     missing_name = None
 except (ImportError, AttributeError) as error:
-    missing_name = error
+    missing_name = str(error).split(" (")[0]  # without the path of the file
 
 
 # --------------------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ def fake_cluster(job: Job, pp_rank: int):
         return stage
 
     with (
-        mock.patch.object(_PipelineSchedule, agree_on_shapes.__name__),
+        mock.patch.object(_PipelineSchedule, agree_on_shapes.__name__, lambda *_: None),
         mock.patch.object(parallel, "PipelineStage", stage_with_shapes),
     ):
         yield world
@@ -205,10 +207,8 @@ def fake_tensors():
 # --------------------------------------------------------------------------------------------------
 # 3. Measuring
 
-MODES = {
-    "plain": "without activation checkpointing",
-    "checkpointing": "with activation checkpointing",
-}
+WITHOUT, WITH = "without activation checkpointing", "with activation checkpointing"
+CASES = (WITHOUT, WITH)
 
 
 def measure(job: Job, world: World, n: int) -> dict:
@@ -240,9 +240,9 @@ def measure(job: Job, world: World, n: int) -> dict:
         return {
             "parameters": sum(local(p).numel() for p in parameters),
             "parameters_tp": sum(p.numel() // tp_shards(p) for p in parameters),
-            "weights": nbytes(local(p) for p in parameters),
-            "moments": nbytes(local(s[k]) for s in states for k in ("exp_avg", "exp_avg_sq")),
-            "gradients": nbytes(local(p.grad) for p in parameters),
+            "weights": sum(local(p).nbytes for p in parameters),
+            "moments": sum(local(s[k]).nbytes for s in states for k in ("exp_avg", "exp_avg_sq")),
+            "gradients": sum(local(p.grad).nbytes for p in parameters),
             "peak": peak,
             "peak_update": memory.peak,
             "sent": collectives.sent,
@@ -264,19 +264,18 @@ def measure_rank(job: Job, pp_rank: int, counts: list[int]) -> list[dict]:
 
 
 def measure_ranks(job: Job, counts: list[int]) -> dict[str, list[list[dict]]]:
-    """{mode: [measure_rank(...) for each pp rank]}, each in a process of its own, as many at once
+    """{case: [measure_rank(...) for each pp rank]}, each in a process of its own, as many at once
     as there are cores. A bar on stderr shows the progress."""
     pp, tasks = job.layout.pp, []
-    for mode in MODES:
-        again = mode == "checkpointing"
-        layout = dataclasses.replace(job.layout, activation_checkpointing=again)
+    for case in CASES:
+        layout = dataclasses.replace(job.layout, activation_checkpointing=case == WITH)
         tasks += [(dataclasses.replace(job, layout=layout), rank, counts) for rank in range(pp)]
     workers = min(len(tasks), os.cpu_count() or 1)
     spawn = multiprocessing.get_context("spawn")  # a forked process would inherit process groups
     with concurrent.futures.ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1) as pool:
         found = pool.map(measure_rank, *zip(*tasks))
-        found = list(tqdm(found, desc="measuring", total=len(tasks), unit="rank"))
-    return {mode: found[i * pp : (i + 1) * pp] for i, mode in enumerate(MODES)}
+        found = list(tqdm(found, desc=f"measuring, {workers} at a time", total=len(tasks)))
+    return {WITHOUT: found[:pp], WITH: found[pp:]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,11 +287,11 @@ class Cluster:
     """What a rehearsal assumes. By default the paper's A800: 80 GiB, and an NVLink of 400 GB/s in
     both directions together. The paper names neither the network nor the utilisation."""
 
-    memory_gb: float = train.option(80, "memory of a GPU in GiB")
-    peak_tflops: float = train.option(312, "TFLOP/s of a GPU, dense bf16")
-    utilisation: float = train.option(0.6, "share of them that a GPU reaches while it computes")
-    tp_link: float = train.option(200, "GB/s that a rank sends along tp")
-    network: float = train.option(25, "GB/s that a rank sends along dp and pp")
+    memory_gb: float = option(80, "memory of a GPU in GiB")
+    peak_tflops: float = option(312, "TFLOP/s of a GPU, dense bf16")
+    utilisation: float = option(0.6, "share of them that a GPU reaches while it computes")
+    tp_link: float = option(200, "GB/s that a rank sends along tp")
+    network: float = option(25, "GB/s that a rank sends along dp and pp")
 
 
 def check_rehearsal(job: Job, cluster: Cluster) -> list[str]:
@@ -301,7 +300,7 @@ def check_rehearsal(job: Job, cluster: Cluster) -> list[str]:
     problems = parallel.check_layout(layout, job.config, job.batch_size, job.micro)
     for name, value in dataclasses.asdict(cluster).items():
         if not 0 < value < math.inf:
-            problems.append(f"{train.flag(name)} {value}: must be a number above 0")
+            problems.append(f"{flag(name)} {value}: must be a number above 0")
     if layout.dp > 1 and not layout.sharded:
         problems.append(
             f"--dp {layout.dp}: add --shard-optimizer; without it, gradients are exchanged outside "
@@ -309,8 +308,8 @@ def check_rehearsal(job: Job, cluster: Cluster) -> list[str]:
         )
     if missing_name is not None:
         problems.append(
-            "a rehearsal uses private names of PyTorch 2.13 (pip install torch==2.13.*); this is "
-            f"PyTorch {torch.__version__}: {missing_name}"
+            f"a rehearsal needs private names of PyTorch 2.13, and this is {torch.__version__}: "
+            f"{missing_name}; pip install torch==2.13.*"
         )
     return problems
 
@@ -384,15 +383,15 @@ def peak(ranks: list[dict]) -> float:
     return max(rank["peak"] for rank in ranks) / GiB
 
 
-def choose_mode(modes: dict[str, list[dict]], layout: Layout, memory_gb: float) -> str:
-    """The mode of the layout; activation checkpointing where the memory is too small without.
-    Raises ValueError where it is too small in both modes."""
-    if min(map(peak, modes.values())) > memory_gb:
-        found = "\n  ".join(verdicts(modes, layout, memory_gb))
+def choose_case(cases: dict[str, list[dict]], layout: Layout, memory_gb: float) -> str:
+    """The case that the layout asks for; WITH where the memory is too small without. Raises
+    ValueError where it is too small in both cases."""
+    if min(map(peak, cases.values())) > memory_gb:
+        found = "\n  ".join(verdicts(cases, layout, memory_gb))
         advice = "raise --tp or --pp, lower --micro-batch, or add --sequence-parallel"
         raise ValueError(f"{layout} needs more memory than a GPU has:\n  {found}\n{advice}")
-    again = layout.activation_checkpointing or peak(modes["plain"]) > memory_gb
-    return "checkpointing" if again else "plain"
+    again = layout.activation_checkpointing or peak(cases[WITHOUT]) > memory_gb
+    return WITH if again else WITHOUT
 
 
 def rehearse(job: Job, cluster: Cluster = Cluster()) -> dict:
@@ -403,20 +402,20 @@ def rehearse(job: Job, cluster: Cluster = Cluster()) -> dict:
     Returns plain JSON values: sizes in bytes, times in seconds; see `report`. Raises ValueError
     with every reason why the step cannot be rehearsed, and where it does not fit the memory."""
     refuse(check_rehearsal(job, cluster), "this layout cannot be rehearsed:")
-    counts, modes = counts_to_measure(job), {}
-    for mode, found in measure_ranks(job, counts).items():
-        modes[mode] = [extrapolate(counts, values, job.micro_batches) for values in found]
-        for pp_rank, rank in enumerate(modes[mode]):
+    counts, cases = counts_to_measure(job), {}
+    for case, found in measure_ranks(job, counts).items():
+        cases[case] = [extrapolate(counts, values, job.micro_batches) for values in found]
+        for pp_rank, rank in enumerate(cases[case]):
             blocks, head = forward_flop(job, pp_rank)
             rank["peak"] = max(rank["peak"], rank["peak_update"])
             rank["flop"] = 3 * (blocks + head)
-            rank["flop_computed"] = rank["flop"] + blocks * (mode == "checkpointing")
-    mode, T = choose_mode(modes, job.layout, cluster.memory_gb), job.config.max_seq_len
-    time = step_time(job, modes[mode], cluster)
+            rank["flop_computed"] = rank["flop"] + blocks * (case == WITH)
+    case, T = choose_case(cases, job.layout, cluster.memory_gb), job.config.max_seq_len
+    time = step_time(job, cases[case], cluster)
     flop = 3 * forward_flops(job.config, T) * job.batch_size * T
     return {
-        "modes": modes,
-        "mode": mode,
+        "cases": cases,
+        "case": case,
         "time": time,
         "flop": flop,
         "tflops": flop / job.layout.size / time["step"] / 1e12,
@@ -428,14 +427,14 @@ def rehearse(job: Job, cluster: Cluster = Cluster()) -> dict:
 # 5. The report
 
 
-def table_of_ranks(modes: dict[str, list[dict]], mode: str) -> list[str]:
+def table_of_ranks(cases: dict[str, list[dict]], case: str) -> list[str]:
     """A line for each quantity, a column for each pp rank."""
-    ranks = modes[mode]
+    ranks = cases[case]
     rows = [["pp rank", *map(str, range(len(ranks)))]]
     rows.append(["parameters it computes with", *(f"{r['parameters_tp']:,}" for r in ranks)])
     rows.append(["parameters it keeps", *(f"{r['parameters']:,}" for r in ranks)])
     sizes = {name: [r[name] for r in ranks] for name in ("weights", "moments", "gradients")}
-    sizes |= {f"peak {MODES[m]}": [r["peak"] for r in modes[m]] for m in MODES}
+    sizes |= {f"peak {c}": [r["peak"] for r in cases[c]] for c in CASES}
     for name, values in sizes.items():
         rows.append([f"{name}, GiB", *(f"{size / GiB:.2f}" for size in values)])
     for what in sorted({what for r in ranks for what in r["sent"]}):
@@ -446,16 +445,16 @@ def table_of_ranks(modes: dict[str, list[dict]], mode: str) -> list[str]:
     return ["  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows]
 
 
-def verdicts(modes: dict[str, list[dict]], layout: Layout, memory_gb: float) -> list[str]:
+def verdicts(cases: dict[str, list[dict]], layout: Layout, memory_gb: float) -> list[str]:
     """What fits the memory: without and with activation checkpointing, and without the distributed
     optimizer."""
-    sizes = {MODES[mode]: peak(ranks) for mode, ranks in modes.items()}
+    sizes = {case: peak(ranks) for case, ranks in cases.items()}
     if layout.sharded and layout.dp > 1:
         others = layout.dp - 1  # they keep the rest of the weights and moments
         sizes["without the distributed optimizer"] = peak(
             [
                 r | {"peak": r["peak"] + others * (r["weights"] + r["moments"])}
-                for r in modes["plain"]
+                for r in cases[WITHOUT]
             ]
         )
     return [
@@ -475,17 +474,17 @@ def report(job: Job, cluster: Cluster, result: dict) -> str:
         f"{cluster.memory_gb:g} GiB: {layout}",
         f"a step: {job.batch_size} rows of {config.max_seq_len} tokens, {n} micro-batches of "
         f"{job.micro} per dp rank",
-        "measured on tensors without numbers: one rank for each pp rank, all its "
+        "measured on tensors without numbers: one rank at each place along pp, all its "
         f"{config.n_layers // layout.pp} layers, {' and '.join(map(str, counts))} micro-batches"
         + scaled,
         "",
-        *table_of_ranks(result["modes"], result["mode"]),
+        *table_of_ranks(result["cases"], result["case"]),
         "",
-        *verdicts(result["modes"], layout, cluster.memory_gb),
+        *verdicts(result["cases"], layout, cluster.memory_gb),
         "not in these numbers: fragmentation, the libraries' own buffers, --compile's savings",
         "",
         f"bubble of the pipeline: {formula} = {bubble:.2%}",
-        f"a step {MODES[result['mode']]}: {t['step']:.1f} s = {t['compute']:.1f} computing + "
+        f"a step {result['case']}: {t['step']:.1f} s = {t['compute']:.1f} computing + "
         f"{t['tp']:.1f} tp + {t['pp']:.1f} pp + {t['bubble']:.1f} bubble + {t['dp']:.1f} dp",
         f"  at {cluster.peak_tflops:g} TFLOP/s, {cluster.utilisation:.0%} of it (assumed) while "
         f"computing, {cluster.tp_link:g} GB/s each way along tp, {cluster.network:g} GB/s",
@@ -520,7 +519,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     parsers = {}
     for name, text in HELP.items():
-        parents = [] if name == "draw" else [train.make_parser()]
+        parents = [] if name == "draw" else [settings.make_parser()]
         parsers[name] = commands.add_parser(
             name, help=text, description=text, parents=parents, conflict_handler="resolve"
         )
@@ -528,9 +527,7 @@ def make_parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(Cluster):
         text = field.metadata["help"] + " (default %(default)g)"
         default = field.default
-        group.add_argument(
-            train.flag(field.name), type=float, default=default, metavar="X", help=text
-        )
+        group.add_argument(flag(field.name), type=float, default=default, metavar="X", help=text)
     add = parsers["draw"].add_argument
     add("--pp", type=int, required=True, metavar="N", help="ranks of the pipeline")
     add("--micro-batches", type=int, required=True, metavar="N", help="micro-batches of a step")
@@ -539,10 +536,10 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def job_of(settings: train.Settings) -> Job:
-    """A training step in the last stage of the run that these settings describe."""
-    s, stages = train.resolve(settings)
-    layout = train.plan_layout(s, stages[-1:], (s.dp or 1) * s.tp * s.pp)
+def job_of(given: dict) -> Job:
+    """A training step in the last stage of the run that these options of train.py describe."""
+    s, stages = resolve(Settings(**given))
+    layout = plan_layout(s, stages[-1:], (s.dp or 1) * s.tp * s.pp)
     batch_size = stages[-1].batch_size
     return Job(
         stages[-1].config,
@@ -562,12 +559,12 @@ def main(argv: list[str] | None = None, world: World = World()) -> int:
     if command == "draw":
         print(draw(**given))
         return 0
-    unused = [train.flag(name) for name in (*train.MODES, "compile") if name in given]
+    unused = [flag(name) for name in (*MODES, "compile") if given.get(name)]
     refuse(f"{name}: {command} makes no use of it, leave it out" for name in unused)
     if command == "rehearse":
         names = [field.name for field in dataclasses.fields(Cluster)]
         cluster = Cluster(**{name: given.pop(name) for name in names})
-        job = job_of(train.Settings(**given))
+        job = job_of(given)
         print(report(job, cluster, rehearse(job, cluster)))
         return 0
     if world.size == 1:

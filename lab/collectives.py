@@ -13,22 +13,18 @@ nothing in parallel.py or train.py has to know that somebody counts:
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from functools import partialmethod
 
 import torch
-import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
+from machine import name_of
 from parallel import Worker
-
-
-def nbytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the numbers in these tensors."""
-    return sum(t.numel() * t.itemsize for t in tensors)
 
 
 class Watch(TorchDispatchMode):
@@ -74,23 +70,22 @@ class Collectives(Watch):
         name = func._overloadpacket.__name__.replace("_", "")
         kind = next((kind for part, kind in self.KINDS.items() if part in name), None)
         if kind is not None:
-            sides = [tree_leaves(side) for side in (*args, out)]
-            sides = [[t for t in side if isinstance(t, torch.Tensor)] for side in sides]
-            self.count(self.axis(args), kind, max(sides, key=nbytes))
+            tensors = [t for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
+            self.count(self.axis(args), kind, max(tensors, key=lambda t: t.nbytes))
 
     def axis(self, args: tuple) -> str:
         """The axis of the process group in a collective's arguments, as a name or boxed."""
         for x in args:
             if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type()):
-                x = dist.ProcessGroup.unbox(x).group_name
+                x = ProcessGroup.unbox(x).group_name
             if isinstance(x, str) and x in self.axes:
                 return self.axes[x]
         return "world"
 
-    def count(self, axis: str, kind: str, tensors: list[torch.Tensor]):
+    def count(self, axis: str, kind: str, tensor: torch.Tensor):
         total = self.sent.setdefault(f"{axis} {kind}", {"calls": 0, "bytes": 0})
         total["calls"] += 1
-        total["bytes"] += nbytes(tensors)
+        total["bytes"] += tensor.nbytes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,46 +109,41 @@ class Trace(Collectives):
         place = ", ".join(f"{axis} {worker.world.at(axis)}" for axis in ("pp", "dp", "tp"))
         self.who = f"rank {worker.world.rank} ({place})  step {step}"
 
-    def count(self, axis, kind, tensors):
-        super().count(axis, kind, tensors)
-        for t in tensors:
-            where = getattr(t, "passing", "")
-            if axis in ("dp", "tp"):
-                where = f"micro-batch {Trace.micro} {'backward' if in_backward() else 'forward'}"
-            numbers = f"{str(tuple(t.shape)):<18} {train.name_of(t.dtype):<9} {nbytes([t]):,} bytes"
-            # Not print: on ranks above 0, train.py has no stdout.
-            sys.__stdout__.write(f"{self.who}  {where:<22}  {axis:<5} {kind:<14} {numbers}\n")
-            sys.__stdout__.flush()
+    def count(self, axis, kind, tensor):
+        super().count(axis, kind, tensor)
+        where = getattr(tensor, "passing", "")
+        if axis in ("dp", "tp"):
+            where = f"micro-batch {Trace.micro} {'backward' if in_backward() else 'forward'}"
+        shape = str(tuple(tensor.shape))
+        # Not print: on ranks above 0, train.py has no stdout.
+        sys.__stdout__.write(
+            f"{self.who}  {where:<22}  {axis:<5} {kind:<14} {shape:<18} "
+            f"{name_of(tensor.dtype):<9} {tensor.nbytes:,} bytes\n"
+        )
+        sys.__stdout__.flush()
 
 
 class TracedStage(PipelineStage):
-    """A pipeline stage that notes which micro-batch it works on, and in each tensor that it sends
-    or receives, of which micro-batch and pass the tensor is: one batch of messages has several."""
+    """A pipeline stage that notes on which micro-batch it works and, in each tensor that it sends
+    or receives, to which micro-batch and pass the tensor belongs."""
 
-    def forward_one_chunk(self, micro, *args, **options):
+    def work(self, method, micro, *args, **options):
         Trace.micro = micro
-        return super().forward_one_chunk(micro, *args, **options)
+        return method(self, micro, *args, **options)
 
-    def backward_one_chunk(self, micro, *args, **options):
-        Trace.micro = micro
-        return super().backward_one_chunk(micro, *args, **options)
+    forward_one_chunk = partialmethod(work, PipelineStage.forward_one_chunk)
+    backward_one_chunk = partialmethod(work, PipelineStage.backward_one_chunk)
 
-    def get_fwd_recv_ops(self, micro):
-        return self.note(super().get_fwd_recv_ops(micro), f"micro-batch {micro} forward")
+    def messages(self, method, which, micro):
+        found = method(self, micro)
+        for message in found:
+            message.tensor.passing = f"micro-batch {micro} {which}"
+        return found
 
-    def get_fwd_send_ops(self, micro):
-        return self.note(super().get_fwd_send_ops(micro), f"micro-batch {micro} forward")
-
-    def get_bwd_recv_ops(self, micro):
-        return self.note(super().get_bwd_recv_ops(micro), f"micro-batch {micro} backward")
-
-    def get_bwd_send_ops(self, micro):
-        return self.note(super().get_bwd_send_ops(micro), f"micro-batch {micro} backward")
-
-    def note(self, messages: list[dist.P2POp], text: str) -> list[dist.P2POp]:
-        for message in messages:
-            message.tensor.passing = text
-        return messages
+    get_fwd_recv_ops = partialmethod(messages, PipelineStage.get_fwd_recv_ops, "forward")
+    get_fwd_send_ops = partialmethod(messages, PipelineStage.get_fwd_send_ops, "forward")
+    get_bwd_recv_ops = partialmethod(messages, PipelineStage.get_bwd_recv_ops, "backward")
+    get_bwd_send_ops = partialmethod(messages, PipelineStage.get_bwd_send_ops, "backward")
 
 
 def next_micro_batch(module, inputs):

@@ -210,7 +210,8 @@ def test_config_json_describes_the_run(corpus):
         (
             ["--data", "{other}", "--teacher-fraction", "0.5", "--model", *SIZE],
             [
-                "--teacher-fraction 0.5, but {other} has no teacher signal: prepare it with --teacher FILE.jsonl"
+                "--teacher-fraction 0.5, but {other} has no teacher signal: "
+                "prepare it with --teacher FILE.jsonl"
             ],
         ),
         (

@@ -362,7 +362,8 @@ def test_a_damaged_newest_checkpoint_is_named(corpus, damage):
     size = tensors.stat().st_size
     if damage == "cut off":
         os.truncate(tensors, size - 1)
-        words = rf"cut off or damaged(?s:.*)\n  {tensors.name}: {size:,} bytes expected, {size - 1:,} found"
+        words = rf"cut off or damaged(?s:.*)\n  {tensors.name}: {size:,} bytes expected, "
+        words += f"{size - 1:,} found"
     elif damage == "missing":
         tensors.unlink()
         words = rf"cut off or damaged(?s:.*)\n  {tensors.name}: {size:,} bytes expected, missing"
