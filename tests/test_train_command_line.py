@@ -26,6 +26,7 @@ from workshop import (
 )
 
 import parallel
+import schedule
 import train
 from flm import PRESETS
 from train import Settings, World, main
@@ -312,6 +313,16 @@ def test_every_preset_has_a_recipe():
         assert stages[-1].config == config
         assert None not in (s.steps, s.batch_size, s.lr, s.warmup)
         assert s.warmup < s.steps * s.batch_size  # it reaches its peak
+
+
+def test_steps_of_the_papers_run():
+    """--stages paper ends with the paper's tokens, and says in how many steps; --steps given with
+    it is the number of steps of the whole run."""
+    s, stages = train.resolve(Settings(preset="flm-101b", stages="paper"))
+    assert stages[-1].end == stages[-1].start + round(26.54e9 / 2048)
+    assert s.steps == schedule.total_steps(stages)
+    s, stages = train.resolve(Settings(preset="flm-101b", stages="paper", steps=70_000))
+    assert s.steps == schedule.total_steps(stages) == 70_000
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**20])
