@@ -23,7 +23,6 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import console
 from flm import FLMConfig, count_parameters, forward_flops, preset
