@@ -224,7 +224,7 @@ def resolve(settings: Settings) -> tuple[Settings, list[Stage]]:
     given = schedule.given_stages(word, s.preset, s.steps, s.batch_size)
     steps = None if s.stages == "paper" and settings.steps is None else s.steps
     numbers = dict(steps=steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup, seen=seen)
-    stages = schedule.plan_stages(given, config, **numbers)
+    stages = schedule.fit_stages(given, config, **numbers)
     s = dataclasses.replace(s, steps=schedule.total_steps(stages))
     if s.init_from:
         wanted, found = stages[0].config.to_dict(), config.to_dict()
