@@ -1,14 +1,15 @@
-"""checkpoint.py - a model and its optimizer on disk: whole or not there, from any layout to any.
+"""checkpoint.py - a model and its optimizer on disk: whole or not there, in any layout.
 
-A run folder holds a step folder for each checkpoint:
+A run (of train.py) has a folder, and in it a step folder for each checkpoint:
 
-    runs/demo/step-00000200/checkpoint.json     configuration, samples, growth record: plain JSON
+    runs/demo/step-00000200/checkpoint.json     plain JSON: the configuration, the samples seen so
+                                                far, the record of the last growth (grow.py)
                             .metadata           which piece of which tensor lies where
                             __0_0.distcp        the pieces that process 0 held
 
 PyTorch's distributed checkpoint (DCP) writes the tensors: each process writes the pieces that it
-holds, and each process reads the pieces that it needs. So the layout (parallel.py) that writes and
-the layout that reads need not agree. A growth (grow.py) reads and writes the same folders.
+holds, and each process reads the pieces that it needs. So a model may be cut over processes in one
+way (a layout, parallel.py) when it is written, and in another way when it is read.
 
 Security: .metadata is a pickle. Trust a step folder as you trust code. `export_weights` writes one
 file that holds no code; pass that file around.
@@ -22,6 +23,7 @@ Read it from top to bottom:
     5. one model               load_model, export_weights, pick_device
 """
 
+import contextlib
 import json
 import os
 import re
@@ -43,8 +45,8 @@ FORMAT = 1  # version of the step folder that this code reads and writes
 # --------------------------------------------------------------------------------------------------
 # 1. The folders of a run
 
-PARTS = re.compile(r"checkpoint\.json|\.metadata(\.tmp)?|__\d+_\d+\.distcp")  # files of ours
-LEFTOVER = re.compile(r"step-\d{8,}(\.old)?\.tmp")  # of a process that was killed while it wrote
+PARTS = re.compile(r"checkpoint\.json|\.metadata(\.tmp)?|__\d+_\d+\.distcp")  # our own files
+LEFTOVER = re.compile(r"step-\d{8,}(\.old)?\.tmp")  # folders of a process killed while it wrote
 
 
 def step_of(name: str) -> int | None:
@@ -60,27 +62,25 @@ def step_of(name: str) -> int | None:
 
 
 def written_steps(run: Path) -> list[Path]:
-    """The step folders of a run, oldest first. Each was whole once, and may be damaged today."""
+    """The step folders of a run, oldest first. checkpoint.json is written last, so each one was
+    whole once. It may be damaged today."""
     steps = [path for path in run.glob("step-*") if step_of(path.name) is not None]
     steps = [path for path in steps if (path / "checkpoint.json").is_file()]
     return sorted(steps, key=lambda path: step_of(path.name))
 
 
-def is_whole(folder: Path) -> bool:
-    try:
-        read_info(folder)
-    except (ValueError, OSError):
-        return False
-    return True
-
-
-def list_checkpoints(run) -> list[Path]:
+def list_checkpoints(run: str | Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first: folders with the exact name of a step (see
     step_of) in which no file is missing or cut off. Anything else in the run is not looked at."""
-    return [path for path in written_steps(Path(run)) if is_whole(path)]
+    whole = []
+    for path in written_steps(Path(run)):
+        with contextlib.suppress(ValueError, OSError):  # it is damaged
+            read_info(path)
+            whole.append(path)
+    return whole
 
 
-def find_checkpoint(path) -> Path:
+def find_checkpoint(path: str | Path) -> Path:
     """What CHECKPOINT on a command line means: a step folder, the newest one of a run folder, or a
     file of weights.
 
@@ -113,7 +113,7 @@ def remove_parts(folder: Path):
         folder.rmdir()
 
 
-def remove_old_checkpoints(run, keep: int):
+def remove_old_checkpoints(run: str | Path, keep: int):
     """Keep the `keep` newest whole checkpoints of a run, at least one, and remove the older ones,
     and what a killed process left half written. Nothing else in the run is touched."""
     for folder in list_checkpoints(run)[: -max(1, keep)]:
@@ -130,36 +130,35 @@ def remove_old_checkpoints(run, keep: int):
 def causes(error: BaseException) -> list[BaseException]:
     """The error and what lies behind it: DCP collects the errors of all ranks in one of its own,
     and PyTorch's writers hide a full disk, or Ctrl-C, behind a second error."""
-    is_dcp, found = isinstance(error, CheckpointException), []
-    for cause in [first for first, _ in error.failures.values()] if is_dcp else [error]:
+    found, errors = [], [error]
+    if isinstance(error, CheckpointException):
+        errors = [first for first, _ in error.failures.values()]  # {rank: (error, traceback)}
+    for cause in errors:
         while cause is not None:
             found.append(cause)
             cause = cause.__context__
     return found
 
 
-def failure_reason(error: BaseException) -> str:
-    """Why a write failed, in one line: the operating system's words, if it was the cause."""
+def failed_write(what: str | Path, error: BaseException) -> BaseException:
+    """The exception to raise after a failed write: OSError with the reason in one line, in the
+    operating system's words if it was the cause. Ctrl-C stays Ctrl-C."""
     found = causes(error)
-    for cause in found:
-        if isinstance(cause, OSError) and cause.strerror:
-            return f"{cause.strerror}: {cause.filename}" if cause.filename else cause.strerror
-    return (str(found[-1]).strip() or repr(found[-1])).splitlines()[-1]
-
-
-def failed_write(what: str, error: BaseException) -> BaseException:
-    """The exception to raise after a failed write: OSError, but Ctrl-C stays Ctrl-C."""
-    if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):
+    if any(isinstance(cause, KeyboardInterrupt) for cause in found):
         return KeyboardInterrupt()
-    return OSError(f"could not write {what}: {failure_reason(error)}")
+    reason = (str(found[-1]).strip() or repr(found[-1])).splitlines()[-1]
+    for cause in reversed(found):  # so that the first one counts
+        if isinstance(cause, OSError) and cause.strerror:
+            reason = f"{cause.strerror}: {cause.filename}" if cause.filename else cause.strerror
+    return OSError(f"could not write {what}: {reason}")
 
 
-def is_rank_0(group) -> bool:
-    """group None: this process is the only one."""
+def is_rank_0(group: dist.ProcessGroup | None) -> bool:
+    """Whether this process is rank 0 of the group, or the only one (group None)."""
     return group is None or dist.get_rank() == 0
 
 
-def run_on_rank_0(group, action: Callable, *args):
+def run_on_rank_0(group: dist.ProcessGroup | None, action: Callable, *args):
     """Call `action` on rank 0 alone. If it fails, its OSError is raised on every rank: otherwise
     the others would wait for rank 0 for ever."""
     failure = [None]
@@ -196,11 +195,14 @@ def finish(tmp: Path, folder: Path, info: dict):
     remove_parts(old)
 
 
-def write_checkpoint(folder: Path, tensors: dict, info: dict, group=None) -> Path:
+def write_checkpoint(
+    folder: Path, tensors: dict, info: dict, group: dist.ProcessGroup | None = None
+) -> Path:
     """Write a step folder; returns it.
 
-    tensors: {"model": {name: tensor}, "optimizer": {name: tensor}}; see training_tensors.
-    info: JSON values; INFO names those that every checkpoint needs.
+    tensors: {"model": {name: tensor}, "optimizer": {name: tensor}}, as training_tensors (section 4)
+    gives them; without "optimizer" it is a checkpoint for inference.
+    info: JSON values; INFO (section 3) names those that every checkpoint needs.
     group: a process group of all ranks. Each rank calls this with its pieces (DTensors) of the
     tensors, on a file system that all of them see; no rank returns before the folder is whole.
 
@@ -210,10 +212,8 @@ def write_checkpoint(folder: Path, tensors: dict, info: dict, group=None) -> Pat
     tmp = folder.with_name(folder.name + ".tmp")
     try:
         run_on_rank_0(group, make_empty, tmp)
-        with (
-            warnings.catch_warnings()
-        ):  # that torch.distributed is not initialized: no_dist says it
-            warnings.simplefilter("ignore")
+        # DCP warns that torch.distributed is not initialized, which no_dist already says.
+        with warnings.catch_warnings(action="ignore"):
             dcp.save(tensors, checkpoint_id=tmp, no_dist=group is None, process_group=group)
         run_on_rank_0(group, finish, tmp, folder, info)
     except (OSError, RuntimeError, CheckpointException) as error:
@@ -231,7 +231,8 @@ INFO = ("config", "dtype", "tokenizer", "samples", "growth")  # what load_model 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
-def check_info(path: Path, info: dict, needed=INFO):
+def check_info(path: Path, info: dict, needed: tuple[str, ...] = INFO):
+    """Raise ValueError with every key that is missing, and for a dtype that is none."""
     problems = [f"{key} is missing" for key in needed if key not in info]
     if info.get("dtype", "float32") not in DTYPES:
         problems.append(f"dtype {info['dtype']!r} is none of {', '.join(DTYPES)}")
@@ -277,8 +278,7 @@ def read_tensors(path: Path, tensors: dict):
     """Fill {"model": {name: tensor}, ...} in place from a step folder that any layout wrote.
     Raises ValueError where a name or a shape differs."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             dcp.load(tensors, checkpoint_id=path, no_dist=True)
     except CheckpointException as error:
         reason = str(error).strip().splitlines()[-1]
@@ -294,7 +294,9 @@ def stored_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 # --------------------------------------------------------------------------------------------------
 # 4. Training: AdamW's moments beside the weights
 
-Named = list[tuple[str, torch.nn.Parameter]]  # (name, parameter), as Worker.named of parallel.py
+# Names and parameters of this process. A process that holds both the first and the last layers of a
+# pipeline (parallel.py) has "embedding.weight" twice: the two ends of a tied embedding.
+Named = list[tuple[str, torch.nn.Parameter]]
 
 
 def training_tensors(named: Named, optimizer: torch.optim.AdamW) -> dict[str, dict]:
@@ -302,7 +304,7 @@ def training_tensors(named: Named, optimizer: torch.optim.AdamW) -> dict[str, di
     "optimizer": {"layers.0.attn.o.weight.exp_avg": tensor, ...}}.
 
     Before the first step AdamW has no state. It is made here, of zeros as AdamW would make it, so
-    that a checkpoint can be read into it. A tied embedding may come twice; it is taken once."""
+    that a checkpoint can be read into it. Of the ends of a tied embedding the first is taken."""
     tensors = {"model": {}, "optimizer": {}}
     for name, parameter in named:
         state = optimizer.state[parameter]
@@ -361,7 +363,8 @@ def copy_weights(model: FLM, weights: dict[str, torch.Tensor], file: Path):
 
 
 def read_model(path: Path, device="cpu") -> tuple[FLM, dict]:
-    """load_model for a step folder or a file, whatever its numbers are."""
+    """What load_model returns, for a step folder or a file, whether the weights are finite or not.
+    The model is made without memory ("meta"), then with memory that the weights fill."""
     info, weights = read_exported(path) if path.is_file() else (read_info(path), None)
     with torch.device("meta"):
         model = FLM(FLMConfig.from_dict(info["config"]))
@@ -379,7 +382,7 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def sound_checkpoint(run) -> Path | None:
+def sound_checkpoint(run: str | Path) -> Path | None:
     """The newest whole checkpoint of a run whose weights are finite: the one to go back to after
     the run diverged. None where there is none."""
     for path in reversed(list_checkpoints(run)):
@@ -388,7 +391,7 @@ def sound_checkpoint(run) -> Path | None:
     return None
 
 
-def load_model(path, device="cpu") -> tuple[FLM, dict]:
+def load_model(path: str | Path, device="cpu") -> tuple[FLM, dict]:
     """The model of a CHECKPOINT (see find_checkpoint), its growth masks in place, and its info:
     {"config", "tokenizer", "samples", "growth", ...}. Only the checkpoint itself is read: other
     files beside it do not matter.
@@ -404,7 +407,7 @@ def load_model(path, device="cpu") -> tuple[FLM, dict]:
     return model, info
 
 
-def export_weights(checkpoint, file):
+def export_weights(checkpoint: str | Path, file: str | Path):
     """Write the weights of a CHECKPOINT into one file, which torch.load(weights_only=True) reads:
     {"info": ..., "model": {name: tensor}}. Raises OSError where it cannot be written."""
     model, info = load_model(checkpoint)

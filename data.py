@@ -276,47 +276,43 @@ def diagnose(path: Path, offset: int) -> str:
     for start, program in COMPRESSED.items():
         if sample.startswith(start):
             return f"compressed data: {program} -dc {old} > {new}"
-    encoding = likely_encoding(sample)
-    if encoding == "binary":
-        return "binary data: leave it out, or take the text out with the program that made it"
-    guess = f"it looks like {encoding or 'another encoding, which has a NAME'}"
-    option = f"{'-c ' * (encoding == 'UTF-8')}-f {encoding or 'NAME'}"  # -c: leave bad bytes out
-    what = f"the byte at offset {offset} fits no UTF-8 character"
-    return f"{what}; {guess}: iconv {option} -t UTF-8 {old} > {new}"
+    if options := iconv_options(sample):
+        what = f"the byte at offset {offset} fits no UTF-8 character"
+        return f"{what}: iconv {options} -t UTF-8 {old} > {new}"
+    return "binary data: leave it out, or take the text out with the program that made it"
 
 
-def likely_encoding(sample: bytes) -> str:
-    r"""What iconv calls the encoding of bytes that are not UTF-8; "binary": no text; "": unknown.
+def iconv_options(sample: bytes) -> str:
+    r"""How iconv is told the likely encoding of text that is not UTF-8; nothing for binary data.
 
-    >>> likely_encoding("naïve été\n".encode("latin-1"))
-    'LATIN1'
-    >>> likely_encoding("語です\n".encode("utf-16-le"))
-    'UTF-16LE'
+    >>> iconv_options("naïve été\n".encode("latin-1"))
+    '-f LATIN1'
+    >>> iconv_options("語です\n".encode("utf-16-le"))
+    '-f UTF-16LE'
     """
     if sample.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
-        return "UTF-16"
+        return "-f UTF-16"
     for name in ("UTF-16LE", "UTF-16BE") if b"\0" in sample else ():
         text = sample.decode(name, "ignore")
         n_text = sum(letter.isprintable() or letter.isspace() for letter in text)
         if n_text * 2 > 0.95 * len(sample) and re.search("[ \n]", text):
-            return name
+            return f"-f {name}"
     if re.search(rb"[\0-\x08]", sample):
-        return "binary"
-    high = re.findall(rb"[\x80-\xff]", sample)
-    kept = sample.decode("utf-8", "ignore")
-    if sum(letter > "\x7f" for letter in kept) > len(sample) - len(kept.encode()):
-        return "UTF-8"  # with some damage
+        return ""
+    n_high, text = len(re.findall(rb"[\x80-\xff]", sample)), sample.decode("utf-8", "ignore")
+    if sum(letter > "\x7f" for letter in text) > len(sample) - len(text.encode()):
+        return "-c -f UTF-8"  # UTF-8 with some damage; -c leaves that out
     for name in ("CP932", "EUC-JP"):  # CP932 is Shift-JIS, as Windows writes it
-        kana = re.findall("[\u3041-\u30fa]", sample.decode(name, "ignore"))
-        if len(kana) > len(high) / 8:
-            return name
+        if len(re.findall("[\u3041-\u30fa]", sample.decode(name, "ignore"))) > n_high / 8:  # kana
+            return f"-f {name}"
     alone = re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", sample)
-    if len(sample) / 2 >= len(high) and len(alone) > len(high) / 2:  # accents, now and then
-        return "WINDOWS-1252" if re.search(rb"[\x80-\x9f]", sample) else "LATIN1"
+    if len(sample) / 2 >= n_high and len(alone) > n_high / 2:  # accents, now and then
+        return "-f WINDOWS-1252" if re.search(rb"[\x80-\x9f]", sample) else "-f LATIN1"
     frequent = re.findall(rb"([\xb0-\xd7])[\xa1-\xfe]", sample)  # Chinese; Korean ends at \xc8
-    if len(frequent) > len(high) / 4:
-        return "GBK" if sum(first > b"\xc8" for first in frequent) > len(frequent) / 8 else "EUC-KR"
-    return ""
+    if len(frequent) > n_high / 4:
+        is_chinese = sum(first > b"\xc8" for first in frequent) > len(frequent) / 8
+        return "-f GBK" if is_chinese else "-f EUC-KR"
+    return "-f ENCODING"
 
 
 def cut_text(pieces: Iterable[str]) -> Iterator[str]:
@@ -652,8 +648,8 @@ def write_shards(
     with contextlib.ExitStack() as stack:
         for (number, source), split in product(enumerate(entries), SPLITS):
             name = f"{signal}-{number}-{split}.tokens"
-            entries[source][split] = {"shard": name, "tokens": 0, "documents": 0, "bytes": 0}
-            entries[source][split]["digest"] = hashlib.sha256()
+            entry = {"shard": name, "tokens": 0, "documents": 0, "bytes": 0}
+            entries[source][split] = entry | {"digest": hashlib.sha256()}
             shards[source, split] = stack.enter_context(open(folder / name, "wb"))
             shards[source, split].write(bytes(HEADER.size))  # the header needs the count
         for split, document in halves:
@@ -702,7 +698,7 @@ def shares_of_rows(weights: dict[str, float], entries: dict[str, dict]) -> dict[
 # 4. The sampler: sample number -> row, without state
 
 ONE = 1 << 32  # shares are integers, in units of 2**-32
-FEW = 32  # for fewer elements, a Feistel network's permutations are not uniform
+FEW = 17  # for fewer elements, a Feistel network's permutations are far from uniform
 
 
 def chain_of_shares(weights: list[float]) -> list[int]:

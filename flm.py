@@ -4,20 +4,24 @@ FLM-101B is arXiv 2309.03852; the model is in its sections 2.1 and 2.4. Read fro
 
     1. FLMConfig, PRESETS     every number that defines a model
     2. xPos                   rotary positions with an exponential decay (arXiv 2212.10554)
-    3. LayerNorm ... Block    the pre-LayerNorm GPT block; each part has a place for a growth mask
-    4. FLM                    embedding, blocks, final LayerNorm, head; the growth masks (MSG,
-                              arXiv 2305.02869)
+    3. LayerNorm ... Block    the pre-LayerNorm GPT block
+    4. FLM                    embedding, blocks, final LayerNorm, head; the growth masks
     5. the loss               a sum over tokens, and the same without holding all logits
-    6. KVCache, generate      one token at a time, without computing anything twice
+    6. KVCache                for texts that grow token by token (sample.py): nothing is computed
+                              twice. A first reading may leave it out
 
 One set of letters stands for shapes everywhere in this repository:
 
     B batch   T sequence   C d_model   H heads   D head_dim   F d_ff   V vocabulary   L layers
-    S cache slots (here only)
+    m width ratio (muP.py)   c a growth mask's value   S cache slots (here only)
 
-FreeLM's two signals need nothing from the model. The teacher's label is one of two emoji, which
-the model predicts like any other token (section 2.2). So data.py turns both signals into
-(tokens, targets), and one loss serves both.
+Growth: FLM-101B was trained as a small model first, which was then made larger, twice (grow.py).
+What is new in the larger model is multiplied by a mask, whose value c rises from 0 to 1 (Masked
+Structural Growth, "MSG", arXiv 2305.02869). The masks are in this file.
+
+The paper trains on two signals (section 2.2): plain text, and a teacher's label of a sentence,
+true or false. The label is one of two emoji, which the model predicts like any other token. So
+data.py turns both signals into (tokens, targets), and one loss serves both.
 
 The model knows nothing of processes, devices or optimizers. All its state is in parameters and
 buffers.
@@ -30,7 +34,7 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -46,17 +50,17 @@ IGNORE = -100  # a target that is not supervised: F.cross_entropy's own default
 # --------------------------------------------------------------------------------------------------
 # 1. Configuration
 
-MUST_BE = {
+MUST_BE = {  # {type of a field: what its value must be}
     "bool": "true or false",
     "int": "a whole number above 0",
     "float": "a finite number above 0",
 }
 
 
-def fits(kind: str, value) -> bool:
-    """Whether `value` is what MUST_BE[kind] says."""
+def fits(kind: str, value: object) -> bool:
+    """Whether `value` is what MUST_BE[kind] says. (To Python, True is a whole number too.)"""
     if kind == "bool" or isinstance(value, bool):
-        return kind == "bool" and isinstance(value, bool)
+        return kind == type(value).__name__
     number = int if kind == "int" else (int, float)
     return isinstance(value, number) and 0 < value <= sys.float_info.max
 
@@ -67,7 +71,8 @@ class FLMConfig:
 
     All fields are plain JSON values. `n_heads * head_dim` need not equal `d_model`: growth adds
     heads and keeps `head_dim`, on which the rotary frequencies depend. The last five fields are
-    the parametrization (muP.py). Raises ValueError that names every field out of range.
+    explained in muP.py; a "proxy" is a narrow model on which hyper-parameters are searched. Raises
+    ValueError that names every field out of range.
     """
 
     n_layers: int
@@ -80,9 +85,9 @@ class FLMConfig:
     tie_embeddings: bool = True  # inferred: the report on FLM-101B's successor "unties" them
     layer_norm_eps: float = 1e-5
     xpos_theta: float = 10000.0  # rotary base
-    xpos_scale_base: float = 512.0  # positions over which the fastest pair decays by its zeta
+    xpos_scale_base: float = 512.0  # positions for one factor zeta of decay (section 2)
     mup: bool = True  # False: every width ratio m is 1 (the standard parametrization)
-    mup_base_width: int = 256  # the proxy's width, where m = 1
+    mup_base_width: int = 256  # the proxy's width, where every width ratio m is 1
     init_std: float = 0.016  # found by the paper's search on the proxy
     input_mult: float = 1.0
     output_mult: float = 2.0  # the paper's "softmax temperature 2.0"
@@ -92,7 +97,7 @@ class FLMConfig:
 
     def check(self) -> list[str]:
         """Every violated constraint, with its numbers."""
-        fields = dataclasses.fields(self)
+        fields = dataclasses.fields(self)  # f.type is a text here, such as "int"
         bad = {f.name: f.type for f in fields if not fits(f.type, getattr(self, f.name))}
         problems = [f"{k} = {getattr(self, k)!r}: must be {MUST_BE[t]}" for k, t in bad.items()]
         if "head_dim" not in bad and self.head_dim % 2:
@@ -117,24 +122,25 @@ class FLMConfig:
     def xpos_limit(self) -> int:
         """The largest number of positions for which every key's scale stays in fp32.
 
-        The fastest pair's scale, (0.4 / 1.4)^(-n/512), is then 2^110. fp32 ends at 2^128, so the
-        key itself may be as large as 2^16."""
+        xpos_tables (section 2) multiplies a key by at most (0.4 / 1.4)^(-n/512), where n counts
+        from xpos_origin. At the limit that is 2^110. fp32 ends at 2^128, so the key itself may be
+        as large as 2^16."""
         positions = self.xpos_scale_base * (110 * math.log(2)) / -math.log(0.4 / 1.4)
         return self.xpos_origin + int(min(positions, 2.0**53))
 
     @property
     def m_width(self) -> float:
-        """Width ratio of what reads the residual stream: q, k, v, up and the logits."""
+        """m of what reads the residual stream: q, k, v, up and the logits."""
         return self.d_model / self.mup_base_width if self.mup else 1.0
 
     @property
     def m_attn(self) -> float:
-        """Width ratio of the attention's output projection, whose fan-in is H*D."""
+        """m of the attention's output projection, whose fan-in is H*D."""
         return self.n_heads * self.head_dim / self.mup_base_width if self.mup else 1.0
 
     @property
     def m_ff(self) -> float:
-        """Width ratio of the down projection, whose fan-in is F: at the base four widths."""
+        """m of the down projection, whose fan-in is F. At the base width F is four widths."""
         return self.d_ff / (4 * self.mup_base_width) if self.mup else 1.0
 
     @property
@@ -226,15 +232,16 @@ def xpos_tables(
 ) -> Tensor:
     """xPos for positions 0 .. length-1 (arXiv 2212.10554): a complex tensor (length, 2, D/2).
 
-    The 2 are queries and keys. The paper writes two channels as one complex number, and a
-    position as a factor:
+    The 2 are queries and keys. Two channels of a head, a pair, are written as one complex number,
+    and a position as a factor. For pair i = 0 .. D/2-1, with j the imaginary unit:
 
         query at position n    q * zeta_i^(+n/512) * exp(j n theta_i)    theta_i = 10000^(-2i/D)
         key   at position n    k * zeta_i^(-n/512) * exp(j n theta_i)    zeta_i = (2i/D + 0.4) / 1.4
 
-    so a score depends on the distance n_query - n_key alone, and decays with it. n counts from
-    config.xpos_origin. `dtype` is that of the real parts, float32 or float64; the computation is
-    in float64. Raises ValueError for a length past config.xpos_limit().
+    so a score depends on the distance n_query - n_key alone, and decays with it (fastest for pair
+    0). n counts from config.xpos_origin. 10000 is config.xpos_theta, 512 is xpos_scale_base.
+    `dtype` is that of the real parts, float32 or float64; the computation is in float64. Raises
+    ValueError for a length past config.xpos_limit().
     """
     if length > config.xpos_limit():
         raise ValueError(
@@ -244,8 +251,8 @@ def xpos_tables(
     D = config.head_dim
     two_i = torch.arange(0, D, 2, dtype=torch.float64)  # (D/2,)
     n = torch.arange(length, dtype=torch.float64)[:, None, None] - config.xpos_origin
-    theta = config.xpos_theta ** (-two_i / D)
-    zeta = (two_i / D + 0.4) / 1.4
+    theta = config.xpos_theta ** (-two_i / D)  # (D/2,)
+    zeta = (two_i / D + 0.4) / 1.4  # (D/2,)
     sign = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)  # (2, 1): query, key
     size = zeta ** (sign * n / config.xpos_scale_base)  # (length, 2, D/2)
     tables = torch.polar(size, (n * theta).expand(-1, 2, -1))
@@ -258,20 +265,20 @@ def rotate(x: Tensor, tables: Tensor) -> Tensor:
     Channels 2i and 2i+1 are the real and imaginary part of one number."""
     wide = x.float() if tables.dtype == torch.complex64 else x
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (B, T, H, 2, D/2)
-    turned = pairs * tables[: x.shape[1], None]
+    turned = pairs * tables[: x.shape[1], None]  # (T, 1, 2, D/2): all heads alike
     return torch.view_as_real(turned).flatten(-2).type_as(x)  # (B, T, H, 2, D)
 
 
 # --------------------------------------------------------------------------------------------------
 # 3. The block
 #
-# Every `mask` is None, and costs nothing, unless a growth is under way (grow.py). Then it holds 1
-# for what was there before, and c in [0, 1] for what is new. Masks are buffers outside the state
-# dict: a growth changes none of its keys.
+# Every `mask` is None, and costs nothing, unless a growth is under way. Then it holds 1 for what
+# was there before, and c in [0, 1] for what is new (FLM.set_masks, section 4). Masks are buffers
+# outside the state dict: a growth changes none of its keys.
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the live channels (MSG, arXiv 2305.02869): (B, T, C) -> (B, T, C).
+    """LayerNorm (B, T, C) -> (B, T, C), in which a channel counts as much as its mask (MSG).
 
     The mask weighs the mean and the variance, and multiplies the output. So nothing reads the
     new channels of the residual stream while c = 0."""
@@ -284,9 +291,9 @@ class LayerNorm(nn.LayerNorm):
         if self.mask is None:
             return super().forward(x)
         c = self.mask.to(x.dtype)
-        live = c.sum()
-        mean = (x * c).sum(-1, keepdim=True) / live
-        var = ((x - mean).square() * c).sum(-1, keepdim=True) / live
+        total = c.sum()  # how many channels count: C once every c is 1
+        mean = (x * c).sum(-1, keepdim=True) / total
+        var = ((x - mean).square() * c).sum(-1, keepdim=True) / total
         return ((x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias) * c
 
 
@@ -316,8 +323,8 @@ class Attention(nn.Module):
 
         tables: xPos's factors for the positions of x, at least (T, 2, D/2).
         visible: bool (B or 1, 1, T, S), what each query may attend to; None: causal attention.
-        cache: where the keys and values of earlier tokens are, and where these ones go.
-        layer: the global number of this block, under which the cache keeps its keys and values.
+        cache: where the keys and values of earlier tokens are, and where these ones go (section 6).
+        layer: the number of this block in the whole model, under which the cache keeps them.
         """
         qkv = self.qkv(x).unflatten(-1, (-1, 3, self.D))  # (B, T, H, 3, D)
         qk, v = qkv.split((2, 1), dim=3)  # (B, T, H, 2, D), (B, T, H, 1, D)
@@ -325,11 +332,11 @@ class Attention(nn.Module):
         v = v.squeeze(3).transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, H, S, D) each
-        causal = visible is None and q.shape[2] > 1
+        causal = visible is None and q.shape[2] > 1  # a single query sees all that is there
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal)
         y = y.transpose(1, 2)  # (B, T, H, D)
         if self.mask is not None:
-            y = y * self.mask[:, None].to(y.dtype)
+            y = y * self.mask[:, None].to(y.dtype)  # (H, 1)
         return self.o(y.flatten(2))  # (B, T, H*D) -> (B, T, C)
 
 
@@ -361,7 +368,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ff_norm = LayerNorm(config.d_model, config.layer_norm_eps)
         self.ff = FeedForward(config)
-        self.register_buffer("mask", None, persistent=False)  # ()
+        self.register_buffer("mask", None, persistent=False)  # (), for a block that is new
 
     def forward(
         self,
@@ -385,9 +392,10 @@ class Block(nn.Module):
 class FLM(nn.Module):
     """The decoder: tokens (B, T) int64 -> logits (B, T, V).
 
-    layers: the global numbers of the blocks to build (all of them by default).
+    layers: the numbers of the blocks to build (by default all: 0 .. L-1).
     embed, head: whether the embedding, and the final LayerNorm with the head, are here.
-    A pipeline stage is this class with parts left out: hidden states (B, T, C) go in or come out.
+    A pipeline stage (parallel.py) is this class with parts left out: hidden states (B, T, C) go in
+    or come out.
     The constructor only allocates; muP.init_weights(model, seed) fills the parameters.
     """
 
@@ -410,7 +418,7 @@ class FLM(nn.Module):
         self._derive()
 
     def _derive(self):
-        """Set what follows from the rest: the tied head, and xPos's tables, fp32 or wider."""
+        """Set what follows from the rest: the tied head, and xPos's tables, in fp32 or float64."""
         tied = self.config.tie_embeddings
         if tied and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.weight
@@ -439,9 +447,9 @@ class FLM(nn.Module):
     ) -> Tensor:
         """Tokens (B, T) -> logits (B, T, V), or (B, 1, V) with `last_only`.
 
-        targets: (B, T); then the result is loss_sum(logits, targets), a number, and all logits
-        never exist at once.
-        cache: x continues what the cache holds.
+        targets: (B, T); then the result is loss_sum(logits, targets) of section 5, a number, and
+        all logits never exist at once.
+        cache: a KVCache (section 6); x continues what it holds.
         blockwise: blockwise causal attention (arXiv 2212.10554, section 3.2), for inference past
         the trained length: a query sees its own block of max_seq_len/2 positions and the block
         before. Training never uses it.
@@ -450,7 +458,7 @@ class FLM(nn.Module):
         T, config = x.shape[1], self.config
         start, pad = (0, None) if cache is None else (cache.length, cache.pad)
         block_length = max(1, config.max_seq_len // 2) if blockwise else None
-        visible = visible_slots(start, T, pad, block_length, x.device)
+        visible = visible_slots(start, T, pad, block_length, x.device)  # None: causal attention
         tables = self._tables(start, T, cache)
         if self.embedding is not None:
             x = self.embedding(x) * config.input_mult  # (B, T) -> (B, T, C)
@@ -557,9 +565,9 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats, summed over the supervised tokens (section 2.2).
 
     logits (B, T, V); targets (B, T), with IGNORE where a token is not supervised. It is a sum
-    because the loss is divided once, by the number of supervised tokens in the whole batch. A
-    teacher row supervises few tokens, so means of micro-batches or ranks would weigh tokens
-    differently."""
+    because the loss is divided once, by the number of supervised tokens in the whole batch. A row
+    of the teacher signal supervises few tokens, so a mean over each part of a batch would weigh
+    tokens differently."""
     wide = logits.double() if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(
         wide.flatten(0, -2), targets.flatten(), ignore_index=IGNORE, reduction="sum"
@@ -567,13 +575,15 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class HeadLoss(torch.autograd.Function):
-    """loss_sum(head(hidden), targets), some rows at a time; N here is the number of tokens.
+    """loss_sum(head(hidden), targets), some rows (tokens) at a time, without all logits at once.
 
-    hidden (N, C), weight (V, C), targets (N,), with_gradient: whether a backward pass may follow.
+    hidden (B*T, C), weight (V, C), targets (B*T,), with_gradient: whether a backward pass may
+    follow. (forward cannot find out: PyTorch switches gradients off in it.)
 
     The logits of 3072 tokens over 50,304 words are 620 MB, and so is each step of their softmax
     and its gradient: memory takes more time than arithmetic. Here a piece of the logits lives
-    only until its gradient, softmax - one-hot, is multiplied into those of hidden and weight."""
+    only until its gradient, softmax - one-hot, is multiplied into those of hidden and weight. So
+    forward computes the gradients too, and backward only multiplies them by d_total."""
 
     PIECE = 2**25  # logits held at a time
 
@@ -594,13 +604,13 @@ class HeadLoss(torch.autograd.Function):
                 t = targets[i : i + rows, None]  # (rows, 1)
                 supervised = t != IGNORE
                 t = t.masked_fill(~supervised, 0)  # an id outside the vocabulary fails in gather
-                z = (x @ w.T).to(total.dtype)  # (rows, V)
+                z = (x @ w.T).to(total.dtype)  # logits (rows, V); then, in place, what follows
                 z -= z.amax(-1, keepdim=True)
-                chosen = z.gather(-1, t)
-                Z = z.exp_().sum(-1, keepdim=True)
-                total += ((Z.log() - chosen) * supervised).sum()
+                chosen = z.gather(-1, t)  # (rows, 1)
+                normalizer = z.exp_().sum(-1, keepdim=True)  # (rows, 1)
+                total += ((normalizer.log() - chosen) * supervised).sum()
                 if with_gradient:
-                    z *= supervised / Z  # softmax
+                    z *= supervised / normalizer  # softmax; 0 where not supervised
                     z.scatter_add_(-1, t, -supervised.to(z.dtype))  # - one-hot
                     z = z.to(dtype)
                     d_hidden[i : i + rows] = z @ w
@@ -617,7 +627,7 @@ class HeadLoss(torch.autograd.Function):
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Generation
+# 6. The cache
 
 
 def visible_slots(
@@ -626,14 +636,14 @@ def visible_slots(
     """Which of the S = start+T slots each of the last T queries may attend to.
 
     pad (B,): slots at the left of each row that hold padding. block: length of a block of
-    blockwise attention. Returns bool (B or 1, 1, T, S); or None, where causal attention, which
-    SDPA does faster without a mask, is all that is asked for."""
+    blockwise attention. Returns bool (B or 1, 1, T, S); or None where plain causal attention is
+    asked for, which F.scaled_dot_product_attention does faster without a mask."""
     if block is None and pad is None and (start == 0 or T == 1):
         return None
     q = torch.arange(start, start + T, device=device)[:, None]  # (T, 1)
     k = torch.arange(start + T, device=device)  # (S,)
     left = torch.zeros(1, dtype=torch.long, device=device) if pad is None else pad
-    left = left[:, None, None]  # (B or 1, 1, 1)
+    left = left[:, None, None]  # (B or 1, 1, 1): the first slot that is no padding
     visible = (k <= q) & (k >= left)  # (B or 1, T, S)
     if block is not None:
         visible &= (q - left) // block - (k - left) // block <= 1
@@ -667,126 +677,3 @@ class KVCache:
             slots[:, :, self.length : end] = fresh
         keys, values = self.kv[layer]
         return keys[:, :, :end], values[:, :, :end]
-
-
-def choose(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> int:
-    """One token from logits (V,): the most likely one at temperature 0, else a draw.
-
-    The draw is among the `top_k` most likely (0: all), cut to the smallest set whose probability
-    reaches `top_p`."""
-    if temperature == 0:
-        return int(logits.argmax())
-    scaled = (logits.double() - logits.max()) / temperature
-    scaled, ids = scaled.sort(descending=True, stable=True)
-    if top_k:
-        scaled, ids = scaled[:top_k], ids[:top_k]
-    p = scaled.softmax(-1)
-    p = p * (p.cumsum(-1) - p < top_p)  # what precedes a token has not reached top_p
-    return int(ids[torch.multinomial(p, 1, generator=generator)])
-
-
-def check_generation(
-    config: FLMConfig,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    capacity: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    allowed: Tensor | None,
-):
-    """Raise ValueError with every argument of `generate` that is out of range."""
-    V, longest, problems = config.vocab_size, max(map(len, prompts), default=0), []
-    if not prompts:
-        problems.append("no prompt given")
-    for i, prompt in enumerate(prompts):
-        outside = [token for token in prompt if not 0 <= token < V]
-        if not prompt:
-            problems.append(f"prompt {i} is empty: give at least one token")
-        elif outside:
-            token = outside[0]
-            problems.append(f"prompt {i} holds the token {token}: the vocabulary ends at {V - 1}")
-    if max_new_tokens < 1:
-        problems.append(f"max_new_tokens = {max_new_tokens}: must be at least 1")
-    needed = longest + max(max_new_tokens, 1) - 1
-    if needed > capacity:
-        problems.append(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones need {needed} cache "
-            f"slots, there are {capacity}: give a shorter prompt, fewer new tokens "
-            f"(--max-new-tokens), or more slots (--cache {needed}; the model was trained at "
-            f"{config.max_seq_len}, and past that xPos carries best with --blockwise)"
-        )
-    if not 0 <= temperature < math.inf:
-        problems.append(f"temperature = {temperature}: must be 0 (the likeliest token) or above")
-    if top_k < 0:
-        problems.append(f"top_k = {top_k}: must be 0 (off) or above")
-    if not 0 < top_p <= 1:
-        problems.append(f"top_p = {top_p}: must lie in (0, 1]")
-    if allowed is not None and not (len(allowed) <= V and allowed.any()):
-        marked = f"{int(allowed.sum())} of {len(allowed)} ids"
-        problems.append(f"allowed marks {marked}: must mark at least one, of at most {V}")
-    refuse(problems, "cannot generate:")
-
-
-@torch.inference_mode()
-def generate(
-    model: FLM,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: tuple[int, ...] = (),
-    allowed: Tensor | None = None,
-    capacity: int | None = None,
-    blockwise: bool = False,
-    on_token: Callable[[int, int], None] | None = None,
-) -> list[list[int]]:
-    """Continue each prompt by at most `max_new_tokens` tokens; returns the new tokens of each.
-
-    prompts: lists of token ids, of any lengths.
-    temperature, top_k, top_p: see `choose`. Row i draws from a generator of its own, (seed, i).
-    stop: ids that end a row; they are not returned.
-    allowed: bool (at most V,), the ids that may be drawn. A padded vocabulary has rows that no
-    tokenizer decodes.
-    capacity: cache slots, by default the trained length. n prompt tokens and M new ones need
-    n + M - 1: nothing reads the last one.
-    blockwise: see FLM.forward.
-    on_token(row, id): called for each new token.
-    Raises ValueError that names every argument out of range, or where logits are NaN or infinite.
-    """
-    capacity = model.config.max_seq_len if capacity is None else capacity
-    check_generation(
-        model.config, prompts, max_new_tokens, capacity, temperature, top_k, top_p, allowed
-    )
-    device, longest = model.xpos.device, max(map(len, prompts))
-    pads = [longest - len(prompt) for prompt in prompts]
-    padded = [[prompt[0]] * n + list(prompt) for prompt, n in zip(prompts, pads)]
-    x = torch.tensor(padded, device=device)  # (B, longest)
-    cache = KVCache(model, capacity, torch.tensor(pads, device=device) if any(pads) else None)
-    seeds = [(seed * 1_000_003 + row) % 2**63 for row in range(len(prompts))]
-    generators = [torch.Generator().manual_seed(row_seed) for row_seed in seeds]
-    new, live = [[] for _ in prompts], set(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        logits = model(x, cache=cache, blockwise=blockwise, last_only=True)[:, -1].float().cpu()
-        if not logits.isfinite().all():
-            raise ValueError("the model's logits are not finite numbers: the run diverged")
-        if allowed is not None:
-            logits[:, : len(allowed)].masked_fill_(~allowed, -math.inf)
-            logits[:, len(allowed) :] = -math.inf
-        picked = [choose(z, temperature, top_k, top_p, g) for z, g in zip(logits, generators)]
-        for row in sorted(live):
-            if picked[row] in stop:
-                live.discard(row)
-                continue
-            new[row].append(picked[row])
-            if on_token is not None:
-                on_token(row, picked[row])
-        if not live:
-            break
-        x = torch.tensor(picked, device=device)[:, None]  # (B, 1)
-    return new

@@ -55,7 +55,8 @@ from tqdm import tqdm
 import console
 from checkpoint import load_model, pick_device
 from data import EMOJI, decodable, get_tokenizer, prepare
-from flm import KVCache, generate
+from flm import KVCache
+from sample import generate
 
 # --------------------------------------------------------------------------------------------------
 # 1. Items

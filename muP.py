@@ -1,9 +1,10 @@
-"""muP.py - the maximal update parametrization of FLM-101B (section 3; TP-V, arXiv 2203.03466).
+"""muP.py - the maximal update parametrization of FLM-101B (section 3; arXiv 2203.03466).
 
-A narrow proxy (width 256) is cheap enough for a search over learning rate, init std and output
-multiplier. muP says how each must change with the width, so that what the search found holds for
-the wide model. m is the ratio of a width to the proxy's (FLMConfig.m_width, .m_attn, .m_ff),
-s = init_std, n = the learning rate:
+A narrow model of the same depth, the proxy (width 256), is cheap enough for a search over learning
+rate, init std (the standard deviation of the initial values) and output multiplier. muP says how
+each must change with the width, so that what the search found holds for the wide model. m is the
+ratio of a matrix's fan-in to the proxy's (FLMConfig.m_width, .m_attn, .m_ff), L the number of
+layers, s = init_std, n = the learning rate, wd = the weight decay:
 
     parameter                     init std         AdamW lr   weight decay   forward
     embedding (tied or not)       s                n          wd             x input_mult
@@ -19,12 +20,13 @@ s = init_std, n = the learning rate:
 The standard parametrization is this table with every m = 1. `mup=False` in the config sets that
 and changes nothing else. At the base width both are the same model, bit for bit.
 
-Every value is a plain number in the config or in a parameter group, never an attribute of a
-tensor: it survives torch.compile, DTensor, fully_shard, checkpoints and growth.
+Every value is a plain number in the config or in one of the optimizer's parameter groups, never an
+attribute of a tensor: it survives torch.compile, a model cut over processes (parallel.py),
+checkpoints and growth (grow.py).
 
 The paper's search found n = 4e-4, s = 1.6e-2 and output_mult = 2.0 at width 256 with 2 heads.
 
-Read from top to bottom:
+"TP-V" below is that paper, Tensor Programs V. Read from top to bottom:
 
     1. the parametrization     the table above
     2. the coordinate check    are the layers' outputs as large in a wide model as in a narrow one?
@@ -54,7 +56,9 @@ from flm import FLM, FLMConfig, loss_sum, parse_fields, preset
 
 
 def kind(name: str) -> str:
-    """The table's row of a parameter: vector, embedding, head, qkv, o, up or down.
+    """The row of a parameter in the table above: vector, embedding, head, qkv, o, up or down.
+
+    "vector" is a bias, or the gain or bias of a LayerNorm; qkv is q, k and v in one matrix.
 
     >>> kind("layers.3.attn.qkv.weight"), kind("layers.3.attn.qkv.bias"), kind("norm.weight")
     ('qkv', 'vector', 'vector')
@@ -87,9 +91,11 @@ def initial_value(
 ) -> Tensor:
     """The whole initial tensor of the parameter `name`: fp32, on the CPU.
 
-    It is a function of (seed, name, number of growths so far) alone. Who needs a slice draws the
-    whole and cuts it, so every layout and every rank starts from the same numbers. A tied head is
-    the embedding, wherever it is. (Our choice; the paper does not say how it draws.)
+    The numbers depend on (seed, name, growths) alone, and the configuration scales them. growths:
+    how often the model has grown (grow.py draws for its new weights too). A process that holds a
+    slice of a parameter draws the whole and cuts it, so the weights are the same however the model
+    is cut. A tied head is the embedding, also where the two lie on different processes. (Our
+    choice; the paper does not say how it draws.)
     """
     if kind(name) == "vector":
         return torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
@@ -111,10 +117,10 @@ def init_weights(model: FLM, seed: int) -> FLM:
 def param_groups(model: FLM, lr: float, weight_decay: float) -> list[dict]:
     """AdamW's parameter groups, one for each pair of m and decay in the table (TP-V).
 
-    Each carries `lr_scale` = 1/m: a learning-rate schedule sets group["lr"] to its value times
-    group["lr_scale"]. AdamW multiplies decay by the learning rate, so decay is multiplied by m:
-    what a step takes off a weight does not depend on the width. Biases and LayerNorms do not
-    decay.
+    lr: the proxy's learning rate. Each group has `lr_scale` = 1/m beside its own "lr": who changes
+    the learning rate sets group["lr"] to the new one times group["lr_scale"]. AdamW multiplies
+    decay by the learning rate, so decay is multiplied by m: what a step takes off a weight does not
+    depend on the width. Biases and LayerNorms do not decay.
     """
     rows: dict[tuple, list] = {}
     for name, parameter in model.named_parameters():
@@ -128,18 +134,23 @@ def param_groups(model: FLM, lr: float, weight_decay: float) -> list[dict]:
 
 # --------------------------------------------------------------------------------------------------
 # 2. The coordinate check (TP-V; microsoft/mup has one as a test)
+#
+# Models of several widths take a few steps of AdamW. Under muP the outputs of every layer stay as
+# large in the wide models as in the narrow ones; under the standard parametrization they do not.
 
-SMALL = {"n_layers": 2, "head_dim": 16, "max_seq_len": 128}  # of "demo": seconds on a laptop
+SMALL = {"n_layers": 2, "head_dim": 16, "max_seq_len": 128}  # the preset "demo", but faster
 LAYERS = ("embedding", "attn_norm", "q", "k", "v", "attn.o")
 LAYERS += ("ff_norm", "ff.up", "ff.down", "block", "norm", "logits")
-# A size grows as width^p. In a flat layer p = 0. The weakest sign of a fault, initial values that
-# do not shrink with the width, has p = 1/2. The limit lies between the two.
+# A layer's mean |activation|, its "size", grows as width^p. In a "flat" layer p = 0. The weakest
+# sign of a fault, initial values that do not shrink with the width, has p = 1/2. The limit lies
+# between the two.
 LIMIT = 1 / 3
-ENOUGH_SEEDS = 4  # fewer do not show their own noise
+ENOUGH_SEEDS = 4  # with fewer, the spread between seeds is not known well enough
 
 
 def model_config(words: Iterable[str]) -> FLMConfig:
-    """The small model, changed by words FIELD=VALUE. Raises ValueError with every bad word."""
+    """The model of the check: preset "demo" with SMALL, changed by words FIELD=VALUE.
+    Raises ValueError with every bad word."""
     changes, problems = parse_fields(words)
     for name in ("d_model", "n_heads", "d_ff", "mup", "mup_base_width"):
         if name in changes:
@@ -179,29 +190,29 @@ def activations(model: FLM, tokens: Tensor) -> tuple[Tensor, dict[str, float]]:
     """The logits (B, T, V) and {kind of layer: mean |activation|}, read by forward hooks.
 
     The mean is over the batch and the blocks."""
-    seen, hooks = {name: [] for name in LAYERS}, []
+    D, seen, hooks = model.config.head_dim, {name: [] for name in LAYERS}, []
 
-    def watch(name, module, part=lambda y: y):
+    def watch(module: torch.nn.Module, *names: str):
         def hook(module, x, y):
-            seen[name].append(part(y).detach().abs().mean())
+            # The output of qkv is three layers: (B, T, 3*H*D) -> (B, T, H, D) each.
+            parts = y.unflatten(-1, (-1, 3, D)).unbind(-2) if len(names) == 3 else [y]
+            for name, part in zip(names, parts):
+                seen[name].append(part.detach().abs().mean())
 
         hooks.append(module.register_forward_hook(hook))
 
-    watch("embedding", model.embedding, lambda y: y * model.config.input_mult)
+    watch(model.embedding, "embedding")
     for block in model.layers.values():
-        for i, name in enumerate("qkv"):  # (B, T, 3*H*D) -> (B, T, H, D)
-            rows = (-1, 3, model.config.head_dim)
-            watch(name, block.attn.qkv, lambda y, i=i: y.unflatten(-1, rows)[..., i, :])
+        watch(block.attn.qkv, "q", "k", "v")
         for name in ("attn_norm", "attn.o", "ff_norm", "ff.up", "ff.down"):
-            watch(name, block.get_submodule(name))
-        watch("block", block)
-    watch("norm", model.norm)
-    watch("logits", model.head)
-    try:
-        logits = model(tokens)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            watch(block.get_submodule(name), name)
+        watch(block, "block")
+    watch(model.norm, "norm")
+    watch(model.head, "logits")
+    logits = model(tokens)
+    for hook in hooks:
+        hook.remove()
+    seen["embedding"][0] *= model.config.input_mult  # which the model multiplies in
     return logits, {name: torch.stack(values).mean().item() for name, values in seen.items()}
 
 
@@ -232,9 +243,9 @@ def coord_check(
     """Mean |activation| of models of several widths in their first steps of AdamW.
 
     Returns {"muP": sizes, "standard": sizes}; sizes are (widths, seeds, steps+1, LAYERS), the
-    narrowest width first. It is the base of both parametrizations, which agree there. batch:
-    tokens and targets (B, T). The learning rate should be larger than in training, which shows
-    more (microsoft/mup's advice)."""
+    narrowest width first. The narrowest is the base width (m = 1), where the two are one model.
+    batch: tokens and targets (B, T). A learning rate larger than in training shows more
+    (microsoft/mup's advice)."""
     configs, sizes = at_widths(config, widths), {}
     for name in ("muP", "standard"):
         choice = {"mup": name == "muP", "mup_base_width": min(configs)}
@@ -302,7 +313,7 @@ def print_table(sizes: dict[str, Tensor], widths: list[int]):
 
 
 def named_means(sizes: dict[str, Tensor], widths: list[int]) -> dict:
-    """{parametrization: {width: [{kind of layer: mean over the seeds} at step 0, 1, ...]}}."""
+    """sizes for a JSON file: {parametrization: {width: [{layer: mean over seeds}, one a step]}}."""
     means = {name: values.mean(1).tolist() for name, values in sizes.items()}
     return {
         name: {w: [dict(zip(LAYERS, row)) for row in rows] for w, rows in zip(widths, mean)}
@@ -310,8 +321,30 @@ def named_means(sizes: dict[str, Tensor], widths: list[int]) -> dict:
     }
 
 
-def run_coord_check(args: argparse.Namespace) -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="muP.py", description="muP: tune small, train large.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser(
+        "coord-check",
+        help="is every layer's output as large in a wide model as in a narrow one?",
+        description="Train models of several widths for a few steps, under muP and under the "
+        "standard parametrization. A layer's mean |activation| grows as width^p; p is 0 in a flat "
+        "layer. Exit code 0: muP is flat. 1: it is not. 3: cannot tell, the seeds differ too much.",
+    )
+    add = p.add_argument
+    add("--widths", type=int, nargs="+", default=[32, 64, 128, 256], metavar="C")
+    add("--seeds", type=int, nargs="+", default=list(range(8)), metavar="N", help="at least 4")
+    add("--steps", type=int, default=3, metavar="N", help="steps of AdamW (default 3)")
+    add("--lr", type=float, default=0.01, help="learning rate at the least width (default 0.01)")
+    add("--model", nargs="+", default=[], metavar="FIELD=VALUE", help="change the small model")
+    add("--json", default="runs/coord-check.json", metavar="FILE", help="default %(default)s")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
     """`python muP.py coord-check`; returns the exit code."""
+    args = make_parser().parse_args(argv)
     torch.set_num_threads(1)  # models this small are fastest so
     widths, seeds = sorted(set(args.widths)), sorted(set(args.seeds))
     if len(widths) < 2 or args.steps < 1 or not 0 < args.lr < math.inf:
@@ -341,32 +374,6 @@ def run_coord_check(args: argparse.Namespace) -> int:
     Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     print(f"numbers: {args.json}")
     return EXIT_CODES[result]
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="muP.py", description="muP: tune small, train large.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser(
-        "coord-check",
-        help="is every layer's output as large in a wide model as in a narrow one?",
-        description="Train models of several widths for a few steps, under muP and under the "
-        "standard parametrization. A layer's mean |activation| grows as width^p; p is 0 in a flat "
-        "layer. Exit code 0: muP is flat. 1: it is not. 3: cannot tell, the seeds differ too much.",
-    )
-    add = p.add_argument
-    add("--widths", type=int, nargs="+", default=[32, 64, 128, 256], metavar="C")
-    add("--seeds", type=int, nargs="+", default=list(range(8)), metavar="N", help="at least 4")
-    add("--steps", type=int, default=3, metavar="N", help="steps of AdamW (default 3)")
-    add("--lr", type=float, default=0.01, help="learning rate at the least width (default 0.01)")
-    add("--model", nargs="+", default=[], metavar="FIELD=VALUE", help="change the small model")
-    add("--json", default="runs/coord-check.json", metavar="FILE", help="default %(default)s")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`python muP.py`; returns the exit code."""
-    return run_coord_check(make_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

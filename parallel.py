@@ -13,6 +13,7 @@ PyTorch's own engine:
     3. tensor parallelism  a table from module name to placement
     4. build_parts         this rank's share of the model, cut and wrapped
     5. Worker              what a rank does in a step
+    6. connect, leave      starting and ending together under torchrun; ranks that are lost
 
 A rank is one process, usually with one GPU. The ranks form a mesh with three axes: pp, dp, tp.
 With --pp 2 --dp 2 --tp 2:
@@ -40,15 +41,19 @@ import datetime
 import functools
 import os
 import platform
+import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
@@ -73,6 +78,8 @@ from flm import FLM, FLMConfig, loss_sum
 
 # --------------------------------------------------------------------------------------------------
 # 1. Layouts
+
+PATIENCE = 10  # seconds after which a rank says for whom it waits
 
 # Pipeline schedule -> how many pipeline stages one rank holds.
 PIPELINE_SCHEDULES = {"1F1B": 1, "GPipe": 1, "Interleaved1F1B": 2}
@@ -206,13 +213,15 @@ def rows_needed(layout: Layout, rows: int, micro: int) -> int:
 
 @dataclass(frozen=True)
 class World:
-    """This rank among the others. In one process, mesh and control are None."""
+    """This rank among the others. In one process there is no mesh and no process group."""
 
     layout: Layout = Layout()
     rank: int = 0
     mesh: DeviceMesh | None = None  # axes pp, dp, tp
-    control: dist.ProcessGroup | None = None  # all ranks, on the CPU: plain numbers, checkpoints
+    control: dist.ProcessGroup | None = None  # all ranks: plain numbers, checkpoints
     neighbours: int = 1  # ranks on this machine
+    roll_call: dist.ProcessGroup | None = None  # all ranks: who still answers after a failure
+    timeout: datetime.timedelta = datetime.timedelta(minutes=10)  # of every wait for another rank
 
     @property
     def size(self) -> int:
@@ -257,11 +266,7 @@ class World:
 
         A ValueError or OSError of any rank is raised on all ranks, so that no rank waits for one
         that has left. ValueError, with the number of each rank, where the ranks' errors differ."""
-        result, failure = None, None
-        try:
-            result = action(*args, **options)
-        except (ValueError, OSError) as error:
-            failure = error
+        result, failure = attempt(action, *args, **options)
         failures = self.gather(failure)
         if not any(failures):
             return result
@@ -275,62 +280,57 @@ class World:
 
     def on_rank_0(self, action: Callable, *args, **options):
         """Run action(*args, **options) on rank 0 alone; its result, or its ValueError or OSError,
-        on every rank."""
-        result, failure = None, None
+        on every rank.
+
+        This may take hours (to grow a checkpoint): the others wait as long as rank 0 lives."""
+        outcome = None
         if self.rank == 0:
-            try:
-                result = action(*args, **options)
-            except (ValueError, OSError) as error:
-                failure = error
-        result, failure = self.broadcast_from_rank_0((result, failure))
+            with self.others_wait():
+                outcome = attempt(action, *args, **options)
+            self.broadcast_from_rank_0(outcome)
+        while outcome is None:
+            outcome = self.broadcast_from_rank_0(None)
+        result, failure = outcome
         if failure:
             raise failure
         return result
 
+    @contextlib.contextmanager
+    def others_wait(self):
+        """Rank 0 is busy: a thread sends None to the other ranks, four times in each timeout."""
+        done = threading.Event()
 
-def connect() -> World:
-    """Connect to the other ranks that torchrun started. The layout comes later, when all agree.
+        def send():
+            while not done.wait(self.timeout.total_seconds() / 4):
+                self.broadcast_from_rank_0(None)
 
-    Raises ValueError where torchrun would restart ranks that could then not find each other."""
-    restarts = int(os.environ["TORCHELASTIC_MAX_RESTARTS"])
-    if restarts and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
-        raise ValueError(
-            "--max-restarts: restarted processes would look for each other at the addresses of the "
-            "dead ones, which torchrun (PyTorch 2.13) keeps; start it with\n"
-            "  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts ..."
-        )
-    # With fewer GPUs than ranks, --device cpu still works.
-    if dist.get_node_local_rank() < torch.cuda.device_count():
-        torch.cuda.set_device(dist.get_node_local_rank())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    # The ranks wait in the control group while rank 0 grows a checkpoint or prepares a corpus:
-    # hours, for a large one.
-    control = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
-    world = World(rank=dist.get_rank(), control=control)
-    machines = world.gather(platform.node())
-    return dataclasses.replace(world, neighbours=machines.count(platform.node()))
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
 
-def leave(world: World, code: int):
-    """End this process with os._exit.
-
-    Python's normal shutdown aborts in gloo's threads about one time in five. After a failure the
-    other ranks are not waited for."""
-    if code == 0:
-        world.gather(None)
-    elif world.rank > 0:
-        time.sleep(1)  # torchrun stops all ranks when one has failed: let rank 0 say why
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def attempt(action: Callable, *args, **options) -> tuple:
+    """(the result of action(*args, **options), None), or (None, its ValueError or OSError)."""
+    try:
+        return action(*args, **options), None
+    except (ValueError, OSError) as error:
+        return None, error
 
 
 def arrange(world: World, layout: Layout, device: torch.device) -> World:
     """The same world with a layout and its mesh. All ranks call this with the same layout."""
     if layout.size == 1:  # no mesh, and nothing to cut the optimizer over
         return dataclasses.replace(world, layout=dataclasses.replace(layout, shard_optimizer=False))
-    shape = (layout.pp, layout.dp, layout.tp)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("pp", "dp", "tp"))
+    ranks = torch.arange(layout.size).view(layout.pp, layout.dp, layout.tp)
+    groups = []
+    for axis in range(3):  # not init_device_mesh: its groups would have a timeout of their own
+        lines = ranks.movedim(axis, -1).flatten(0, 1).tolist()  # each line: ranks along this axis
+        groups.append(dist.new_subgroups_by_enumeration(lines, timeout=world.timeout)[0])
+    mesh = DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("pp", "dp", "tp"))
     return dataclasses.replace(world, layout=layout, mesh=mesh)
 
 
@@ -354,16 +354,18 @@ def tensor_parallel(part: FLM, mesh: DeviceMesh, sequence_parallel: bool):
     The residual stream (B, T, C) between the cut matrices is whole on each rank; with
     sequence_parallel, each rank holds T/tp positions of it."""
     stream = Shard(1) if sequence_parallel else Replicate()
-    # ColwiseParallel cuts the rows of a weight (out, in), so each rank computes a part of the
-    # outputs. RowwiseParallel cuts its columns, so each rank computes a part of the sum.
-    into_block = ColwiseParallel(input_layouts=stream)  # Shard(1): all-gather. Backward: Partial
-    # meets `stream`: reduce-scatter (Shard(1)) or all-reduce (Replicate()).
-    out_of_block = RowwiseParallel(output_layouts=stream)  # Partial meets `stream`: reduce-scatter
-    # (Shard(1)) or all-reduce (Replicate()). Backward: all-gather for Shard(1), else nothing.
+    # Cut by rows of the weight (out, in): each rank computes some of the outputs. Forward: under
+    # Shard(1) an all-gather of the positions. Backward: the sum of the inputs' gradients, with a
+    # reduce-scatter (Shard(1)) or an all-reduce (Replicate()).
+    into_block = ColwiseParallel(input_layouts=stream)
+    # Cut by columns: each rank computes some terms of every output. Forward: their sum, with a
+    # reduce-scatter (Shard(1)) or an all-reduce (Replicate()). Backward: under Shard(1) an
+    # all-gather.
+    out_of_block = RowwiseParallel(output_layouts=stream)
     table = {
-        # Each rank looks up the words that it holds, 0 for others: reduce-scatter or all-reduce.
+        # Each rank looks up the words that it holds, 0 for others. Forward: their sum, as above.
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
-        # Shard(1): all-gather. Each rank keeps the logits of V/tp words; see loss_parallel.
+        # As into_block; each rank keeps the logits of V/tp words, for loss_parallel.
         "head": ColwiseParallel(
             input_layouts=stream, output_layouts=Shard(-1), use_local_output=False
         ),
@@ -401,9 +403,9 @@ def set_masks(part: FLM, record: dict | None, c: float, layout: Layout, mesh: De
     tp = mesh["tp"]
 
     def replicate(mask):
-        return (
-            None if mask is None else DTensor.from_local(mask, tp, [Replicate()], run_check=False)
-        )
+        if mask is None:
+            return None
+        return DTensor.from_local(mask, tp, [Replicate()], run_check=False)
 
     def shard(mask):
         return None if mask is None else mask.chunk(layout.tp)[tp.get_local_rank()]
@@ -475,15 +477,15 @@ class Stopped(Exception):
 
 
 @functools.cache
-def group_of_tied_ends(mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """The process group of the first and the last pp rank with this rank's (dp, tp).
+def group_of_tied_ends(mesh: DeviceMesh, timeout: datetime.timedelta) -> dist.ProcessGroup | None:
+    """The process group of the first and the last pp rank with this rank's dp and tp coordinates;
+    None on the pp ranks between them.
 
-    None on the pp ranks between them. Cached: a run that grows builds several Workers, and a
-    process group is never freed. All ranks must call this together."""
-    if mesh["pp"].size() == 2:
+    Cached: a run that grows builds several Workers, and a process group is never freed."""
+    if len(mesh.mesh) == 2:
         return mesh.get_group("pp")
     pairs = mesh.mesh[[0, -1]].flatten(1).T.tolist()  # (dp*tp, 2) ranks
-    return dist.new_subgroups_by_enumeration(pairs)[0]
+    return dist.new_subgroups_by_enumeration(pairs, timeout=timeout)[0]
 
 
 class Worker:
@@ -505,7 +507,7 @@ class Worker:
             self.ddp = data_parallel(parts[0], world.mesh["dp"])
         if self.config.tie_embeddings and layout.pp > 1:
             # The embedding and the head are two parameters on two ranks, with one gradient.
-            self.tie = group_of_tied_ends(world.mesh)
+            self.tie = group_of_tied_ends(world.mesh, world.timeout)
             if world.at("pp") == 0:
                 self.tied_end = parts[0].embedding.weight
             elif world.last:
@@ -543,11 +545,9 @@ class Worker:
         tokens, targets: (b, T), the rows of this dp rank; micro: rows of one forward pass.
         Returns zeros on ranks that do not have the last pipeline stage."""
         x, y = tokens.to(self.device), targets.to(self.device)
+        run = self.run_pipeline if self.world.layout.pp > 1 else self.run_micro_batches
         with self.loss_over_shards():
-            if self.world.layout.pp > 1:
-                total = self.run_pipeline(x, y, micro, score or loss_sum)
-            else:
-                total = self.run_micro_batches(x, y, micro, score)
+            total = run(x, y, micro, score or loss_sum)
         self.reshard()
         return total
 
@@ -574,7 +574,7 @@ class Worker:
             if self.world.layout.pp > 1:
                 nats = self.run_pipeline(x, y, micro, loss_sum, self.scale)
             else:
-                nats = self.run_micro_batches(x, y, micro, None, self.scale, stop)
+                nats = self.run_micro_batches(x, y, micro, loss_sum, self.scale, stop)
         if self.tied_end is not None:  # both ends get the sum of their gradients
             dist.all_reduce(local(self.tied_end.grad), group=self.tie)
         return nats.item() if self.world.at("tp") == 0 else 0.0
@@ -586,11 +586,12 @@ class Worker:
         maximum, the sum of exponentials and the target's logit of each token."""
         return loss_parallel() if self.world.layout.tp > 1 else contextlib.nullcontext()
 
-    def run_micro_batches(self, x, y, micro, score=None, scale=None, stop=None) -> torch.Tensor:
+    def run_micro_batches(self, x, y, micro, score, scale=None, stop=None) -> torch.Tensor:
         """Without a pipeline: forward passes of `micro` rows and, with `scale`, backward passes of
-        scale * loss. Returns the sum of the losses, or of score(logits, targets)."""
+        scale * loss. Returns score(logits, targets), summed over the micro-batches."""
         model = self.parts[0] if scale is None or self.ddp is None else self.ddp
-        whole_loss = score is None and self.world.layout.tp == 1  # needs no tensor of all logits
+        # The model itself computes the loss without a tensor of all logits.
+        by_model = score is loss_sum and self.world.layout.tp == 1
         autocast = self.arithmetic == torch.bfloat16 and not self.world.layout.sharded
         total = 0
         for i in range(0, len(x), micro):
@@ -599,10 +600,7 @@ class Worker:
             rows, targets = x[i : i + micro], y[i : i + micro]
             with self.gradient_exchange(model, scale is not None, last=i + micro >= len(x)):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-                    if whole_loss:
-                        value = model(rows, targets)
-                    else:
-                        value = (score or loss_sum)(model(rows), targets)
+                    value = model(rows, targets) if by_model else score(model(rows), targets)
                 if scale is not None:
                     (value * scale).backward()
             total = total + local(value.detach())
@@ -693,3 +691,137 @@ def data_parallel(part: FLM, mesh: DeviceMesh) -> DistributedDataParallel:
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Starting and ending together, under torchrun
+
+
+def connect(timeout_minutes: float = 10) -> World:
+    """Connect to the other ranks that torchrun started. The layout comes later, when all agree.
+
+    timeout_minutes: how long a rank waits for another one, here and in every collective. Raises
+    ValueError where torchrun could not restart the ranks, TimeoutError where a rank is missing.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    # With fewer GPUs than ranks, --device cpu still works.
+    if dist.get_node_local_rank() < torch.cuda.device_count():
+        torch.cuda.set_device(dist.get_node_local_rank())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        store = open_store(rank, timeout)
+        call_ranks(store, rank, size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        roll_call = dist.new_group(backend="gloo", timeout=timeout)
+    except dist.DistError as error:
+        text = f"rank {rank} has not met the {size - 1} other ranks in {timeout_minutes:g} minutes"
+        raise TimeoutError(f"{text}: {str(error).splitlines()[0]}") from error
+    world = World(rank=rank, control=dist.group.WORLD, roll_call=roll_call, timeout=timeout)
+    machines = world.gather(platform.node())
+    return dataclasses.replace(world, neighbours=machines.count(platform.node()))
+
+
+def open_store(rank: int, timeout: datetime.timedelta) -> dist.Store:
+    """The key-value store through which the ranks find each other: torchrun's, or one on rank 0.
+
+    torchrun's store outlives a restart, so each start has keys of its own. Several torchruns do not
+    always count their restarts alike, so this works on one machine only."""
+    several_machines = os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]
+    shared = os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+    if shared and several_machines and os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+        raise ValueError(
+            "--max-restarts on several machines: restarted ranks would look for each other at the "
+            "addresses of the dead ones, which torchrun (PyTorch 2.13) keeps; start it with\n"
+            "  TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --rdzv-backend c10d --max-restarts ..."
+        )
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    notice = f"rank {rank} waits for an answer from {host}, port {port}: does rank 0 run there?"
+    timer = threading.Timer(PATIENCE, print, [notice], {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    serves = rank == 0 and not shared
+    store = dist.TCPStore(
+        host, port, is_master=serves, timeout=timeout, wait_for_workers=False, multi_tenant=True
+    )
+    timer.cancel()
+    start = os.environ["TORCHELASTIC_RESTART_COUNT"] if shared else "0"
+    return dist.PrefixStore(f"start {start}", store)
+
+
+def call_ranks(store: dist.Store, rank: int, size: int):
+    """Write into the store that this rank is here. Rank 0 says which ranks are late."""
+    keys = [f"rank {r} is here" for r in range(size)]
+    store.set(keys[rank], "")
+    if rank > 0:
+        return
+    try:
+        store.wait(keys, datetime.timedelta(seconds=PATIENCE))
+    except dist.DistStoreError:
+        late = [str(r) for r in range(size) if not store.check([keys[r]])]
+        print(f"waiting for {len(late)} of {size} ranks: {', '.join(late[:20])}", file=sys.stderr)
+
+
+def redirect_library_output(folder: Path, rank: int) -> Path:
+    """Send what libraries print to FOLDER/rank-N.log, for the rest of this process. Returns the
+    file. What our own code prints (sys.stdout, sys.stderr) stays on the screen.
+
+    PyTorch's C++ code and its loggers print on every rank, and much when a rank is lost. They hold
+    the streams that the process began with, so those get the file, and sys.stderr a new one."""
+    path = folder / f"rank-{rank}.log"
+    screen = open(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    log = open(path, "a", buffering=1)
+    os.dup2(log.fileno(), 2)
+    sys.stderr = screen
+
+    def to_log(message, category, filename, lineno, file=None, line=None):
+        log.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+    warnings.showwarning = to_log
+    return path
+
+
+def explain_lost_rank(world: World, error: RuntimeError) -> str | None:
+    """What to say of an error in a collective: which ranks do not answer any more, as far as this
+    rank can know. Empty where another rank knows it; None if the error has another cause.
+
+    Rank 0 asks all ranks, for half a timeout. The others wait longer for it: it leaves when it
+    knows. So all ranks end within twice the timeout."""
+    failed = "Timed out|Connection closed|Connection reset|Broken pipe"
+    in_collective = isinstance(error, dist.DistError) or re.search(failed, str(error))
+    if world.size == 1 or not in_collective:
+        return None
+    minutes = world.timeout.total_seconds() / 60
+    try:
+        wait = world.timeout / 2 if world.rank == 0 else world.timeout
+        dist.monitored_barrier(world.roll_call, wait, wait_all_ranks=True)
+        return (
+            f"all ranks answer, but one of them took over {minutes:g} minutes (--timeout-minutes)"
+        )
+    except RuntimeError as answer:
+        found = re.search(r"Ranks ([\d, ]+) failed", str(answer))
+        if found is None and "Timed out" not in str(answer):
+            return ""
+    lost = found[1] if found else "0"
+    return (
+        f"no answer from rank {lost} (for {minutes:g} minutes, or the connection was closed): this "
+        "job ends. torchrun --max-restarts N starts all ranks again, and train.py --auto-resume "
+        "goes on from the last checkpoint"
+    )
+
+
+def leave(world: World, code: int):
+    """End this process with os._exit, and where `code` is 2, a mistake, torchrun as well: it would
+    otherwise repeat the mistake --max-restarts times.
+
+    Python's normal shutdown aborts in gloo's threads about one time in five."""
+    if code == 0:
+        world.gather(None)
+    elif world.rank > 0:
+        time.sleep(1)  # torchrun stops all ranks when one has failed: let rank 0 say why
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 2 and dist.get_node_local_rank() == 0:
+        if os.environ["TORCHELASTIC_MAX_RESTARTS"] != "0":
+            os.kill(os.getppid(), signal.SIGTERM)
+    os._exit(code)

@@ -243,11 +243,7 @@ def default_corpus(tokenizer: str, tokenizer_file: str | None, config: FLMConfig
         encoding = data.get_tokenizer(tokenizer, tokenizer_file)
         check_vocabulary(encoding, config, folder)
         print(f"preparing the default corpus, Python {version}'s own source, in {folder}")
-        try:
-            data.prepare({"stdlib": data.stdlib_files()}, folder, encoding)
-        except (ValueError, OSError):
-            if not Path(folder).exists():  # else another run was faster, with the same text
-                raise
+        data.prepare_once({"stdlib": data.stdlib_files()}, folder, encoding)
     return folder
 
 

@@ -1,22 +1,162 @@
-"""sample.py - let a trained model continue a text.
+"""sample.py - a trained model continues a text, one token at a time.
 
-python sample.py runs/demo --prompt "def main(" --temperature 0.7
+    python sample.py runs/demo --prompt "def main(" --temperature 0.7
+
+Read it from top to bottom:
+
+    1. tokens              choose one, and generate a row of them for each prompt
+    2. texts               continue_texts, with the tokenizer of the checkpoint
+    3. the command line
+
+Letters as in flm.py: B batch, V vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
 import codecs
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 import torch
+from torch import Tensor
 
 import console
 from checkpoint import load_model, pick_device
 from data import decodable, get_tokenizer
-from flm import FLM, generate
+from flm import FLM, FLMConfig, KVCache
+
+# --------------------------------------------------------------------------------------------------
+# 1. Tokens
+
+
+def choose(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> int:
+    """One token from logits (V,): the most likely one at temperature 0, else a draw.
+
+    The draw is among the `top_k` most likely (0: all), cut to the smallest set whose probability
+    reaches `top_p`."""
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = (logits.double() - logits.max()) / temperature
+    scaled, ids = scaled.sort(descending=True, stable=True)
+    if top_k:
+        scaled, ids = scaled[:top_k], ids[:top_k]
+    p = scaled.softmax(-1)
+    p = p * (p.cumsum(-1) - p < top_p)  # what precedes a token has not reached top_p
+    return int(ids[torch.multinomial(p, 1, generator=generator)])
+
+
+def check_generation(
+    config: FLMConfig,
+    prompts: list[list[int]],
+    new: int,
+    capacity: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    allowed: Tensor | None,
+):
+    """Raise ValueError with every argument of `generate` that is out of range."""
+    V, longest = config.vocab_size, max(map(len, prompts), default=0)
+    problems = [] if prompts else ["no prompt given"]
+    for i, prompt in enumerate(prompts):
+        outside = [token for token in prompt if not 0 <= token < V]
+        if not prompt:
+            problems.append(f"prompt {i} is empty: give at least one token")
+        elif outside:
+            wrong = f"prompt {i} holds the token {outside[0]}"
+            problems.append(f"{wrong}: the vocabulary ends at {V - 1}")
+    needed = longest + max(new, 1) - 1
+    room = (
+        f"a prompt of {longest} tokens and {new} new ones need {needed} cache slots, there are "
+        f"{capacity}: give a shorter prompt, fewer new tokens (--max-new-tokens), or more slots "
+        f"(--cache {needed}; the model was trained at {config.max_seq_len}, and past that xPos "
+        "carries best with --blockwise)"
+    )
+    wrong = {
+        f"max_new_tokens = {new}: must be at least 1": new < 1,
+        room: needed > capacity,
+        f"temperature = {temperature}: must be 0 (the likeliest token) or above": (
+            not 0 <= temperature < math.inf
+        ),
+        f"top_k = {top_k}: must be 0 (off) or above": top_k < 0,
+        f"top_p = {top_p}: must lie in (0, 1]": not 0 < top_p <= 1,
+        f"allowed must mark at least one id, of at most {V}": (
+            allowed is not None and not (len(allowed) <= V and allowed.any())
+        ),
+    }
+    problems += [text for text, is_wrong in wrong.items() if is_wrong]
+    console.refuse(problems, "cannot generate:")
+
+
+@torch.inference_mode()
+def generate(
+    model: FLM,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: tuple[int, ...] = (),
+    allowed: Tensor | None = None,
+    capacity: int | None = None,
+    blockwise: bool = False,
+    on_token: Callable[[int, int], None] = lambda row, token: None,
+) -> list[list[int]]:
+    """Continue each prompt by at most `max_new_tokens` tokens; returns the new tokens of each.
+
+    prompts: lists of token ids, of any lengths.
+    temperature, top_k, top_p: see `choose`. Row i draws from a generator of its own, (seed, i).
+    stop: tokens that end a row; they are not returned.
+    allowed: bool (at most V,), the tokens that may be drawn. A padded vocabulary has rows that no
+    tokenizer decodes.
+    capacity: cache slots, by default the trained length. n prompt tokens and M new ones need
+    n + M - 1: nothing reads the last one.
+    blockwise: see FLM.forward.
+    on_token(row, token): called for each new token.
+    Raises ValueError that names every argument out of range, or where logits are NaN or infinite.
+    """
+    capacity = model.config.max_seq_len if capacity is None else capacity
+    choice = temperature, top_k, top_p
+    check_generation(model.config, prompts, max_new_tokens, capacity, *choice, allowed)
+    device, longest = model.xpos.device, max(map(len, prompts))
+    # Prompts are aligned at their ends. Any token will do as padding: no other token sees it.
+    pads = [longest - len(prompt) for prompt in prompts]
+    padded = [prompt[:1] * n + prompt for prompt, n in zip(prompts, pads)]
+    x = torch.tensor(padded, device=device)  # (B, longest)
+    cache = KVCache(model, capacity, torch.tensor(pads, device=device) if any(pads) else None)
+    rows = range(len(prompts))
+    seeds = [(seed * 1_000_003 + row) % 2**63 for row in rows]
+    generators = [torch.Generator().manual_seed(row_seed) for row_seed in seeds]
+    new, live = [[] for _ in rows], set(rows)  # live: the rows that no stop token has ended
+    for _ in range(max_new_tokens):
+        logits = model(x, cache=cache, blockwise=blockwise, last_only=True)  # (B, 1, V)
+        logits = logits[:, -1].float().cpu()  # (B, V)
+        if not logits.isfinite().all():
+            raise ValueError("the model's logits are not finite numbers: the run diverged")
+        if allowed is not None:
+            logits[:, : len(allowed)].masked_fill_(~allowed, -math.inf)
+            logits[:, len(allowed) :] = -math.inf
+        picked = [choose(z, *choice, g) for z, g in zip(logits, generators)]
+        live -= {row for row in live if picked[row] in stop}
+        for row in sorted(live):
+            new[row].append(picked[row])
+            on_token(row, picked[row])
+        if not live:
+            break
+        x = torch.tensor(picked, device=device)[:, None]  # (B, 1)
+    return new
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Texts
 
 
 def continue_texts(
@@ -52,12 +192,17 @@ def continue_texts(
         stream.flush()
         waiting = ""
 
-    options["on_token"] = None if stream is None else show
     options["allowed"] = allowed[: model.config.vocab_size]
+    if stream is not None:
+        options["on_token"] = show
     new = generate(model, ids, max_new_tokens, stop=(tokenizer.eot_token,), **options)
     if stream is not None:
         stream.write(waiting + decoder.decode(b"", final=True) + "\n")
     return [text + tokenizer.decode(tokens) for text, tokens in zip(prompts, new)]
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. The command line
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -69,19 +214,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("checkpoint", help="a run folder (its newest checkpoint), a step folder, exported weights")
-    add(
-        "--prompt", action="append", metavar="TEXT", help="default: a new document; may be repeated"
-    )
+    prompt = "default: a new document; may be repeated"
+    add("--prompt", action="append", metavar="TEXT", help=prompt)
     add("--max-new-tokens", type=int, metavar="N", help="at most N (default: 200, or what fits)")
     add("--temperature", type=float, default=0.8, help="0: the likeliest token (default 0.8)")
     add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens only")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="draw among the likeliest that reach P",
-    )
+    top_p = "draw among the likeliest that reach P"
+    add("--top-p", type=float, default=1.0, metavar="P", help=top_p)
     add("--seed", type=int, default=0, help="the same seed draws the same text (default 0)")
     cache = "slots for prompt and new tokens together (default: the trained length)"
     add("--cache", type=int, dest="capacity", metavar="N", help=cache)

@@ -23,11 +23,10 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import console
 from flm import FLMConfig, count_parameters, forward_flops, preset
-from grow import GROWS, check_growth, layer_plan
+from grow import DIMENSIONS, check_growth, layer_origins, read_json
 
 # --------------------------------------------------------------------------------------------------
 # 1. A stage
@@ -47,7 +46,7 @@ class Stage:
     start: int = 0  # in samples, as end, ramp and warmup
     end: int | None = None
     ramp: int = 0  # from the growth until the mask is at 1
-    layers: str | list = "stack"  # where new layers come from: grow.layer_plan
+    layers: str | list = "stack"  # where new layers come from: grow.layer_origins
     lr: float | None = None  # at the start of the stage; None: the cosine just goes on
     warmup: int | None = None
     batch_size: int | None = None  # rows of a step
@@ -160,7 +159,7 @@ def read_stage(given: dict, name: str, before: Stage | None, base: FLMConfig | N
     values.pop("preset", None)
     if before:
         check_growth(before.config, config)
-        layer_plan(before.config.n_layers, config.n_layers, values.get("layers", "stack"))
+        layer_origins(before.config.n_layers, config.n_layers, values.get("layers", "stack"))
     if {"dp", "tp", "pp"} <= given.keys():
         values.setdefault("gpus", given["dp"] * given["tp"] * given["pp"])
     return Stage(**{**values, "start": stage_start(given, before)})
@@ -194,16 +193,6 @@ def read_stages(given: list[dict], base: FLMConfig | None = None) -> list[Stage]
             stages[-1] = replace(before, tokens=tokens)
         stages.append(stage)
     return stages
-
-
-def read_json(option: str, file: str):
-    """What a JSON file holds. Raises ValueError that names the option."""
-    try:
-        return json.loads(Path(file).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option} {file} is not JSON: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option} {file}: cannot be read ({error})") from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -449,7 +438,7 @@ def stage_cost(stage: Stage, price: float) -> dict:
     formula = narayanan_flops(c.n_layers, c.d_model, c.vocab_size, c.max_seq_len, stage.tokens)
     return {
         "name": stage.name,
-        **{key: getattr(c, key) for key in GROWS},
+        **{key: getattr(c, key) for key in DIMENSIONS},
         "parameters": count_parameters(c),
         "tokens": stage.tokens,
         "days": days,

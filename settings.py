@@ -164,6 +164,9 @@ class Settings:
         "is always so)")
     activation_checkpointing: bool = layout_option(
         False, "compute activations again in the backward pass: less memory, a third more work")
+    timeout_minutes: float = option(
+        10.0, "how long a rank waits for another one before it says which one is lost, and ends",
+        valid=POSITIVE, resume=True, modes=BOTH)
 
     def __post_init__(self):  # JSON and argparse know no tuples
         object.__setattr__(self, "model", tuple(self.model))

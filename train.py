@@ -31,7 +31,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -509,6 +508,8 @@ def open_run(
     log = run.folder / "metrics.jsonl" if world.rank == 0 else os.devnull
     run.metrics = stack.enter_context(open(log, "a"))
     run.save()  # a disk that cannot take a checkpoint shows now, not in an hour
+    if world.size > 1:
+        world.raise_on_all_ranks(parallel.redirect_library_output, run.folder, world.rank)
     return run
 
 
@@ -522,7 +523,7 @@ def describe_run(run: Run, resume: bool) -> str:
     lines = [
         f"{'going on with' if resume else 'training'} {run.folder}",
         f"  machine   {run.machine.why}",
-        f"  layout    {run.world.layout}",
+        f"  layout    {run.world.layout}; what libraries print: {run.folder}/rank-*.log",
         f"  data      {run.corpus.path}: {tokens:,} training tokens ({run.corpus.tokenizer.name})",
     ]
     for i, stage in enumerate(stages, 1):
@@ -831,29 +832,44 @@ def advice_for(error: RuntimeError) -> str | None:
 
 
 def call_main(main: Callable[..., int], world: World) -> int:
-    """main(world=world), with the errors that console.run does not know. An error that all ranks
-    have is printed by rank 0 alone."""
+    """main(world=world), with its errors printed for people; returns the exit code."""
     if world.rank > 0:
         sys.stdout = open(os.devnull, "w")
     try:
         return main(world=world)
-    except NonFinite as error:
-        if world.rank == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError):
-        if world.rank == 0:
-            raise
-        return 2
-    except RuntimeError as error:
-        if world.size > 1 and re.search("Connection (closed|reset) by peer", str(error)):
-            return 1  # another rank has failed, and says why
-        text = advice_for(error)
-        if not text:
-            raise
-        rank = f"rank {world.rank}: " if world.size > 1 else ""
-        print(f"train.py: {rank}{text}", file=sys.stderr)
-        return 2
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:
+        text, code = describe_error(error, world)
+    if text:
+        print(f"train.py: {text}", file=sys.stderr)
+    return code
+
+
+def describe_error(error: Exception, world: World) -> tuple[str, int]:
+    """What this rank prints of an error (nothing where another rank does), and the exit code: 2 for
+    a mistake, which torchrun does not repeat (parallel.leave), 1 for a fault, after which it may
+    start again. An error that nobody but its author can mend is raised again."""
+    if isinstance(error, (ValueError, OSError, NonFinite)):  # all ranks have it
+        mistake = isinstance(error, ValueError) or world.size == 1 and isinstance(error, OSError)
+        return "" if world.rank > 0 else str(error), 2 if mistake else 1
+    lost = parallel.explain_lost_rank(world, error)
+    if lost is not None:
+        return lost, 1
+    advice = advice_for(error)
+    if not advice:
+        raise error
+    return advice if world.size == 1 else f"rank {world.rank}: {advice}", 2
+
+
+def early_timeout() -> float:
+    """--timeout-minutes, read before all other options: connecting needs it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--timeout-minutes", type=float, default=10.0)
+    try:
+        return max(0.01, parser.parse_known_args()[0].timeout_minutes)
+    except argparse.ArgumentError:
+        return 10.0  # the parser of all options will say what is wrong
 
 
 def launch(main: Callable[..., int] = main):
@@ -865,7 +881,11 @@ def launch(main: Callable[..., int] = main):
     def start() -> int:
         nonlocal world
         if torchrun:
-            world = parallel.connect()
+            try:
+                world = parallel.connect(early_timeout())
+            except TimeoutError as error:  # of this rank: it does not know of the others
+                print(f"train.py: {error}", file=sys.stderr)
+                return 1
         return call_main(main, world)
 
     try:

@@ -9,8 +9,10 @@ import dataclasses
 import os
 import pickle
 import signal
+import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -199,7 +201,6 @@ def gathered(world: parallel.World, tensors: dict) -> dict:
 
 def run_cases(folder: Path):
     """The work of one rank."""
-    torch.set_num_threads(1)
     connected = parallel.connect()
     worlds = {}  # mesh -> world: process groups are made once
     kinds = {"evaluate": evaluate, "grow": grow_on_disk}
@@ -216,41 +217,69 @@ def run_cases(folder: Path):
     parallel.leave(connected, 0)
 
 
-def fork(folder: Path, rank: int, size: int, port: int) -> int:
-    """Start one rank; what it prints goes to FOLDER/rank-N.log. Returns its process number."""
+def fork(log: Path, rank: int, size: int, listener: socket.socket, work: Callable) -> int:
+    """Start a rank that calls work(); what it prints goes to `log`. Returns its process number.
+
+    listener: from free_port, for the store through which the ranks meet."""
     pid = os.fork()
     if pid:
         return pid
-    with (folder / f"rank-{rank}.log").open("w") as log:
+    with log.open("w") as file:
         for stream in (1, 2):
-            os.dup2(log.fileno(), stream)
-    # What torchrun tells its processes.
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_MAX_RESTARTS": "0"}
-    os.environ |= {"TORCHELASTIC_RESTART_COUNT": "0"}
+            os.dup2(file.fileno(), stream)
+    os.environ |= environment(rank, size, listener.getsockname()[1])
+    listener.close()
+    torch.set_num_threads(1)
     try:
-        run_cases(folder)
+        work()
     except BaseException:
         traceback.print_exc()
     os._exit(1)
 
 
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun tells its processes on one machine."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    names |= {"TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_MAX_RESTARTS": 0}
+    return {name: str(value) for name, value in names.items()}
+
+
+def free_port() -> socket.socket:
+    """A socket on a free port, for serve_store."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(64)
+    return listener
+
+
+def serve_store(listener: socket.socket) -> dist.TCPStore:
+    """A store like that of torchrun. It has threads, so all ranks must be forked before."""
+    port, fd = listener.getsockname()[1], listener.detach()
+    return dist.TCPStore(
+        "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=fd
+    )
+
+
 def main():
     folder, size = Path(sys.argv[1]), int(sys.argv[2])
     (folder / "results").mkdir()
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = [fork(folder, rank, size, store.port) for rank in range(size)]
-    waiting = set(ranks)
-    while waiting:
+    listener = free_port()
+    logs = {}  # process number -> log
+    for rank in range(size):
+        log = folder / f"rank-{rank}.log"
+        logs[fork(log, rank, size, listener, lambda: run_cases(folder))] = log
+    store = serve_store(listener)
+    while logs:
         pid, status = os.wait()
-        waiting.remove(pid)
+        log = logs.pop(pid)
         if status:  # the others wait for this one
-            print(f"rank {ranks.index(pid)} ended with {os.waitstatus_to_exitcode(status)}")
-            print((folder / f"rank-{ranks.index(pid)}.log").read_text()[-4000:])
-            for other in waiting:
+            print(f"{log.stem} ended with {os.waitstatus_to_exitcode(status)}")
+            print(log.read_text()[-4000:])
+            for other in logs:
                 os.kill(other, signal.SIGKILL)
             os._exit(1)
+    del store
 
 
 if __name__ == "__main__":

@@ -45,13 +45,16 @@ def kill(process: subprocess.Popen):
     process.wait()
 
 
-def wait(process: subprocess.Popen, log: Path) -> int:
-    """The exit code of a process; fails, and ends it, when it has stopped making progress.
+def wait(process: subprocess.Popen, log: Path, until: str | None = None) -> int | None:
+    """Wait for the end of a process, or until its log has a text. Returns the exit code, None if it
+    had not ended; then the process is ended. The test fails when there is no progress any more.
 
     The root of the tree is not counted: torchrun uses the processor while it waits."""
     try:
         seen, last = None, time.monotonic()
         while process.poll() is None:
+            if until and until in log.read_text():
+                return None
             tree = process_tree(process.pid)
             if len(tree) > 1:
                 tree.pop(process.pid)

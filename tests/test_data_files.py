@@ -142,7 +142,7 @@ def test_the_advice_fits_the_encoding(tmp_path, encoding, repeat):
 def test_damaged_utf8_is_no_other_encoding(place, damage):
     """Where most of what is not ASCII is UTF-8, the advice is to leave the damage out."""
     raw = "Füße, 语言, été, は\n".encode() * 100
-    assert data.likely_encoding(raw[:place] + damage + raw[place:]) == "UTF-8"
+    assert data.iconv_options(raw[:place] + damage + raw[place:]) == "-c -f UTF-8"
 
 
 def test_unreadable_files_are_refused_together(tmp_path):

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import train_here, trained, write_corpus
 
-import machine
 import train
 from flm import forward_flops, preset
 from lab import growth, runs
@@ -43,7 +42,7 @@ def in_process(monkeypatch):
     """The same runs, in this process."""
     trained.clear()
     monkeypatch.setattr(runs, "train_jobs", train_here)
-    monkeypatch.setattr(machine, "matmul_rate", lambda *args: 1e12)  # takes longer than these runs
+    monkeypatch.setattr("machine.matmul_rate", lambda *args: 1e12)  # takes longer than these runs
 
 
 def bench(place: Path, *words, out: str = "runs") -> dict:

@@ -16,7 +16,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from small_runs import WORDS, train_here, write_corpus
 
-import machine
 import train
 from flm import FLM, FLMConfig, loss_sum, preset
 from lab import runs, transfer
@@ -371,7 +370,7 @@ def test_a_sweep(tmp_path, capsys, monkeypatch):
     folder are refused with both values."""
     corpus = write_corpus(tmp_path)
     monkeypatch.setattr(runs, "train_jobs", train_here)
-    monkeypatch.setattr(machine, "matmul_rate", lambda *args: 1e12)  # takes longer than these runs
+    monkeypatch.setattr("machine.matmul_rate", lambda *args: 1e12)  # takes longer than these runs
     words = "sweep --mup on --widths 16 --values 1e30 0.01 --steps 4 --model n_layers=1 head_dim=8"
     command = [*words.split(), "max_seq_len=16", "--out", str(tmp_path / "sweep")]
     rest = ["--", "--data", str(corpus), "--batch-size", "2", "--warmup", "2", *WORDS]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import sample
 from checkpoint import load_model
 from data import decodable, get_tokenizer
-from flm import FLM, generate
+from flm import FLM
+from sample import generate
 
 
 def byte_model(folder: Path, **changes) -> Path:

@@ -82,8 +82,7 @@ class Workshop:
         launch = [*TORCHRUN, "--standalone", "--nproc-per-node", size, *launcher]
         log = out.with_name(f"{out.name}.log")
         command = [*launch, *script, *words, *self.options(out, dtype)]
-        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        code = wait(start(command, log, cwd=self.folder, env=environment), log)
+        code = wait(start(command, log, cwd=self.folder), log)
         return code, log.read_text()
 
     def run_undisturbed(self) -> dict:
@@ -165,9 +164,13 @@ def test_ranks_that_differ_are_named(workshop, tmp_path):
 def test_every_reason_at_once(workshop, tmp_path):
     """Too few ranks; heads, d_ff, vocabulary and sequence that tp does not divide; layers that pp
     does not divide; a batch that does not split: one screen, from rank 0, with every number; no run
-    begins."""
-    words = ["--tp", 3, "--pp", 5, "--dp", 3, "--sequence-parallel"]
-    _, output = workshop.torchrun(2, tmp_path / "run", *words)
+    begins. Once: torchrun was told to restart three times, but a mistake ends the job."""
+    words, restarts = (
+        ["--tp", 3, "--pp", 5, "--dp", 3, "--sequence-parallel"],
+        ["--max-restarts", 3],
+    )
+    code, output = workshop.torchrun(2, tmp_path / "run", *words, launcher=restarts)
+    assert code == 1  # torchrun's own
     for line in (
         "dp 3 x tp 3 x pp 5 = 45 processes, torchrun started 2",
         "n_heads 2: must be a multiple of --tp 3",

@@ -26,6 +26,7 @@ from workshop import (
 )
 
 import parallel
+import schedule
 import train
 from flm import PRESETS
 from train import Settings, World, main
@@ -209,7 +210,8 @@ def test_config_json_describes_the_run(corpus):
         (
             ["--data", "{other}", "--teacher-fraction", "0.5", "--model", *SIZE],
             [
-                "--teacher-fraction 0.5, but {other} has no teacher signal: prepare it with --teacher FILE.jsonl"
+                "--teacher-fraction 0.5, but {other} has no teacher signal: "
+                "prepare it with --teacher FILE.jsonl"
             ],
         ),
         (
@@ -226,7 +228,7 @@ def test_config_json_describes_the_run(corpus):
         ),
         (
             ["--data", "{corpus}", "--tokenizer-file", "x"],
-            ["the tokenizer bytes is built in and reads no file, but got 'x'"],
+            ["the tokenizer bytes reads no file, but got 'x'"],
         ),
         (
             ["--tokenizer", "cl100k_base", "--tokenizer-file", "nowhere"],
@@ -311,6 +313,16 @@ def test_every_preset_has_a_recipe():
         assert stages[-1].config == config
         assert None not in (s.steps, s.batch_size, s.lr, s.warmup)
         assert s.warmup < s.steps * s.batch_size  # it reaches its peak
+
+
+def test_steps_of_the_papers_run():
+    """--stages paper ends with the paper's tokens, and says in how many steps; --steps given with
+    it is the number of steps of the whole run."""
+    s, stages = train.resolve(Settings(preset="flm-101b", stages="paper"))
+    assert stages[-1].end == stages[-1].start + round(26.54e9 / 2048)
+    assert s.steps == schedule.total_steps(stages)
+    s, stages = train.resolve(Settings(preset="flm-101b", stages="paper", steps=70_000))
+    assert s.steps == schedule.total_steps(stages) == 70_000
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**20])

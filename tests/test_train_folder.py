@@ -29,7 +29,7 @@ from workshop import (
 )
 
 import data
-import run_folder
+import flm
 import train
 from checkpoint import find_checkpoint
 from train import main
@@ -85,7 +85,7 @@ def test_a_run_killed_in_its_first_save_may_begin_again(corpus, monkeypatch):
     """What a kill -9 leaves of a run without a checkpoint is taken over by the same command."""
     s = job(corpus)
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "remove_unbegun", lambda *_: None)  # a killed process does nothing
+        patch.setattr("run_folder.remove_unbegun", lambda *_: None)  # a killed process does nothing
         patch.setattr(train.checkpoint, "write_checkpoint", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.train(s)
@@ -169,11 +169,11 @@ def test_two_first_runs_that_prepare_the_default_corpus(monkeypatch, capsys):
         raise OSError(17, "File exists")
 
     monkeypatch.setattr(data, "prepare", other_was_faster)
-    assert train.open_corpus(None, "bytes", None, train.preset("demo")).n_rows("train", "language")
+    assert train.open_corpus(None, "bytes", None, flm.preset("demo")).n_rows("train", "language")
     shutil.rmtree("corpora")
     monkeypatch.setattr(data, "prepare", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        train.open_corpus(None, "bytes", None, train.preset("demo"))
+        train.open_corpus(None, "bytes", None, flm.preset("demo"))
 
 
 # --------------------------------------------------------------------------------------------------

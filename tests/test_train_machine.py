@@ -24,11 +24,11 @@ from workshop import (
 )
 
 import data
-import machine
 import sample
 import train
 from checkpoint import find_checkpoint, load_model
 from flm import FLM, PRESETS
+from machine import matmul_rate
 from train import main
 
 # --------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def test_the_dtype_is_chosen_by_instructions(monkeypatch, instructions, chosen, 
     which. How fast a product was just now, on a busy machine or an idle one, changes nothing."""
     known = dict.fromkeys(instructions, True) | {"amx_fp16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
-    monkeypatch.setattr(machine, "matmul_rate", lambda device, dtype, n=0: rate)
+    monkeypatch.setattr("machine.matmul_rate", lambda device, dtype, n=0: rate)
     machine = train.pick_machine("cpu", "auto")
     assert str(machine.dtype) == f"torch.{chosen}" and machine.weights == torch.float32
     assert machine.why.startswith(f"cpu with 1 threads, {chosen} ({reason});")
@@ -60,7 +60,9 @@ def test_the_dtype_is_chosen_by_instructions(monkeypatch, instructions, chosen, 
 def test_only_the_chosen_dtype_is_timed(monkeypatch):
     """Where bf16 products are emulated, at a thousandth of the rate, `auto` does not try them."""
     timed = []
-    monkeypatch.setattr(machine, "matmul_rate", lambda device, dtype, n=0: timed.append(dtype) or 1.0)
+    monkeypatch.setattr(
+        "machine.matmul_rate", lambda device, dtype, n=0: timed.append(dtype) or 1.0
+    )
     train.pick_machine("cpu", "auto")
     assert timed == [torch.float32]
 
@@ -143,7 +145,7 @@ def test_benchmark_refuses_to_print_nonsense(monkeypatch, capsys, peak, clock):
     """A backward pass of less than no time, or a utilisation above 100%, can only come from a
     machine that was busy: no number is printed."""
     give_clock(monkeypatch, *clock)
-    monkeypatch.setattr(machine, "matmul_rate", lambda device, dtype, n=0: peak)
+    monkeypatch.setattr("machine.matmul_rate", lambda device, dtype, n=0: peak)
     with pytest.raises(ValueError, match="make no sense.*run the benchmark again"):
         main([*BENCHMARK, "--dtype", "float32"])
     assert "{" not in capsys.readouterr().out
@@ -162,7 +164,7 @@ def test_the_peak_is_the_best_of_several_measurements(corpus, monkeypatch, capsy
     """A busy machine only lowers a measurement. So the peak is measured again at each evaluation,
     and the highest counts; a utilisation above 100% is called wrong, once."""
     rates = iter([1.0, 1e15, 1e12, 1e13])
-    monkeypatch.setattr(machine, "matmul_rate", lambda device, dtype, n=0: next(rates))
+    monkeypatch.setattr("machine.matmul_rate", lambda device, dtype, n=0: next(rates))
     run = train.train(job(corpus, eval_every=2))["folder"]
     lines = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
     used = [line["utilisation"] for line in lines if "utilisation" in line]
@@ -175,8 +177,8 @@ def test_matmul_rate_measures(monkeypatch):
     product takes half a second of it."""
     monkeypatch.undo()
     ticks = itertools.count()
-    monkeypatch.setattr(machine, "now", lambda device: next(ticks) / 2)
-    assert machine.matmul_rate(torch.device("cpu"), torch.float32, 16) == 2 * 16**3 / 0.5
+    monkeypatch.setattr("machine.now", lambda device: next(ticks) / 2)
+    assert matmul_rate(torch.device("cpu"), torch.float32, 16) == 2 * 16**3 / 0.5
 
 
 def test_an_emulated_dtype_is_not_kept_waiting(monkeypatch):
@@ -197,8 +199,8 @@ def test_an_emulated_dtype_is_not_kept_waiting(monkeypatch):
             clock[0] += 2 * self.n**3 / 1e9
 
     monkeypatch.setattr(torch, "randn", Matrix)
-    monkeypatch.setattr(machine, "now", lambda device: clock[0])
-    rate = machine.matmul_rate(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr("machine.now", lambda device: clock[0])
+    rate = matmul_rate(torch.device("cpu"), torch.bfloat16)
     assert rate == pytest.approx(1e9) and clock[0] < 10
 
 

@@ -3,6 +3,9 @@ more."""
 
 # ruff: noqa: F401, F811 (pytest finds fixtures by their names)
 
+import contextlib
+import dataclasses
+import io
 import itertools
 import json
 import os
@@ -232,6 +235,43 @@ def test_main_prints_what_to_type_next_and_it_works(corpus, capsys):
     assert sample.main(shlex.split(commands[0])[2:] + ["--max-new-tokens", "3"]) == 0
 
 
+@few(6)
+@given(
+    steps=st.integers(3, 9),
+    size=st.integers(1, 4),
+    later=st.lists(
+        st.fixed_dictionaries({"batch_size": st.integers(1, 5), "ramp": st.integers(0, 5)}),
+        max_size=2,
+    ),
+    gap=st.integers(4, 9),
+)
+def test_every_printed_command_is_accepted(corpus, tmp_path, steps, size, later, gap):
+    """Whatever stages a run has, with batches of their own: it does --steps steps or says how many
+    it needs, and the run goes on to as many steps as the printed command names. A run that would
+    end before its last stage is refused with a number of steps that is accepted."""
+    sizes = [{"n_layers": 2}, {"n_layers": 2, "d_ff": 96}]
+    stages = [{"config": CONFIG.to_dict() | {"n_layers": 1}}]
+    for number, stage in enumerate(later):
+        stages.append({"config": sizes[number], "start": (number + 1) * gap, **stage})
+    Path("stages.json").write_text(json.dumps(stages))
+    s = job(corpus, model=(), batch_size=size, steps=steps, stages="stages.json")
+    line, done = flags(s), 0
+    for _ in range(3):
+        out = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(out):
+                assert main(line) == 0
+        except ValueError as error:
+            needed = re.search(r"ask for --steps (\d+) or more", str(error))[1]
+            line = flags(dataclasses.replace(s, steps=int(needed)))
+            continue
+        asked = int(line[line.index("--steps") + 1])
+        lines = [x for x in log(s.out) if "loss" in x]
+        assert [x["step"] for x in lines] == [*range(1, asked + 1)]
+        assert asked > done
+        line, done = shlex.split(re.search(r"train\.py (--resume .*)", out.getvalue())[1]), asked
+
+
 def test_resume_of_a_finished_run_says_what_to_type(corpus):
     """There is nothing to go on with: the error gives the command that asks for more."""
     run = train.train(job(corpus))["folder"]
@@ -322,7 +362,8 @@ def test_a_damaged_newest_checkpoint_is_named(corpus, damage):
     size = tensors.stat().st_size
     if damage == "cut off":
         os.truncate(tensors, size - 1)
-        words = rf"cut off or damaged(?s:.*)\n  {tensors.name}: {size:,} bytes expected, {size - 1:,} found"
+        words = rf"cut off or damaged(?s:.*)\n  {tensors.name}: {size:,} bytes expected, "
+        words += f"{size - 1:,} found"
     elif damage == "missing":
         tensors.unlink()
         words = rf"cut off or damaged(?s:.*)\n  {tensors.name}: {size:,} bytes expected, missing"

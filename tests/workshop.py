@@ -26,7 +26,6 @@ from hypothesis import HealthCheck, settings
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import data
-import machine
 import muP
 import parallel
 import train
@@ -99,7 +98,7 @@ def workshop(tmp_path, monkeypatch):
     instructions, with a given rate of matrix products."""
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machine, "matmul_rate", lambda device, dtype, n=0: 1e12)
+    monkeypatch.setattr("machine.matmul_rate", lambda device, dtype, n=0: 1e12)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
 
 
