@@ -611,10 +611,10 @@ def judged(pool: Pool, query: str, text: str, form: str, true: str, false: str) 
 def word(pool: Pool, length: int) -> str:
     """A string of length - 3 to `length` letters, all different."""
 
+    rng = pool.rng
+
     def draw() -> str:
-        return "".join(
-            pool.rng.sample(string.ascii_lowercase, pool.rng.randint(length - 3, length))
-        )
+        return "".join(rng.sample(string.ascii_lowercase, rng.randint(length - 3, length)))
 
     return pool.different(draw, 1)[0]
 
