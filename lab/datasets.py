@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import console
+import data
 import iqeval
 from iqeval import Item, Story, Task
 from lab import harness
@@ -89,27 +90,23 @@ TASKS |= {name: replace(iqeval.TASKS[name], lazy=("", None)) for name in BABI}
 # 2. From a file to rows
 
 
-def read_lines(path: str | Path, parse: Callable[[str], Any]) -> list:
+def read_lines(path: Path, parse: Callable[[str], Any]) -> list:
     """parse(line) of every line that is not blank, without the lines for which it is None.
 
-    ValueError names the file and every line for which `parse` raised one, or ten of them."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        problem = f"the byte at offset {error.start} fits no character"
-        raise ValueError(f"{path} is not UTF-8 text: {problem}") from error
+    Raises ValueError for a file that is not UTF-8 text, and with the first ten lines for which
+    `parse` raised one; OSError for a file that cannot be read."""
+    console.refuse(data.check_text([path]))
     rows, problems = [], []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would split JSON strings too
+    lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut JSON strings
+    for number, line in enumerate(lines, 1):
         try:
             row = parse(line) if line.strip() else None
         except ValueError as error:
             problems.append(f"{path}, line {number}: {error}")
         else:
             rows += [] if row is None else [row]
-    hidden = len(problems) - 10
-    console.refuse(problems[:10] + ([f"... and {hidden} more"] if hidden > 0 else []))
+    more = [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
+    console.refuse(problems[:10] + more)
     return rows
 
 
@@ -134,10 +131,10 @@ def parse_row(dataset: Dataset, line: str) -> tuple[iqeval.Fields, str] | None:
         row = None
     if not isinstance(row, dict):
         raise ValueError("not a JSON object; this file has one object a line")
-    fields = [(shown, field_text(row, place)) for shown, place in dataset.fields.items()]
-    problems = []
-    for (_, text), place in zip(fields, dataset.fields.values()):
-        if not text:
+    fields, problems = [], []
+    for shown, place in dataset.fields.items():
+        fields.append((shown, field_text(row, place)))
+        if not fields[-1][1]:
             form = "a list of words" if place == "keyword" else "text"
             problems.append(f"the field {place!r} must be {form}")
     label = row.get("label", "missing (a test set has none: take the validation set)")
@@ -152,7 +149,7 @@ def parse_row(dataset: Dataset, line: str) -> tuple[iqeval.Fields, str] | None:
     return fields, label
 
 
-def read_babi(name: str, path: str | Path) -> list[Story]:
+def read_babi(name: str, path: Path) -> list[Story]:
     """The questions of bAbI's task 1 (single-fact) or 2 (two-facts), each with its story.
 
     A line is "N sentence", or "N question<tab>answer<tab>numbers of the supporting lines". N begins
@@ -191,34 +188,30 @@ def read_babi(name: str, path: str | Path) -> list[Story]:
 SHOTS = 2  # examples of each class
 
 
-def few_shot_items(
-    name: str, path: str | Path, n: int, labels: str, rng: random.Random
-) -> list[Item]:
+def few_shot_items(name: str, path: Path, n: int, labels: str, rng: random.Random) -> list[Item]:
     """At most n items of a SuperGLUE or CLUE file, with other rows of that file as examples."""
     dataset = DATASETS[name]
     rows = read_lines(path, lambda line: parse_row(dataset, line))
     by_class = {k: [fields for fields, label in rows if label == k] for k in dataset.words}
-    problems, items = [], []
-    for k, found in by_class.items():
-        if (different := len(set(map(tuple, found)))) <= SHOTS:
-            need = f"{SHOTS} examples and a query need {SHOTS + 1}"
-            problems.append(f"{path} has {different} different rows with the label {k}: {need}")
-    console.refuse(problems)
+    different = {k: len(set(map(tuple, found))) for k, found in by_class.items()}
+    need = f"{SHOTS} examples and a query need {SHOTS + 1}"
+    console.refuse(
+        f"{path} has {count} different rows with the label {k}: {need}"
+        for k, count in different.items()
+        if count <= SHOTS
+    )
+    items, shape = [], (dataset.language, dataset.instruction, dataset.words)
     for query in rng.sample(rows, min(n, len(rows))):
         cases = []
         for k, found in by_class.items():
             others = [fields for fields in found if fields != query[0]]
             cases += [(fields, k) for fields in rng.sample(others, SHOTS)]
         rng.shuffle(cases)
-        cases, words = [*cases, query], dataset.words
-        item = iqeval.labelled_item(
-            rng, dataset.language, dataset.instruction, words, cases, labels
-        )
-        items.append(item)
+        items.append(iqeval.labelled_item(rng, *shape, [*cases, query], labels))
     return items
 
 
-def story_items(name: str, path: str | Path, n: int, rng: random.Random) -> list[Item]:
+def story_items(name: str, path: Path, n: int, rng: random.Random) -> list[Item]:
     """At most n items of a bAbI file, each with three other questions as examples."""
     stories, items = read_babi(name, path), []
     if len(stories) < 4:
@@ -230,11 +223,12 @@ def story_items(name: str, path: str | Path, n: int, rng: random.Random) -> list
 
 
 def read_items(
-    name: str, path: str | Path, n: int | None, seed: int, labels: str = "symbols"
+    name: str, path: Path, n: int | None, seed: int, labels: str = "symbols"
 ) -> list[Item]:
     """At most n items of a file (None: the paper's number), in an order that the seed decides.
 
-    ValueError: a name without dataset, or a file that cannot be read or has too few rows."""
+    Raises ValueError for a name without dataset or a file with bad lines or too few rows, OSError
+    for a file that cannot be read."""
     if name not in TASKS:
         raise ValueError(f"{name} has no dataset: files are read for {', '.join(TASKS)}")
     n, rng = TASKS[name].count if n is None else n, random.Random(f"{name} file {seed}")
@@ -250,12 +244,13 @@ def read_items(
 def read_suite(args: argparse.Namespace, problems: list[str]) -> dict[str, list[Item]]:
     """The items of all TASK=FILE. ValueError: `problems`, and everything wrong with the files."""
     suite = {}
-    for name, path in iqeval.parse_pairs(args.files, "TASK=FILE", problems).items():
+    for name, file in iqeval.parse_pairs(args.files, "TASK=FILE", problems).items():
+        given = name, Path(file), args.items, args.seed
         try:
-            suite[name] = read_items(name, path, args.items, args.seed)
+            suite[name] = read_items(*given)
             if name in DATASETS:
-                suite[f"{name}-words"] = read_items(name, path, args.items, args.seed, "words")
-        except ValueError as error:
+                suite[f"{name}-words"] = read_items(*given, "words")
+        except (ValueError, OSError) as error:
             problems.append(str(error))
     console.refuse(problems)
     return suite

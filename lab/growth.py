@@ -15,14 +15,11 @@ import json
 import math
 from pathlib import Path
 
-import torch
-
 import console
 from flm import FLMConfig
 from lab import runs
 from lab.report import write_json
-from lab.runs import FinishedRun
-from lab.transfer import mean
+from lab.runs import FinishedRun, mean
 from schedule import Stage, fit_stages, in_samples, read_json, training_flops
 from settings import Settings, flag, resolve
 
@@ -65,13 +62,13 @@ def schedule_problems(name: str, stages: list[dict]) -> list[str]:
     """What keeps this from being a schedule of this bench."""
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         return [f"must be a list of stages, not {stages!r:.60}"]
-    shares = [(k, stage[k]) for stage in stages for k in ("start", "ramp", "warmup") if k in stage]
-    problems = [
-        f"{key} = {share!r}: must be a share of the run, from 0 to 1"
-        for key, share in shares
-        if not (isinstance(share, (int, float)) and 0 <= share < 1)
-    ]
-    return problems + ["is the name of the runs without growth"] * (name == "scratch")
+    problems = ["is the name of the runs without growth"] * (name == "scratch")
+    for stage in stages:
+        for key in stage.keys() & {"start", "ramp", "warmup"}:
+            share = stage[key]
+            if not (isinstance(share, (int, float)) and 0 <= share < 1):
+                problems.append(f"{key} = {share!r}: must be a share of the run, from 0 to 1")
+    return problems
 
 
 def equal_steps(stages: list[dict], budget: int, settings: Settings, final: FLMConfig) -> int:
@@ -86,27 +83,27 @@ def equal_steps(stages: list[dict], budget: int, settings: Settings, final: FLMC
 
 
 def bench_settings(args: argparse.Namespace) -> dict[tuple[str, int], list[Settings]]:
-    """{(name, budget): a run for each seed}. Raises ValueError for what train.py would refuse."""
+    """{(name, budget): a run for each seed}. Writes the stages of each into a file beside its runs.
+    Raises ValueError for what train.py would refuse."""
     common = runs.common_settings(args.train, set(), model=MODEL, **TRAINING)
     budgets = args.at or [min(args.steps)]
-    checked = dataclasses.replace(common, steps=min(args.steps + budgets))
-    final = resolve(checked)[1][-1].config
-    result, out = {}, Path(args.out)
+    shortest = dataclasses.replace(common, steps=min(args.steps + budgets))
+    final = resolve(shortest)[1][-1].config
     schedules = {"scratch": [{}], **read_schedules(args.stages)}
-    out.mkdir(parents=True, exist_ok=True)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    groups = {}
     for name, stages in schedules.items():
         for budget in args.steps if name == "scratch" else budgets:
             steps = equal_steps(stages, budget, common, final)
-            file = out / f"{name}-{budget}.json"
-            file.write_text(
-                json.dumps(in_samples(stages, steps * common.batch_size), indent=1) + "\n"
-            )
+            place = Path(args.out) / f"{name}-{budget}"
+            file = Path(f"{place}.json")
+            file.write_text(json.dumps(in_samples(stages, steps * common.batch_size)))
             run = dataclasses.replace(common, steps=steps, eval_every=steps, stages=str(file))
-            result[name, budget] = [
-                dataclasses.replace(run, seed=seed, out=str(out / f"{name}-{budget}-seed{seed}"))
+            groups[name, budget] = [
+                dataclasses.replace(run, seed=seed, out=f"{place}-seed{seed}")
                 for seed in args.seeds
             ]
-    return result
+    return groups
 
 
 # ----------------------------------------------------------------------------------------------
@@ -146,16 +143,19 @@ def describe(stages: list[Stage]) -> str:
     return " -> ".join(words)
 
 
+MEASURED = ("loss", "cpu_seconds", "wall_seconds")  # of FinishedRun
+
+
 def make_row(name: str, budget: int, seeds: list[FinishedRun]) -> dict:
     """A row of the table, without its speed-up: the runs of one schedule and budget."""
     first = seeds[0]
     tflop = training_flops(first.stages, first.stages[-1].end) / 1e12
     row = {"name": name, "budget": budget, "steps": first.asked["steps"], "tflop": tflop}
-    row |= {"stages": describe(first.stages), "mean": {}}
-    for key, field in (("loss", "val"), ("cpu_seconds",) * 2, ("wall_seconds",) * 2):
-        row[key] = {run.asked["seed"]: getattr(run, field) for run in seeds}
-        row["mean"][key] = mean(row[key].values())
-    return row | {"growths": {run.asked["seed"]: run.growths for run in seeds}}
+    row["stages"] = describe(first.stages)
+    for key in (*MEASURED, "growths"):
+        row[key] = {run.asked["seed"]: getattr(run, key) for run in seeds}
+    row["mean"] = {key: mean(row[key].values()) for key in MEASURED}
+    return row
 
 
 def add_speed_ups(rows: list[dict]):
@@ -170,33 +170,31 @@ def add_speed_ups(rows: list[dict]):
             row["by_seed"][seed] = speed_up(line, row["tflop"], loss)[0]
 
 
+def place_in_table(row: dict) -> tuple:
+    """Runs from scratch first, then by budget; the best schedule of each budget first."""
+    return row["name"] != "scratch", row["budget"], row["mean"]["loss"] or math.inf
+
+
+def shown(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def print_table(rows: list[dict]):
-    """The table, the best schedule of each budget first, and how to read it."""
-
-    def shown(value, digits=2):
-        return "-" if value is None else f"{value:.{digits}f}"
-
+    """The table, and how to read it."""
     seeds = len(rows[0]["loss"])
-    by_seed = "by seed" if seeds > 1 else ""
+    by_seed = f"{'by seed':>14}" if seeds > 1 else ""
     print(f"\n{'run':22}{'steps':>6}{'TFLOP':>8}{'CPU s':>7}{'wall s':>7}{'loss':>8}", end="")
-    print(f"{'speed-up':>10}{by_seed:>14}   stages")
-
-    def order(row):
-        return row["name"] != "scratch", row["budget"], row["mean"]["loss"] or math.inf
-
-    for row in sorted(rows, key=order):
-        known = sorted(row["by_seed"].values(), key=lambda value: value or 0)
-        by_seed = f"{shown(known[0])} to {shown(known[-1])}" if seeds > 1 else ""
+    print(f"{'speed-up':>10}{by_seed}   stages")
+    for row in sorted(rows, key=place_in_table):
         cost, star = row["mean"], "*" if row["extrapolated"] else " "
-        print(
-            f"{row['name'] + ' ' + str(row['budget']):22}{row['steps']:6}{row['tflop']:8.2f}",
-            end="",
-        )
-        print(
-            f"{cost['cpu_seconds']:7.0f}{cost['wall_seconds']:7.0f}{shown(cost['loss'], 4):>8}",
-            end="",
-        )
-        print(f"{shown(row['speed_up']):>9}{star}{by_seed:>14}   {row['stages']}")
+        run = f"{row['name']} {row['budget']}"
+        seconds = f"{cost['cpu_seconds']:7.0f}{cost['wall_seconds']:7.0f}"
+        if seeds > 1:
+            known = sorted(row["by_seed"].values(), key=lambda value: value or 0)
+            by_seed = f"{shown(known[0]) + ' to ' + shown(known[-1]):>14}"
+        print(f"{run:22}{row['steps']:6}{row['tflop']:8.2f}{seconds}", end="")
+        print(f"{shown(cost['loss'], 4):>8}{shown(row['speed_up']):>9}{star}{by_seed}", end="")
+        print(f"   {row['stages']}")
     print(f"""loss: held out, nats per token, mean of {seeds} seed(s); - where a run diverged.
 speed-up: the FLOPs that training from scratch needs for that loss, over the FLOPs of this run, by
 straight lines in log FLOPs between the runs from scratch; * where a line is extended.
@@ -236,14 +234,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None):
     args = make_parser().parse_args(argv)
     groups = bench_settings(args)
-    every = [settings for group in groups.values() for settings in group]
-    finished = runs.run_all(every, args.jobs, args.keep_checkpoints)
+    finished = runs.run_all([run for group in groups.values() for run in group], args.jobs)
     rest = iter(finished)
     rows = [make_row(*key, [next(rest) for _ in group]) for key, group in groups.items()]
     add_speed_ups(rows)
     print_table(rows)
-    report = {"same_in_all": runs.same_in_all(finished), "torch": torch.__version__, "rows": rows}
-    write_json(Path(args.out) / "bench.json", report)
+    write_json(Path(args.out) / "bench.json", {**runs.origin(finished), "rows": rows})
 
 
 if __name__ == "__main__":

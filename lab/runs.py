@@ -18,12 +18,13 @@ import multiprocessing
 import os
 import shutil
 import signal
-import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -52,11 +53,10 @@ NEUTRAL |= {"save_every", "save_minutes", "keep"}
 def add_options(parser: argparse.ArgumentParser, out: str):
     """Add the options that all studies share. out: the default of --out. What follows `--` on the
     command line goes into `train`, for common_settings."""
-    cores, add = torch.get_num_threads(), parser.add_argument
+    add, cores = parser.add_argument, torch.get_num_threads()
     add("--out", default=out, metavar="DIR", help="where runs and numbers go (default %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default 0")
     add("--jobs", type=int, default=cores, metavar="N", help="runs at a time (default %(default)s)")
-    add("--keep-checkpoints", action="store_true", help="else a finished run keeps only its logs")
     add("train", nargs="*", metavar="-- OPTION", help="options of train.py, for all runs")
 
 
@@ -71,7 +71,6 @@ def common_settings(words: list[str], decided: set[str], **defaults) -> Settings
     if given.get("dtype") == "auto":
         wrong.append("--dtype auto: all runs of a study need one arithmetic, name it")
     console.refuse(wrong, "options after -- that cannot be there, leave them out:")
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     fixed = {"threads": 1, "dtype": "float32", "stages": "none", "keep": 1}
     return Settings(**fixed | defaults | given)
 
@@ -114,9 +113,7 @@ class FinishedRun:
     folder: Path
     asked: dict  # see question
     stages: list[Stage]
-    N: int  # parameters of the last stage's model, a tied head once
-    val: float | None  # nats per held-out token after the last step; None where it diverged
-    train: float | None  # nats per training token, the mean over the last tenth of the steps
+    loss: float | None  # nats per held-out token after the last step; None where it diverged
     growths: list[tuple[float, float]]  # held-out loss before and after each growth
     cpu_seconds: float
     wall_seconds: float
@@ -126,35 +123,45 @@ class FinishedRun:
         """The last stage's model."""
         return self.stages[-1].config
 
-
-def same_in_all(finished: list[FinishedRun]) -> dict:
-    """What all of these runs were asked alike."""
-    first, *others = (run.asked for run in finished)
-    return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
+    @property
+    def N(self) -> int:
+        """Parameters of the last stage's model, a tied head once."""
+        return count_parameters(self.config)
 
 
 def read_finished(folder: Path) -> FinishedRun | None:
     """The run in `folder`; None where it has not ended, or not begun. Raises ValueError where the
     folder holds something else."""
-    if not (folder / "config.json").exists() or not (folder / "metrics.jsonl").exists():
+    log = folder / "metrics.jsonl"
+    if not (folder / "config.json").exists() or not log.exists():
         return None
+    settings, stages = read_run(folder)
+    whole_lines = log.read_text().rpartition("\n")[0]  # a run that is killed cuts the last one
     try:
-        settings, stages = read_run(folder)
-        asked, steps = read_question(folder), settings.steps
-        log = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-        lines = [json.loads(line) for line in log if line.endswith("\n")]  # a kill cuts the last
-        val = [x["val_loss"] for x in lines if "val_loss" in x and x["step"] == steps]
-        loss = [x["loss"] for x in lines if "loss" in x and x["step"] > steps - max(1, steps // 10)]
+        lines = [json.loads(line) for line in whole_lines.splitlines()]
+        losses = [x["val_loss"] for x in lines if x["step"] == settings.steps and "val_loss" in x]
         growths = [(x["loss_before"], x["loss_after"]) for x in lines if "grown" in x]
-        seconds = [sum(x.get(f"{k}_seconds", 0) for x in lines) for k in ("cpu", "wall")]
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{folder} is not a run of train.py, or was edited ({what})") from error
-    losses = [val[-1], statistics.fmean(loss)] if val and loss else None
+        cpu, wall = (sum(x.get(f"{k}_seconds", 0) for x in lines) for k in ("cpu", "wall"))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{log} is not the log of a run, or was edited ({error!r})") from error
     if (folder / DIVERGED).exists():
-        losses = [None, None]
-    N = count_parameters(stages[-1].config)
-    return losses and FinishedRun(folder, asked, stages, N, *losses, growths, *seconds)
+        losses = [None]
+    if not losses:
+        return None
+    return FinishedRun(folder, read_question(folder), stages, losses[-1], growths, cpu, wall)
+
+
+def origin(finished: list[FinishedRun]) -> dict:
+    """What a report says of its runs: what all of them were asked alike, and PyTorch's version."""
+    first, *others = (run.asked for run in finished)
+    same = {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
+    return {"same_in_all": same, "torch": torch.__version__}
+
+
+def mean(losses: Iterable[float | None]) -> float | None:
+    """The mean over the seeds; None where one is None: a seed that diverged leaves no mean."""
+    losses = list(losses)
+    return None if None in losses else sum(losses) / len(losses)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -213,35 +220,43 @@ def work(job: Job, connection: Connection) -> int | None:
     return train_one(job)
 
 
-def finish(job: Job, code: int, keep_checkpoints: bool) -> FinishedRun:
-    """What a run's process left behind. Raises ValueError where the run failed."""
+def finish(job: Job, code: int) -> FinishedRun:
+    """What a run's process left behind; the checkpoints go. Raises ValueError where it failed."""
     if code:
         log = text_log(job.folder)
         words = log.read_text(errors="replace").strip().splitlines()[-8:]
         heading = f"{job.folder} ended with code {code}. All its words are in {log}, the last ones:"
         raise ValueError("\n  ".join([heading, *words]))
     text_log(job.folder).unlink()
-    for path in [] if keep_checkpoints else list_checkpoints(job.folder):
+    for path in list_checkpoints(job.folder):
         shutil.rmtree(path)
     return read_finished(job.folder)
 
 
-def train_jobs(jobs: list[Job], at_a_time: int, keep_checkpoints: bool, bar: tqdm):
-    """Train all jobs, the last of the list first, each in a process of its own.
+def start(job: Job) -> tuple[Connection, BaseProcess]:
+    """Train the job in a process of its own: (what it reports, the process). The report ends when
+    the process does."""
+    context = multiprocessing.get_context("spawn")
+    text_log(job.folder).touch()
+    receiver, sender = context.Pipe(duplex=False)
+    action = partial(work, job, sender)
+    process = context.Process(target=console.run, args=(action,), daemon=True)
+    process.start()
+    sender.close()
+    return receiver, process
+
+
+def train_jobs(jobs: list[Job], at_a_time: int, bar: tqdm):
+    """Train all jobs, the last of the list first.
 
     Raises ValueError with the last words of a run that fails. However this function ends, the
     runs that are under way save and stop."""
-    context, running = multiprocessing.get_context("spawn"), {}
+    running = {}  # {what a run reports: (job, process)}
     try:
         while jobs or running:
             while jobs and len(running) < at_a_time:
                 job = jobs.pop()
-                text_log(job.folder).touch()
-                receiver, sender = context.Pipe(duplex=False)
-                action = partial(work, job, sender)
-                process = context.Process(target=console.run, args=(action,), daemon=True)
-                process.start()
-                sender.close()  # now the end of the process is the end of the connection
+                receiver, process = start(job)
                 running[receiver] = job, process
             for receiver in wait(list(running)):
                 job, process = running[receiver]
@@ -252,9 +267,9 @@ def train_jobs(jobs: list[Job], at_a_time: int, keep_checkpoints: bool, bar: tqd
                 except EOFError:
                     process.join()
                     del running[receiver]
-                    run = finish(job, process.exitcode, keep_checkpoints)
+                    run = finish(job, process.exitcode)
                     bar.total -= job.total - job.done  # what a diverged run never does
-                    loss = "diverged" if run.val is None else f"{run.val:.3f}"
+                    loss = "diverged" if run.loss is None else f"{run.loss:.3f}"
                     left = len(jobs) + len(running)
                     bar.set_postfix_str(f"{left} runs left; {job.folder.name}: {loss}")
     finally:
@@ -282,29 +297,35 @@ def stop(number: int, frame):
     sys.exit(128 + number)
 
 
-def run_all(runs: list[Settings], jobs: int, keep_checkpoints: bool = False) -> list[FinishedRun]:
-    """Train what is not finished, `jobs` runs at a time; a run that was stopped goes on.
+def plan(runs: list[Settings]) -> list[Job]:
+    """The runs that are not finished, the longest last. Prepares their text.
 
-    Raises ValueError before anything runs for what train.py would refuse and for folders that
-    hold runs of another study, and later where a run fails."""
+    Raises ValueError for what train.py would refuse, and for folders that hold runs of another
+    study."""
     folders = [run.out for run in runs]
-    problems = [f"{folder} is asked for twice" for folder in folders if folders.count(folder) > 1]
-    console.refuse(problems + [f"--jobs {jobs}: must be at least 1"] * (jobs < 1))
+    console.refuse(f"{out} is asked for twice" for out in folders if folders.count(out) > 1)
     planned = [resolve(run) for run in runs]
     settings, stages = planned[0]
     source = settings.data, settings.tokenizer, settings.tokenizer_file
-    corpus = open_corpus(*source, stages[-1].config)  # prepared once, before many runs would
+    corpus = open_corpus(*source, stages[-1].config)
     foreign = [line for run in planned for line in differences(*run, corpus.digest)]
     console.refuse(foreign[:10], "runs of another study are in the way, choose another --out:")
-    todo = [job for run in planned if (job := unfinished(*run))]
-    todo.sort(key=lambda job: job.total - job.done)  # the longest begins first, and none last
-    if todo:
-        todo[0].folder.parent.mkdir(parents=True, exist_ok=True)
-        left = sum(job.total - job.done for job in todo)
+    jobs = [job for run in planned if (job := unfinished(*run))]
+    return sorted(jobs, key=lambda job: job.total - job.done)
+
+
+def run_all(runs: list[Settings], at_a_time: int) -> list[FinishedRun]:
+    """Train what is not finished; a run that was stopped goes on. Raises ValueError before anything
+    runs, see plan, and later where a run fails."""
+    console.refuse([f"--jobs {at_a_time}: must be at least 1"] * (at_a_time < 1))
+    jobs = plan(runs)
+    if jobs:
+        jobs[0].folder.parent.mkdir(parents=True, exist_ok=True)
+        left = sum(job.total - job.done for job in jobs)
         before = signal.signal(signal.SIGTERM, stop)
         try:
             with tqdm(total=left, unit="FLOP", unit_scale=True, smoothing=0) as bar:
-                train_jobs(todo, jobs, keep_checkpoints, bar)
+                train_jobs(jobs, at_a_time, bar)
         finally:
             signal.signal(signal.SIGTERM, before)
     return [read_finished(Path(run.out)) for run in runs]

@@ -15,22 +15,23 @@ FLM-101B tuned three hyper-parameters on a model 256 wide, and predicted the los
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import console
-from flm import count_parameters, preset
+from flm import count_parameters
 from lab import runs
 from lab.report import write_json
-from lab.runs import FinishedRun
+from lab.runs import FinishedRun, mean
 from muP import SMALL, at_widths, model_config
 from settings import Settings
 
@@ -53,47 +54,45 @@ def sweep_settings(args: argparse.Namespace) -> list[Settings]:
     clash = [word for word in args.model if word.startswith(f"{args.axis}=")]
     console.refuse(f"--model {word}: --axis decides it, leave it out" for word in clash)
     base = args.base_width or min(args.widths)
-    small = model_config([INIT_STD, *args.model]).replace(mup_base_width=base)
-    models = at_widths(small, args.widths)
+    narrow = model_config([INIT_STD, *args.model]).replace(mup_base_width=base)
+    models = at_widths(narrow, args.widths)
     fixed = {**TRAINING, "steps": args.steps, "eval_every": args.steps}
     common = runs.common_settings(args.train, {"model", "mup", args.axis}, **fixed)
-    demo, cells = preset("demo").to_dict(), []
+    cells = []
     grid = itertools.product(args.mup, models, args.values or AXES[args.axis], args.seeds)
     for mup, width, value, seed in grid:
         name = f"{'mup' if mup == 'on' else 'standard'}-w{width:04}-{args.axis}{value:g}-seed{seed}"
-        cell, model = {"mup": mup, "seed": seed, "out": str(Path(args.out) / name)}, models[width]
+        cell = {"mup": mup, "seed": seed, "out": str(Path(args.out) / name)}
+        fields = models[width].to_dict() | {"mup": mup == "on"}
         if args.axis == "lr":
             cell["lr"] = value
         else:
-            model = model.replace(**{args.axis: value})
-        fields = {k: v for k, v in model.to_dict().items() if v != demo[k]}
+            fields[args.axis] = value
         cell["model"] = tuple(f"{k}={v}" for k, v in fields.items())
         cells.append(dataclasses.replace(common, **cell))
     return cells
 
 
-def mean(values: Iterable[float | None]) -> float | None:
-    """None where one is None: a setting that diverged with one seed has no mean."""
-    values = list(values)
-    return None if None in values else sum(values) / len(values)
+# {width: {value of the hyper-parameter: held-out loss, the mean over the seeds; None: diverged}}
+Table = dict[int, dict[float, float | None]]
 
 
-def landscape(finished: list[FinishedRun], axis: str) -> dict[str, dict[int, dict]]:
-    """{"muP" or "standard": {width: {value: held-out loss, the mean over the seeds}}}, everything
-    in rising order."""
-    losses, table = {}, {}
-    for run in sorted(finished, key=lambda r: (not r.config.mup, r.config.d_model, r.asked[axis])):
+def landscape(finished: list[FinishedRun], axis: str) -> dict[str, Table]:
+    """{"muP" or "standard": its table}, everything in rising order."""
+    cells = {}
+    for run in finished:
         cell = "muP" if run.config.mup else "standard", run.config.d_model, run.asked[axis]
-        losses.setdefault(cell, []).append(run.val)
-    for (name, width, value), seeds in losses.items():
-        table.setdefault(name, {}).setdefault(width, {})[value] = mean(seeds)
-    return table
+        cells.setdefault(cell, []).append(run.loss)
+    tables = {}
+    for (name, width, value), losses in sorted(cells.items()):
+        tables.setdefault(name, {}).setdefault(width, {})[value] = mean(losses)
+    return tables
 
 
-def best_values(by_width: dict[int, dict[float, float | None]]) -> dict[int, float | None]:
+def best_values(table: Table) -> dict[int, float | None]:
     """{width: the value with the lowest loss; None where all diverged}."""
     best = {}
-    for width, row in by_width.items():
+    for width, row in table.items():
         alive = {value: loss for value, loss in row.items() if loss is not None}
         best[width] = min(alive, key=alive.get, default=None)
     return best
@@ -127,55 +126,55 @@ def worse_with_width(losses: dict[int, float | None], tolerance: float = WORSE) 
     return lines
 
 
-def print_worse(losses: dict[int, float | None], label: str) -> list[str]:
-    """Print the verdict of worse_with_width, and return its lines."""
-    lines = worse_with_width(losses)
+def judge(table: Table) -> dict:
+    """What the table of one parametrization says, for sweep.json. Wider is never worse at the value
+    that is best for the narrowest width."""
+    best = best_values(table)
+    chosen = best[min(best)]
+    at_chosen = {} if chosen is None else {width: row[chosen] for width, row in table.items()}
+    return {"best": best, "holds": holds(best), "worse_with_width": worse_with_width(at_chosen)}
+
+
+def print_worse(label: str, lines: list[str]):
+    """The verdict of worse_with_width."""
     verdict = "NOT always better" if lines else "never worse"
     print(f"{label}: wider is {verdict} (tolerance {WORSE} nats)", *lines, sep="\n  ")
-    return lines
 
 
-def print_landscape(name: str, by_width: dict[int, dict], axis: str) -> dict:
-    """Print the table of one parametrization and what it says; returns that for sweep.json."""
-    best, values = best_values(by_width), list(next(iter(by_width.values())))
-    print(f"{axis:>12}" + "".join(f"{width:>10}" for width in by_width))
+def print_table(name: str, axis: str, table: Table, found: dict):
+    """The table of one parametrization, and what it says. found: see judge."""
+    best, values = found["best"], list(table[min(table)])
+    print(f"{axis:>12}" + "".join(f"{width:>10}" for width in table))
     for value in values:
-        cells = []
-        for width, row in by_width.items():
+        line = f"{value:>12g}"
+        for width, row in table.items():
             loss = "diverged" if row[value] is None else f"{row[value]:.4f}"
-            cells.append(f"{loss + '* '[best[width] != value]} ".rjust(11))
-        print(f"{value:>12g}" + "".join(cells))
+            line += f"{loss + '* '[best[width] != value]} ".rjust(11)
+        print(line)
     shown = ", ".join(f"{w}: {'none' if v is None else format(v, 'g')}" for w, v in best.items())
     print(f"{name}: best {axis} by width: {shown}")
     if len(best) > 1:
-        verdict = "holds" if holds(best) else "does NOT hold"
+        verdict = "holds" if found["holds"] else "does NOT hold"
         print(f"  it {verdict} within a factor of 2 over widths {min(best)} to {max(best)}")
     edge = [str(width) for width, value in best.items() if value in (values[0], values[-1])]
     if edge and len(values) > 1:
         print(f"  at width {', '.join(edge)} it is at the edge of the grid: add --values beyond")
-    chosen, worse = best[min(best)], []
+    chosen = best[min(best)]
     if chosen is not None:
-        at_chosen = {width: row[chosen] for width, row in by_width.items()}
-        worse = print_worse(at_chosen, f"{name} at {axis} {chosen:g}")
-    return {"best": best, "holds": holds(best), "worse_with_width": worse}
+        print_worse(f"{name} at {axis} {chosen:g}", found["worse_with_width"])
 
 
 def sweep(args: argparse.Namespace):
     """`python -m lab.transfer sweep`: run every cell, print the tables, write sweep.json."""
-    finished = runs.run_all(sweep_settings(args), args.jobs, args.keep_checkpoints)
-    table, report = landscape(finished, args.axis), {}
-    for name, by_width in table.items():
-        print(f"\n{name}: held-out loss after {args.steps} steps, nats per token, mean of ", end="")
-        print(f"{len(args.seeds)} seed(s); * the best of its width")
-        report[name] = print_landscape(name, by_width, args.axis)
-    cells = [
-        ["on" if r.config.mup else "off", r.config.d_model, r.asked[args.axis], r.asked["seed"]]
-        + [r.N, r.val, r.train]
-        for r in finished
-    ]
-    columns = ["mup", "width", args.axis, "seed", "parameters", "val_loss", "train_loss"]
-    report |= {"axis": args.axis, "torch": torch.__version__, "landscape": table}
-    report |= {"same_in_all": runs.same_in_all(finished), "cell": columns, "cells": cells}
+    finished = runs.run_all(sweep_settings(args), args.jobs)
+    tables, found = landscape(finished, args.axis), {}
+    for name, table in tables.items():
+        found[name] = judge(table)
+        seeds = f"mean of {len(args.seeds)} seed(s); * the best of its width"
+        print(f"\n{name}: held-out loss after {args.steps} steps, nats per token, {seeds}")
+        print_table(name, args.axis, table, found[name])
+    report = {"axis": args.axis, **found, "landscape": tables, **runs.origin(finished)}
+    report["losses"] = {run.folder.name: run.loss for run in finished}
     write_json(Path(args.out) / "sweep.json", report)
 
 
@@ -220,8 +219,8 @@ def fit_law(N: Sequence[float], loss: Sequence[float]) -> Law:
     2.0625
     """
     N, loss = np.asarray(N, float), np.asarray(loss, float)
-    if len(N) != len(loss) or len(np.unique(N)) < 4:
-        n = len(np.unique(N))
+    n = len(np.unique(N))
+    if n < 4:
         raise ValueError(f"{n} different model sizes, 3 unknowns a, b and c: give at least 4")
     if not (np.isfinite(N).all() and (N > 0).all() and np.isfinite(loss).all()):
         given = f"N = {N.tolist()}, loss = {loss.tolist()}"
@@ -243,27 +242,28 @@ def fit_law(N: Sequence[float], loss: Sequence[float]) -> Law:
     return Law(float(a / center**b), b, c)
 
 
+DRAWS = 1000  # of seeds, for an interval
+
+
 def bootstrap(
-    N: Sequence[float], losses: Sequence[Sequence[float]], targets: Sequence[float], draws=1000
-) -> tuple[list | None, int]:
+    N: Sequence[float], losses: Sequence[Sequence[float]], targets: Sequence[float]
+) -> tuple[list, int]:
     """How far a prediction moves with the luck of the seeds: the interval [2.5%, 97.5%] of the
-    loss at each of `targets` (sizes), and the number of draws through which no law goes.
+    loss at each of `targets` (sizes), and the number of draws through which no law goes. Where no
+    draw has a law, there are no intervals: [].
 
     losses (n, S): S seeds of each size N (n,). A draw takes S seeds with replacement, the same at
     every size (a seed is an order of the data, which the sizes share), and fits their means."""
-    losses, rng, known = np.asarray(losses, float), np.random.default_rng(0), {}
+    losses, rng = np.asarray(losses, float), np.random.default_rng(0)
     S = losses.shape[1]
-    drawn = [tuple(sorted(rng.integers(0, S, S).tolist())) for _ in range(draws)]
-    for seeds in set(drawn):
-        try:
+    draws = Counter(tuple(sorted(rng.integers(0, S, S).tolist())) for _ in range(DRAWS))
+    found = []
+    for seeds, count in draws.items():  # each draw is fitted once
+        with contextlib.suppress(ValueError):
             law = fit_law(N, losses[:, seeds].mean(1))
-            known[seeds] = [law(target) for target in targets]
-        except ValueError:
-            pass
-    found = [known[seeds] for seeds in drawn if seeds in known]
-    if not found:
-        return None, draws
-    return np.quantile(found, [0.025, 0.975], axis=0).T.tolist(), draws - len(found)
+            found += [[law(target) for target in targets]] * count
+    intervals = np.quantile(found, [0.025, 0.975], axis=0).T.tolist() if found else []
+    return intervals, DRAWS - len(found)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -273,18 +273,15 @@ Points = dict[int, dict]  # {width: {"N": millions of parameters, "losses": {see
 
 
 def find_runs(paths: list[str]) -> list[FinishedRun]:
-    """The finished runs in these folders; a folder of runs stands for all of them. Raises
-    ValueError for runs that have not finished, or diverged."""
-    found = []
+    """The finished runs in these folders, narrowest first; a folder of runs stands for all of them.
+    Raises ValueError for runs that have not finished, or diverged."""
+    folders = []
     for path in map(Path, paths):
-        inside = sorted(file.parent for file in path.glob("*/config.json"))
-        alone = (path / "config.json").exists() or not inside
-        found += [(folder, runs.read_finished(folder)) for folder in ([path] if alone else inside)]
-    bad = [folder for folder, run in found if run is None or run.val is None]
+        folders += sorted(file.parent for file in path.glob("*/config.json")) or [path]
+    found = {folder: runs.read_finished(folder) for folder in folders}
+    bad = [folder for folder, run in found.items() if run is None or run.loss is None]
     console.refuse(f"{folder}: no finished run, or one that diverged" for folder in bad)
-    return sorted(
-        (run for _, run in found), key=lambda run: (run.config.d_model, run.asked["seed"])
-    )
+    return sorted(found.values(), key=lambda run: (run.config.d_model, run.asked["seed"]))
 
 
 VARIES = {"d_model", "n_heads", "d_ff", "seed"}  # between the runs of one fit
@@ -294,16 +291,16 @@ def collect(finished: list[FinishedRun]) -> Points:
     """Runs as points of one fit, narrowest first. Raises ValueError where the runs differ in more
     than width and seed, or a width lacks a seed of another."""
     problems, points = [], {}
-    for key in sorted(set().union(*(run.asked for run in finished)) - VARIES):
-        values = [json.dumps(run.asked.get(key)) for run in finished]
-        counts = ", ".join(f"{v} ({values.count(v)} runs)" for v in dict.fromkeys(values))
-        problems += [f"the runs differ in {key}: {counts}"] * (len(set(values)) > 1)
+    for key in sorted(set(finished[0].asked) - VARIES):
+        values = Counter(json.dumps(run.asked[key]) for run in finished)
+        counts = ", ".join(f"{value} ({count} runs)" for value, count in values.items())
+        problems += [f"the runs differ in {key}: {counts}"] * (len(values) > 1)
     for run in finished:
         width, seed = run.config.d_model, run.asked["seed"]
         losses = points.setdefault(width, {"N": run.N / 1e6, "losses": {}})["losses"]
         if seed in losses:
             problems.append(f"{run.folder} is a second run of width {width} and seed {seed}")
-        losses[seed] = run.val
+        losses[seed] = run.loss
     seeds = {width: list(point["losses"]) for width, point in points.items()}
     if any(given != seeds[min(seeds)] for given in seeds.values()):
         each = "; ".join(f"{width} has {given}" for width, given in seeds.items())
@@ -328,29 +325,29 @@ def predict(points: Points, hold_out: int, at: dict[int, float]) -> dict:
     N in millions}. Returns JSON values: the law, "fitted" and "predicted" (rows of the tables)."""
     if not 0 <= hold_out < len(points):
         raise ValueError(f"--hold-out {hold_out}: there are {len(points)} widths")
-    measured = [
-        {"width": width, "N": point["N"], "loss": mean(point["losses"].values())}
-        for width, point in sorted(points.items())
-    ]
-    fitted, held = measured[: len(points) - hold_out], measured[len(points) - hold_out :]
-    sizes = [p["N"] for p in fitted]
-    law = fit_law(sizes, [p["loss"] for p in fitted])
-    for p in fitted:
-        p |= {"law": law(p["N"]), "residual": p["loss"] - law(p["N"])}
-    for p in held:
-        predicted = law(p["N"])
-        relative = predicted / p["loss"] - 1
-        p |= {"predicted": predicted, "error": predicted - p["loss"], "relative": relative}
-    new = {width: N for width, N in at.items() if width not in points}
-    held += [{"width": width, "N": N, "predicted": law(N)} for width, N in new.items()]
-    seeds, failed = len(points[min(points)]["losses"]), 0
-    if seeds > 1 and held:
-        losses = [list(points[p["width"]]["losses"].values()) for p in fitted]
-        intervals, failed = bootstrap(sizes, losses, [p["N"] for p in held])
-        for p, interval in zip(held, intervals or [None] * len(held)):
-            p["interval"] = interval
+    rows = []
+    for width, point in sorted(points.items()):
+        rows.append({"width": width, "N": point["N"], "loss": mean(point["losses"].values())})
+    fitted, predicted = rows[: len(rows) - hold_out], rows[len(rows) - hold_out :]
+    predicted += [{"width": width, "N": N} for width, N in at.items() if width not in points]
+    sizes, targets = ([row["N"] for row in part] for part in (fitted, predicted))
+    law = fit_law(sizes, [row["loss"] for row in fitted])
+    for row in fitted:
+        row["law"] = law(row["N"])
+        row["residual"] = row["loss"] - row["law"]
+    for row in predicted:
+        row["predicted"] = law(row["N"])
+        if "loss" in row:
+            row["error"] = row["predicted"] - row["loss"]
+            row["relative"] = row["predicted"] / row["loss"] - 1
+    losses, failed = [list(points[row["width"]]["losses"].values()) for row in fitted], 0
+    seeds = len(losses[0])
+    if seeds > 1 and predicted:
+        intervals, failed = bootstrap(sizes, losses, targets)
+        for row, interval in zip(predicted, intervals):
+            row["interval"] = interval
     found = {**dataclasses.asdict(law), "seeds": seeds, "draws_without_law": failed}
-    return {**found, "fitted": fitted, "predicted": held}
+    return {**found, "fitted": fitted, "predicted": predicted}
 
 
 def print_prediction(result: dict):
@@ -360,20 +357,23 @@ def print_prediction(result: dict):
     law = f"{result['a']:.4g} N^{result['b']:.4g} + {result['c']:.4g}"
     print(f"L = {law}, N in millions of parameters\n")
     print(f"{'fitted':>10}{'N':>11}{'loss':>10}{'law':>10}{'residual':>10}")
-    for p in result["fitted"]:
-        print(f"{p['width']:>10}{p['N']:>11.3f}{p['loss']:>10.4f}", end="")
-        print(f"{p['law']:>10.4f}{p['residual']:>+10.4f}")
+    for row in result["fitted"]:
+        size = f"{row['width']:>10}{row['N']:>11.3f}"
+        print(f"{size}{row['loss']:>10.4f}{row['law']:>10.4f}{row['residual']:>+10.4f}")
     if result["predicted"]:
         interval = "    95% over the seeds" if seeds > 1 else ""
         print(f"\n{'predicted':>10}{'N':>11}{'law':>10}{'measured':>10}{'error':>18}{interval}")
-    for p in result["predicted"]:
-        known = f"{'not run':>10}{'':18}"
-        if "loss" in p:
-            known = f"{p['loss']:>10.4f}{p['error']:>+10.4f}{p['relative']:>+8.2%}"
-        interval = "    {:.4f} to {:.4f}".format(*p["interval"]) if p.get("interval") else ""
-        print(f"{p['width']:>10}{p['N']:>11.3f}{p['predicted']:>10.4f}{known}{interval}")
-    if failed := result["draws_without_law"]:
-        print(f"no law fits {failed} of 1000 random draws of seeds: they are not in the interval")
+    for row in result["predicted"]:
+        measured = f"{'not run':>10}{'':18}"
+        if "loss" in row:
+            measured = f"{row['loss']:>10.4f}{row['error']:>+10.4f}{row['relative']:>+8.2%}"
+        interval = "    {:.4f} to {:.4f}".format(*row["interval"]) if row.get("interval") else ""
+        size = f"{row['width']:>10}{row['N']:>11.3f}"
+        print(f"{size}{row['predicted']:>10.4f}{measured}{interval}")
+    if result["draws_without_law"]:
+        failed = f"{result['draws_without_law']} of {DRAWS} random draws of seeds"
+        print(f"no law fits {failed}: they are not in the interval")
+    print_worse("in these runs", result["worse_with_width"])
 
 
 def predict_command(args: argparse.Namespace):
@@ -388,14 +388,14 @@ def predict_command(args: argparse.Namespace):
         finished = find_runs(args.runs)
         points, wider = collect(finished), at_widths(finished[0].config, args.at)
         at = {width: count_parameters(config) / 1e6 for width, config in wider.items()}
-        same = runs.same_in_all(finished)
-        source = f"{len(finished)} runs, held-out loss after {same['steps']} steps"
-        origin = {"source": source, "same_in_all": same, "torch": torch.__version__}
+        steps = finished[0].asked["steps"]
+        origin = {"source": f"{len(finished)} runs, held-out loss after {steps} steps"}
+        origin |= runs.origin(finished)
         origin["losses"] = {width: point["losses"] for width, point in points.items()}
     result = predict(points, args.hold_out, at) | origin
-    print_prediction(result)
     means = {width: mean(point["losses"].values()) for width, point in points.items()}
-    result["worse_with_width"] = print_worse(means, "in these runs")
+    result["worse_with_width"] = worse_with_width(means)
+    print_prediction(result)
     write_json(args.json, result)
 
 
@@ -443,7 +443,7 @@ def add_predict(parser: argparse.ArgumentParser):
     add("--points", metavar="FILE", help="instead of runs: published points, as JSON")
     add("--hold-out", type=int, default=1, metavar="K", help="predict the K widest (default 1)")
     add("--at", type=int, nargs="+", default=[], metavar="C", help="predict these widths, too")
-    add("--json", default="runs/predict.json", metavar="FILE", help="default runs/predict.json")
+    add("--json", default="runs/predict.json", metavar="FILE", help="default %(default)s")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -458,7 +458,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None):
     args = make_parser().parse_args(argv)
-    sweep(args) if args.command == "sweep" else predict_command(args)
+    command = {"sweep": sweep, "predict": predict_command}[args.command]
+    command(args)
 
 
 if __name__ == "__main__":

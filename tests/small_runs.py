@@ -22,7 +22,7 @@ def write_corpus(folder: Path) -> Path:
     return target
 
 
-def train_here(jobs: list, at_a_time: int, keep_checkpoints: bool, bar):
+def train_here(jobs: list, at_a_time: int, bar):
     """In place of runs.train_jobs: the same runs, one after another, in this process."""
     while jobs:
         job = jobs.pop()
@@ -30,7 +30,7 @@ def train_here(jobs: list, at_a_time: int, keep_checkpoints: bool, bar):
         with mock.patch.object(runs.MeasuredRun, "report", lambda self, flops: None):
             runs.train_one(job)
         trained.append(job.settings)
-        runs.finish(job, 0, keep_checkpoints)
+        runs.finish(job, 0)
 
 
 trained: list[train.Settings] = []  # by train_here, since a test cleared it

@@ -216,10 +216,11 @@ def test_bad_babi_files_are_named_by_line(line, part, tmp_path):
 def test_files_that_are_not_there_not_text_or_too_small(tmp_path):
     """Each says which file and why."""
     missing = tmp_path / "none.jsonl"
-    assert f"cannot read {missing}: No such file" in refusal(read_items, "rte", missing, 3, 0)
+    with pytest.raises(OSError, match=f"No such file or directory: '{missing}'"):
+        read_items("rte", missing, 3, 0)
     (tmp_path / "bin").write_bytes(b"\xff\xfe\x00")
     text = refusal(read_items, "rte", tmp_path / "bin", 3, 0)
-    assert "not UTF-8 text: the byte at offset 0" in text
+    assert "not UTF-8 text" in text and str(tmp_path / "bin") in text
     text = refusal(read_items, "boolq", write(tmp_path / "few.jsonl", []), 3, 0)
     assert "0 different rows with the label true" in text and "label false" in text
     path = tmp_path / "qa1.txt"

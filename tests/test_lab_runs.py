@@ -76,9 +76,9 @@ def test_runs_go_on_and_are_not_run_twice(small, monkeypatch):
     assert read_finished(Path(small.out)) is None
     monkeypatch.setattr(runs, "tqdm", Bar)
     study = [small, elsewhere(small, "inf", seed=1, lr=1e30)]
-    first, second = finished = run_all(study, jobs=2)
+    first, second = finished = run_all(study, at_a_time=2)
 
-    assert first.val == whole["val_loss"] and (second.val, second.train) == (None, None)
+    assert first.loss == whole["val_loss"] and second.loss is None
     assert (first.asked["seed"], second.asked["seed"]) == (0, 1)
     step = training_flops(first.stages, first.stages[-1].end) // 4
     overflowed = len((second.folder / "metrics.jsonl").read_text().splitlines())
@@ -88,7 +88,7 @@ def test_runs_go_on_and_are_not_run_twice(small, monkeypatch):
         assert not list_checkpoints(run.folder) and not runs.text_log(run.folder).exists()
 
     monkeypatch.setattr(multiprocessing, "get_context", None)
-    assert run_all(study, jobs=2) == finished
+    assert run_all(study, at_a_time=2) == finished
 
 
 def test_a_run_that_fails_says_why(small):
@@ -98,7 +98,7 @@ def test_a_run_that_fails_says_why(small):
     foreign.mkdir(parents=True)
     (foreign / "notes.txt").write_text("mine")
     later = elsewhere(small, "later", steps=2)  # less to do, so it would be the second
-    message = error(run_all, [small, later], jobs=1)
+    message = error(run_all, [small, later], at_a_time=1)
     for words in ("run ended with code 2", f"{foreign}.log", "exists and is not a run"):
         assert words in message
     assert (foreign / "notes.txt").read_text() == "mine"
@@ -155,11 +155,11 @@ def test_a_folder_of_another_study_is_refused(small, monkeypatch):
     monkeypatch.setattr(runs, "train_jobs", None)
     train.train(small)
     other = dataclasses.replace(small, steps=6, lr=0.02, model=(*MODEL, "init_std=0.5"))
-    message = error(run_all, [other, elsewhere(small, "new")], jobs=1)
+    message = error(run_all, [other, elsewhere(small, "new")], at_a_time=1)
     for words in ("steps = 4, this study 6", "lr = 0.01, this study 0.02", "init_std"):
         assert words in message
     assert "choose another --out" in message and "notes" not in message
-    assert run_all([dataclasses.replace(small, eval_every=3, keep=2)], jobs=1)[0].val
+    assert run_all([dataclasses.replace(small, eval_every=3, keep=2)], at_a_time=1)[0].loss
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "{"])
@@ -168,7 +168,7 @@ def test_a_config_of_another_program_is_refused(small, text):
     config = Path(small.out) / "config.json"
     config.parent.mkdir(parents=True)
     config.write_text(text)
-    assert f"{config.parent} is not the folder of a run" in error(run_all, [small], jobs=1)
+    assert f"{config.parent} is not the folder of a run" in error(run_all, [small], at_a_time=1)
     assert config.read_text() == text
 
 
@@ -178,13 +178,13 @@ def test_another_text_is_another_study(small, corpus, tmp_path):
     moved = shutil.copytree(corpus, tmp_path / "moved")
     settings = dataclasses.replace(small, data=str(moved))
     train.train(small)
-    assert run_all([settings], jobs=1)[0].val
+    assert run_all([settings], at_a_time=1)[0].loss
     shutil.rmtree(moved)
     other = tmp_path / "other"
     other.mkdir()
     (other / "0.txt").write_text("another text, that has never been there before. " * 99)
     write_corpus(other).rename(moved)
-    message = error(run_all, [settings], jobs=1)
+    message = error(run_all, [settings], at_a_time=1)
     assert "run has text = " in message and "choose another --out" in message
 
 
@@ -213,5 +213,5 @@ def test_all_runs_have_one_arithmetic():
 
 def test_what_run_all_refuses(small):
     """No runs at a time, and two runs in one folder."""
-    assert error(run_all, [small, small], jobs=1) == f"{small.out} is asked for twice"
-    assert error(run_all, [small], jobs=0) == "--jobs 0: must be at least 1"
+    assert error(run_all, [small, small], at_a_time=1) == f"{small.out} is asked for twice"
+    assert error(run_all, [small], at_a_time=0) == "--jobs 0: must be at least 1"
