@@ -20,11 +20,11 @@ The masks themselves are in flm.py (LayerNorm, Attention, FeedForward, Block, FL
 
 Read it from top to bottom:
 
-    1. what can grow    and what cannot, because the function would change
-    2. four operators   which side of which tensor a dimension is; where a new layer comes from
-    3. one tensor       grow_tensor: a parameter or one of AdamW's moments
-    4. in memory        grow, g_stack
-    5. on disk          grow_checkpoint: from checkpoint to checkpoint, in little memory
+    1. what can grow        and what cannot, because the function would change
+    2. four operators       which sides of which matrix grow; where a new layer comes from
+    3. old tensors to new   growth_record, grow_tensor: a parameter or AdamW's state of it
+    4. in memory            grow, g_stack
+    5. on disk              grow_checkpoint: from checkpoint to checkpoint, in little memory
     6. the command line
 
 The paper says that its operators "originate from MSG" and that it grew checkpoints offline. It does
@@ -42,8 +42,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -57,7 +56,7 @@ from flm import FLM, PRESETS, FLMConfig, growth_mask, parse_fields, preset
 # --------------------------------------------------------------------------------------------------
 # 1. What can grow
 
-GROWS = ("n_layers", "d_model", "n_heads", "d_ff")
+DIMENSIONS = ("n_layers", "d_model", "n_heads", "d_ff")  # the fields that can grow
 REASONS = {  # why another value of a field would change what the model computes
     "head_dim": "the rotary frequencies depend on it; add heads instead",
     "vocab_size": "a new token would take its share of every softmax",
@@ -77,13 +76,13 @@ def check_growth(old: FLMConfig, new: FLMConfig):
     problems = []
     for field in dataclasses.fields(FLMConfig):
         name, a, b = field.name, getattr(old, field.name), getattr(new, field.name)
-        if name in GROWS and b < a:
+        if name in DIMENSIONS and b < a:
             problems.append(f"{name}: {a} -> {b} would shrink; growth only adds")
-        elif name not in (*GROWS, "init_std") and a != b:
+        elif name not in (*DIMENSIONS, "init_std") and a != b:
             reason = REASONS.get(name, "it changes what the model computes")
             problems.append(f"{name}: {a} -> {b} must stay as it is: {reason}")
-    if not problems and all(getattr(old, name) == getattr(new, name) for name in GROWS):
-        sizes = ", ".join(f"{name} ({getattr(old, name)})" for name in GROWS)
+    if not problems and old.replace(init_std=new.init_std) == new:
+        sizes = ", ".join(f"{name} ({getattr(old, name)})" for name in DIMENSIONS)
         problems.append(f"the target is no larger: raise at least one of {sizes}")
     console.refuse(problems, "this model cannot grow into that one:")
 
@@ -91,79 +90,60 @@ def check_growth(old: FLMConfig, new: FLMConfig):
 # --------------------------------------------------------------------------------------------------
 # 2. Four operators
 #
-# A part is the name of a parameter without its layer. Each of its sides belongs to one dimension.
-# Rows (axis 0) write, columns (axis 1) read:
+# An operator grows one dimension. The operators for C, H and F widen every matrix in which their
+# letter stands below; the operator for L adds layers (layer_origins). Where the mask c is:
 #
-#     part                             rows    columns    the mask is on
-#     embedding.weight, head.weight    V       C          C: what every LayerNorm puts out
-#     attn.qkv.weight                  3 H D   C          H: what the new heads put out
-#     attn.o.weight                    C       H D        F: the hidden activations
-#     ff.up.weight                     F       C          L: both branches of a new block
-#     ff.down.weight                   C       F
+#     C    on the output of every LayerNorm. A LayerNorm's mean and variance are taken over all
+#          channels; while c = 0, over the old channels alone. All that reads the residual stream
+#          comes after a LayerNorm, so nothing reads what the new channels of the stream hold.
+#     H    on the outputs of the new heads. Heads are added whole, after the old ones: the rows of
+#          qkv are laid out (H, 3, D).
+#     F    on the activations of the new hidden units
+#     L    on both branches of a new layer
 #
-# A bias has the rows of its weight; gain and bias of a LayerNorm have C rows. An operator says
-# which sides of a part belong to its dimension and how long they are: {axis: length}.
+# All other parameters are vectors: a bias has the rows of its matrix, a LayerNorm has C.
 
-
-def d_model(part: str, config: FLMConfig) -> dict[int, int]:
-    """Channels of the residual stream: rows of what writes to the stream, columns of what reads it,
-    and the LayerNorms.
-
-    A LayerNorm mixes all channels in its mean and variance, so the LayerNorms carry the mask: they
-    take both over the old channels alone while c = 0. Everything that reads the stream sits behind
-    a LayerNorm. So nothing reads what the new channels hold."""
-    if part in ("embedding.weight", "head.weight", "attn.qkv.weight", "ff.up.weight"):
-        return {1: config.d_model}
-    writes = part.split(".")[-2] in ("o", "down", "norm", "attn_norm", "ff_norm")
-    return {0: config.d_model} if writes else {}
-
-
-def n_heads(part: str, config: FLMConfig) -> dict[int, int]:
-    """Heads, whole ones, appended after the old: the rows of qkv are laid out (H, 3, D)."""
-    if part.startswith("attn.qkv."):
-        return {0: 3 * config.n_heads * config.head_dim}
-    return {1: config.n_heads * config.head_dim} if part == "attn.o.weight" else {}
-
-
-def d_ff(part: str, config: FLMConfig) -> dict[int, int]:
-    """Hidden units of the feed-forward part."""
-    if part.startswith("ff.up."):
-        return {0: config.d_ff}
-    return {1: config.d_ff} if part == "ff.down.weight" else {}
-
-
-OPERATORS = (d_model, n_heads, d_ff)  # the fourth, layer_plan, says which tensor to start from
+MATRICES = {  # matrix: (rows, columns)
+    "embedding": ("V", "C"),
+    "head": ("V", "C"),
+    "attn.qkv": ("3HD", "C"),
+    "attn.o": ("C", "HD"),
+    "ff.up": ("F", "C"),
+    "ff.down": ("C", "F"),
+}
 
 
 def shape(part: str, config: FLMConfig) -> tuple[int, ...]:
-    """The shape of a part: what the operators say, and the vocabulary, which never grows.
+    """The shape of a part, which is the name of a parameter without its layer.
 
-    >>> shape("attn.qkv.weight", preset("flm-101b"))
-    (30720, 10240)
+    >>> shape("attn.qkv.weight", preset("flm-101b")), shape("attn_norm.bias", preset("flm-101b"))
+    ((30720, 10240), (10240,))
     """
-    sides = {0: config.vocab_size} if part in ("embedding.weight", "head.weight") else {}
-    for operator in OPERATORS:
-        sides |= operator(part, config)
-    return tuple(length for _, length in sorted(sides.items()))
+    HD = config.n_heads * config.head_dim
+    lengths = {"V": config.vocab_size, "C": config.d_model, "F": config.d_ff}
+    lengths |= {"HD": HD, "3HD": 3 * HD}
+    module, _, kind = part.rpartition(".")
+    sides = MATRICES.get(module, ("C",))
+    return tuple(lengths[side] for side in (sides[:1] if kind == "bias" else sides))
 
 
-def layer_plan(old_L: int, new_L: int, rule="stack") -> list[tuple[int | None, int | None]]:
-    """n_layers, the fourth operator: where each layer of the grown model comes from.
+def layer_origins(old_L: int, new_L: int, rule="stack") -> list[tuple[int | None, int | None]]:
+    """Where each layer of the grown model comes from: the operator for n_layers.
 
     Each entry is (kept, copied). (2, None) is the old layer 2, trained and without a mask.
-    (None, 2) is a new layer that starts as a copy of layer 2. (None, None) is a new layer that is
-    drawn as at initialisation. New layers are masked.
+    (None, 2) is a new layer that starts as a copy of layer 2. (None, None) is a fresh layer, which
+    is drawn as at initialisation. New layers are masked.
 
     rule: "stack" puts whole copies on top while they fit, then the last layers (the order of
     StackBERT and MSG). "interleave" puts copies next to their originals, spread evenly. "fresh"
-    puts drawn layers on top. A list is a row of old layers, None for a drawn one: the first
+    puts fresh layers on top. A list is a row of old layers, None for a fresh one: the first
     mention of a layer keeps it, a later one copies it.
 
-    >>> layer_plan(3, 5, "stack")  # the row 0 1 2 1 2
+    >>> layer_origins(3, 5, "stack")  # the row 0 1 2 1 2
     [(0, None), (1, None), (2, None), (None, 1), (None, 2)]
-    >>> layer_plan(3, 5, "interleave")  # the row 0 0 1 1 2
+    >>> layer_origins(3, 5, "interleave")  # the row 0 0 1 1 2
     [(0, None), (None, 0), (1, None), (None, 1), (2, None)]
-    >>> layer_plan(3, 4, [0, None, 1, 2])
+    >>> layer_origins(3, 4, [0, None, 1, 2])
     [(0, None), (None, None), (1, None), (2, None)]
 
     A masked block passes the residual stream through. So the old layers, in their old order, are
@@ -204,38 +184,70 @@ def split_name(name: str) -> tuple[int | None, str]:
     return int(layer), part
 
 
-def source(name: str, origins: list[tuple[int | None, int | None]]) -> str | None:
-    """The name of the old tensor that the new tensor `name` starts from, by a layer_plan; None for
-    a tensor of a layer that is drawn.
+def old_name(name: str, record: dict) -> str | None:
+    """The name of the old tensor that the new tensor `name` starts from; None for a fresh layer.
+    record: see growth_record.
 
-    >>> source("layers.4.ff.up.weight", layer_plan(3, 5, "stack"))
-    'layers.2.ff.up.weight'
+    >>> record = growth_record(preset("demo"), preset("demo").replace(n_layers=8))
+    >>> old_name("layers.7.ff.up.weight", record), old_name("norm.bias", record)
+    ('layers.5.ff.up.weight', 'norm.bias')
     """
     layer, part = split_name(name)
     if layer is None:
         return name
-    kept, copied = origins[layer]
+    kept, copied = record["layer_map"][layer], record["copied_from"][layer]
     old = copied if kept is None else kept
     return None if old is None else f"layers.{old}.{part}"
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. One tensor
-
-STATES = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of each parameter
+# 3. From old tensors to new ones
 
 
-def norm_scale(part: str, state: str, old: FLMConfig, new: FLMConfig) -> float:
-    """By what muP multiplies the old values of a part when d_model grows (ours; the paper does not
-    mention it).
+def growth_record(
+    old: FLMConfig,
+    new: FLMConfig,
+    *,
+    layers="stack",
+    start: int = 0,
+    ramp: int = 0,
+    growths: int = 1,
+) -> dict:
+    """The record of a growth: plain JSON for the checkpoint, all that FLM.set_masks and
+    flm.growth_mask need. layers: see layer_origins. start, ramp: in samples. growths: how often the
+    model has grown, this growth included.
+
+    The mask's value is computed from the record, c = (samples - start) / ramp up to 1, and never
+    added up: a run that stops in mid-ramp goes on exactly. Raises ValueError for a growth that
+    cannot be."""
+    check_growth(old, new)
+    if start < 0 or ramp < 0:
+        raise ValueError(f"start = {start}, ramp = {ramp}: must be 0 samples or above")
+    origins = layer_origins(old.n_layers, new.n_layers, layers)
+    return {
+        "old": {name: getattr(old, name) for name in DIMENSIONS},
+        "layer_map": [kept for kept, _ in origins],
+        "copied_from": [copied for _, copied in origins],
+        "start": start,
+        "ramp": ramp,
+        "growths": growths,
+    }
+
+
+# What AdamW keeps of each parameter: the first moment (a running mean of the gradient), the second
+# moment (of the gradient's square), and the number of its updates.
+STATES = ("exp_avg", "exp_avg_sq", "step")
+
+
+def final_norm_factor(state: str, old: FLMConfig, new: FLMConfig) -> float:
+    """By what muP multiplies the final LayerNorm's old values when d_model grows (ours; the paper
+    does not mention it). state: one of STATES, or "" for gain and bias themselves.
 
     The logits are output_mult / m times what the final LayerNorm feeds the head, and m grows by
     r = m_new / m_old. So gain and bias of that LayerNorm are multiplied by r, and the logits stay.
     Their gradients are then 1/r of what they were, hence exp_avg is multiplied by 1/r and
     exp_avg_sq by 1/r**2. What the model computes is kept. How it trains from there is not: m is
     also in muP's learning rates, which muP.param_groups works out for the new width."""
-    if part not in ("norm.weight", "norm.bias"):
-        return 1.0
     r = new.m_width / old.m_width
     return {"": r, "exp_avg": 1 / r, "exp_avg_sq": 1 / r**2}[state]
 
@@ -251,7 +263,7 @@ def grow_tensor(
     growths: int = 1,
     draw: Callable = muP.initial_value,
 ) -> torch.Tensor:
-    """The grown tensor. old: the tensor that it starts from (see source); None for a fresh layer.
+    """The grown tensor. old: the tensor that it starts from; None for a fresh layer.
 
     name: the new tensor's name in a checkpoint: "layers.5.attn.o.weight" for a parameter, with
     ".exp_avg", ".exp_avg_sq" or ".step" after it for AdamW's state.
@@ -282,45 +294,51 @@ def grow_tensor(
             f"{name} has the shape {tuple(old.shape)}, the configuration says {expected}"
         )
     new = new.to(old)
-    block = new[tuple(slice(length) for length in expected)]
-    block.copy_(old).mul_(norm_scale(part, state, old_config, new_config))
+    old_block = new[tuple(slice(length) for length in expected)]
+    old_block.copy_(old)
+    if part in ("norm.weight", "norm.bias"):
+        old_block *= final_norm_factor(state, old_config, new_config)
     return new
 
 
-def growth_record(
-    old: FLMConfig, new: FLMConfig, layers, start: int, ramp: int, growths: int
-) -> tuple[list, dict]:
-    """Where each layer comes from (see layer_plan), and the record of the growth. Raises ValueError
-    where it cannot be.
+def grown_tensors(
+    names: Iterable[str],
+    old: dict[str, torch.Tensor],
+    new_config: FLMConfig,
+    record: dict,
+    **options,
+) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(kind, name, tensor) of all that the grown model has, one after the other: of each parameter
+    in `names`, and of AdamW's state of it if `old` has any.
 
-    The record is plain JSON for the checkpoint, all that FLM.set_masks and flm.growth_mask need.
-    The mask's value is computed from it, c = (samples - start) / ramp up to 1, and never added up:
-    a run that stops in mid-ramp goes on exactly."""
-    check_growth(old, new)
-    if start < 0 or ramp < 0:
-        raise ValueError(f"start = {start}, ramp = {ramp}: must be 0 samples or above")
-    origins = layer_plan(old.n_layers, new.n_layers, layers)
-    return origins, {
-        "old": {name: getattr(old, name) for name in GROWS},
-        "layer_map": [kept for kept, _ in origins],
-        "copied_from": [copied for _, copied in origins],
-        "start": start,
-        "ramp": ramp,
-        "growths": growths,
-    }
+    A kind is "model" or "optimizer", as in a checkpoint. old: {"model.norm.weight": tensor,
+    "optimizer.norm.weight.exp_avg": tensor, ...}. options: seed and draw of grow_tensor. Raises
+    ValueError where `old` lacks a tensor."""
+    has_optimizer = any(key.startswith("optimizer.") for key in old)
+    kinds = [("model", "")] + [("optimizer", f".{state}") for state in STATES if has_optimizer]
+    old_config, growths = new_config.replace(**record["old"]), record["growths"]
+    for name in names:
+        start = old_name(name, record)
+        for kind, end in kinds:
+            key = f"{kind}.{start}{end}"
+            if start is not None and key not in old:
+                raise ValueError(f"the checkpoint does not hold the tensor {key}")
+            configs = old_config, new_config
+            value = grow_tensor(name + end, old.get(key), *configs, growths=growths, **options)
+            # A fresh layer has the dtype and device of all others.
+            yield kind, name + end, value.to(old[f"{kind}.norm.weight{end}"])
 
 
 # --------------------------------------------------------------------------------------------------
 # 4. In memory
 
 
-def check_model(model: FLM, finish_ramp: bool):
+def check_model(model: FLM):
     """Raise ValueError for a model in mid-ramp, or a part of a model."""
-    in_mid_ramp = any(name.endswith("mask") for name, _ in model.named_buffers())
-    if in_mid_ramp and not finish_ramp:
+    if any(name.endswith("mask") for name, _ in model.named_buffers()):
         raise ValueError(
-            "this model is still growing: train it to the end of its ramp, or say finish_ramp, "
-            "which changes what it computes"
+            "this model is still growing: train it to the end of its ramp, or set its masks to 1 "
+            "(FLM.set_masks), which changes what it computes"
         )
     if model.embedding is None or model.head is None or len(model.layers) != model.config.n_layers:
         raise ValueError("this is a part of a model: save a checkpoint and grow that on disk")
@@ -333,47 +351,45 @@ def grow(
     optimizer: torch.optim.AdamW | None = None,
     *,
     seed: int,
-    layers="stack",
-    growths: int = 1,
-    start: int = 0,
-    ramp: int = 0,
-    finish_ramp: bool = False,
     draw: Callable = muP.initial_value,
+    **options,
 ) -> tuple[FLM, torch.optim.AdamW | None, dict]:
     """A larger model that computes the same, for the classroom and as the tests' oracle of
     grow_checkpoint: (model, optimizer, record). Its masks are at c = 0; `model` stays as it is.
 
     optimizer: an AdamW over muP.param_groups(model, ...). The grown one has its hyper-parameters,
     muP's groups of the new width and the grown state.
-    seed, growths: new weights are drawn from (seed, name, number of growths, this one included).
-    layers: see layer_plan. start, ramp: in samples; at a ramp of 0 the next training step has no
-    mask at all, a jump. draw: see grow_tensor.
-    finish_ramp: grow a model in mid-ramp as if its own mask had reached 1.
+    seed, draw: see grow_tensor. New weights are drawn from (seed, name, number of growths).
+    options: layers, start, ramp and growths of growth_record. At a ramp of 0 the next training step
+    has no mask at all, a jump.
 
     Raises ValueError for a target that cannot be, a model in mid-ramp, or a part of a model."""
-    origins, record = growth_record(model.config, new_config, layers, start, ramp, growths)
-    check_model(model, finish_ramp)
-    configs = {"old_config": model.config, "new_config": new_config}
-    grown_tensor = partial(grow_tensor, **configs, seed=seed, growths=growths, draw=draw)
-    parameters = dict(model.named_parameters())
+    record = growth_record(model.config, new_config, **options)
+    check_model(model)
     some = next(model.parameters())
     with torch.device("meta"):
         grown = FLM(new_config)
     grown = grown.to(some.dtype).to_empty(device=some.device).train(model.training)
-    sources = {name: parameters.get(source(name, origins)) for name, _ in grown.named_parameters()}
-    for name, parameter in grown.named_parameters():
-        parameter.copy_(grown_tensor(name, sources[name]))
+    larger = None if optimizer is None else larger_optimizer(optimizer, grown)
+    old, states = {}, {} if optimizer is None else optimizer.state
+    for name, parameter in model.named_parameters():
+        old[f"model.{name}"] = parameter
+        for state, value in states.get(parameter, {}).items():
+            old[f"optimizer.{name}.{state}"] = value
+    new = dict(grown.named_parameters())
+    for kind, name, value in grown_tensors(new, old, new_config, record, seed=seed, draw=draw):
+        if kind == "model":
+            new[name].copy_(value)
+        else:
+            name, _, state = name.rpartition(".")
+            larger.state[new[name]][state] = value
     grown.set_masks(record, 0.0)
-    if optimizer is not None:
-        optimizer = grow_optimizer(optimizer, grown, sources, grown_tensor)
-    return grown, optimizer, record
+    return grown, larger, record
 
 
-def grow_optimizer(
-    optimizer: torch.optim.AdamW, grown: FLM, sources: dict, grown_tensor: Callable
-) -> torch.optim.AdamW:
-    """The AdamW of a grown model. sources: {name in the grown model: old parameter or None}.
-    Raises ValueError for an optimizer whose state is not known here."""
+def larger_optimizer(optimizer: torch.optim.AdamW, grown: FLM) -> torch.optim.AdamW:
+    """The AdamW of a grown model, still without its state. Raises ValueError for an optimizer whose
+    state is not known here."""
     groups = optimizer.param_groups
     known = all("lr_scale" in group and not group["amsgrad"] for group in groups)
     if type(optimizer) is not torch.optim.AdamW or not known:
@@ -384,14 +400,7 @@ def grow_optimizer(
     base = [group for group in groups if group["lr_scale"] == 1]  # the groups where m = 1
     weight_decay = max(group["weight_decay"] for group in base)
     new_groups = muP.param_groups(grown, base[0]["lr"], weight_decay)
-    larger = torch.optim.AdamW([{**base[0], **group} for group in new_groups])  # betas, eps, ...
-    example = next(iter(optimizer.state.values()), {})  # before the first step there is no state
-    for name, parameter in grown.named_parameters():
-        state = optimizer.state.get(sources[name], {})
-        for key, like in example.items():
-            value = grown_tensor(f"{name}.{key}", state.get(key))
-            larger.state[parameter][key] = value.to(like)
-    return larger
+    return torch.optim.AdamW([{**base[0], **group} for group in new_groups])  # betas, eps, ...
 
 
 def g_stack(
@@ -424,64 +433,40 @@ def step_folder(checkpoint) -> Path:
 
 
 def next_record(
-    path: Path, info: dict, new_config: FLMConfig, layers, ramp: int | None, finish_ramp: bool
-) -> tuple[list, dict]:
+    path: Path, info: dict, new_config: FLMConfig, *, layers, ramp: int | None, finish_ramp: bool
+) -> dict:
     """growth_record for a checkpoint, from what its checkpoint.json says. Raises ValueError for a
     checkpoint in mid-ramp, unless finish_ramp."""
-    done, samples = info["growth"], info["samples"]
-    c = growth_mask(done, samples)
+    last_growth, samples = info["growth"], info["samples"]
+    c = growth_mask(last_growth, samples)
     if c < 1 and not finish_ramp:
         raise ValueError(
             f"{path} is in mid-ramp: its mask is at c = {c:.3f} and reaches 1 at sample "
-            f"{done['start'] + done['ramp']:,}. Train it to there, or add --finish-ramp, which "
-            "sets c = 1 now and so changes what it computes"
+            f"{last_growth['start'] + last_growth['ramp']:,}. Train it to there, or add "
+            "--finish-ramp, which sets c = 1 now and so changes what it computes"
         )
-    growths = 1 if done is None else done.get("growths", 1) + 1
+    growths = last_growth["growths"] + 1 if last_growth else 1
     ramp = samples // 10 if ramp is None else ramp
     old_config = FLMConfig.from_dict(info["config"])
-    return growth_record(old_config, new_config, layers, samples, ramp, growths)
+    options = {"layers": layers, "start": samples, "ramp": ramp, "growths": growths}
+    return growth_record(old_config, new_config, **options)
 
 
-SMALL = 2**16  # bytes
+SMALLEST_FILE = 2**16  # bytes
 
 
 def file_backed(size: tuple[int, ...], dtype: torch.dtype, folder: Path) -> torch.Tensor:
     """A tensor whose memory is an unnamed file in `folder`. The system may write its pages to the
     disk and free them, so it takes no memory that counts. The file is gone with the tensor or with
-    the process. A SMALL tensor is an ordinary one: a file costs more time than its memory is worth.
-    Raises OSError on a full disk."""
+    the process. A tensor of less than SMALLEST_FILE bytes is an ordinary one: a file costs more
+    time than its memory is worth. Raises OSError on a full disk."""
     length = math.prod(size)
-    if length * dtype.itemsize < SMALL:
+    if length * dtype.itemsize < SMALLEST_FILE:
         return torch.empty(size, dtype=dtype)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".grow-") as file:
         if hasattr(os, "posix_fallocate"):  # now: a disk found full later would kill the process
             os.posix_fallocate(file.fileno(), 0, length * dtype.itemsize)
         return torch.from_file(file.name, shared=True, size=length, dtype=dtype).view(size)
-
-
-def grown_tensors(
-    path: Path, new_config: FLMConfig, origins: list, grown_tensor: Callable, folder: Path
-) -> dict[str, dict[str, torch.Tensor]]:
-    """What the grown checkpoint holds, {"model": {name: tensor}, "optimizer": {name: tensor}}, in
-    file-backed memory in `folder`. Raises ValueError where the old one lacks a tensor."""
-    stored = stored_tensors(path)
-    old = {key: file_backed(size, dtype, folder) for key, (size, dtype) in stored.items()}
-    read_tensors(path, old)
-    has_optimizer = any(key.startswith("optimizer.") for key in old)
-    kinds = [("model", "")] + [("optimizer", f".{state}") for state in STATES if has_optimizer]
-    grown = {kind: {} for kind, _ in kinds}
-    with torch.device("meta"):
-        names = [name for name, _ in FLM(new_config).named_parameters()]
-    for name in tqdm(names, desc="growing", unit="parameter", disable=None):
-        start = source(name, origins)
-        for kind, end in kinds:
-            key = f"{kind}.{start}{end}"
-            if start is not None and key not in old:
-                raise ValueError(f"{path} does not hold the tensor {key}")
-            value = grown_tensor(name + end, old.get(key))
-            like = old[f"{kind}.norm.weight{end}"]  # a fresh layer has the dtype of all others
-            grown[kind][name + end] = file_backed(value.shape, like.dtype, folder).copy_(value)
-    return grown
 
 
 def grow_checkpoint(
@@ -497,7 +482,8 @@ def grow_checkpoint(
 ) -> dict:
     """Grow a CHECKPOINT (see find_checkpoint) into the folder `out`; returns the info of the new
     checkpoint. It holds the same tensors, bit for bit, as `grow` makes. Options as there; ramp, in
-    samples, is by default a tenth of the samples seen (ours).
+    samples, is by default a tenth of the samples seen (ours). finish_ramp: grow a checkpoint in
+    mid-ramp as if its own mask had reached 1.
 
     Any layout may have saved the checkpoint, with or without an optimizer. Old and new tensors lie
     in file-backed memory, so the memory that this takes is a few times the largest tensor. For a
@@ -509,12 +495,20 @@ def grow_checkpoint(
     if out.exists():
         raise ValueError(f"{out} exists: choose another folder for the grown checkpoint")
     info = read_info(path)
-    origins, record = next_record(path, info, new_config, layers, ramp, finish_ramp)
-    configs = {"old_config": FLMConfig.from_dict(info["config"]), "new_config": new_config}
-    growths = record["growths"]
-    grown_tensor = partial(grow_tensor, **configs, seed=seed, growths=growths, draw=draw)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    grown = grown_tensors(path, new_config, origins, grown_tensor, out.parent)
+    options = {"layers": layers, "ramp": ramp, "finish_ramp": finish_ramp}
+    record = next_record(path, info, new_config, **options)
+    folder = out.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = stored_tensors(path)
+    old = {key: file_backed(size, dtype, folder) for key, (size, dtype) in stored.items()}
+    read_tensors(path, old)
+    with torch.device("meta"):
+        names = [name for name, _ in FLM(new_config).named_parameters()]
+    bar = tqdm(names, desc="growing", unit="parameter", disable=None)
+    grown = {}
+    for kind, name, value in grown_tensors(bar, old, new_config, record, seed=seed, draw=draw):
+        tensor = file_backed(value.shape, value.dtype, folder).copy_(value)
+        grown.setdefault(kind, {})[name] = tensor
     kept = {key: value for key, value in info.items() if key not in ("format", "files")}
     info = {**kept, "config": new_config.to_dict(), "growth": record}
     write_checkpoint(out, grown, info)
@@ -525,13 +519,20 @@ def grow_checkpoint(
 # 6. The command line
 
 
+def read_json(option: str, file: str):
+    """What a JSON file holds. Raises ValueError that names the option."""
+    try:
+        return json.loads(Path(file).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} {file} is not JSON: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{option} {file}: cannot be read ({error})") from error
+
+
 def read_config(file: str) -> FLMConfig:
     """The model that a JSON file describes: its fields, a checkpoint.json, or the config.json of a
     run, whose last stage counts. Raises ValueError for any other file."""
-    try:
-        values = json.loads(Path(file).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"--to {file}: not a readable JSON file ({error})") from error
+    values = read_json("--to", file)
     if isinstance(values, dict) and isinstance(values.get("stages"), list):
         values = values["stages"][-1] if values["stages"] else None
     if isinstance(values, dict) and "config" in values:
@@ -560,7 +561,7 @@ def target_config(words: list[str], old: FLMConfig) -> FLMConfig:
 
 
 def parse_layers(text: str) -> str | list[int | None]:
-    """--layers: the name of a rule, or a row of old layers (see layer_plan).
+    """--layers: the name of a rule, or a row of old layers (see layer_origins).
 
     >>> parse_layers("stack"), parse_layers("0,1,2,1,-")
     ('stack', [0, 1, 2, 1, None])
@@ -591,7 +592,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = apply.add_argument
     add("checkpoint", help="a run folder (its newest checkpoint) or a step folder")
     target = f"the model to grow into: a preset ({', '.join(PRESETS)}), a config.json, and/or "
-    target += f"FIELD=VALUE ... ({', '.join(GROWS)})"
+    target += f"FIELD=VALUE ... ({', '.join(DIMENSIONS)})"
     add("--to", required=True, nargs="+", metavar="TARGET", help=target)
     add("--out", required=True, metavar="CHECKPOINT", help="the folder to write; it must not exist")
     rules = "new layers: stack, interleave, fresh, or a row of old layers such as 0,1,2,1,-"
@@ -605,15 +606,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def return_freed_memory():
-    """Ask glibc to give freed blocks of SMALL bytes and more back to the system at once.
+    """Ask glibc to give freed blocks of SMALLEST_FILE bytes and more back to the system at once.
 
     By default it keeps freed blocks of less than 32 MB, and PyTorch's aligned blocks do not fit
-    into them again. To grow a checkpoint of 900 MB (24 layers of width 512, no tensor over 5 MB)
-    then took 640 MB of memory, and takes 17 MB with this. It would slow down training, so only the
-    command line calls it."""
+    into them again. Measured on a checkpoint of 900 MB (24 layers of width 512, no tensor over
+    5 MB): to grow it takes 642 MB of memory without this call, and 17 MB with it. It would slow
+    down training, so only the command line calls it."""
     libc = ctypes.CDLL(None) if os.name == "posix" else None
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, SMALL)  # -3: M_MMAP_THRESHOLD
+        libc.mallopt(-3, SMALLEST_FILE)  # -3: M_MMAP_THRESHOLD
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -621,8 +622,8 @@ def main(argv: list[str] | None = None) -> int:
     return_freed_memory()
     path = step_folder(args.checkpoint)
     before = read_info(path)
-    options = {"seed": args.seed, "layers": parse_layers(args.layers), "ramp": args.ramp}
     target = target_config(args.to, FLMConfig.from_dict(before["config"]))
+    options = {"seed": args.seed, "layers": parse_layers(args.layers), "ramp": args.ramp}
     info = grow_checkpoint(path, target, args.out, finish_ramp=args.finish_ramp, **options)
     if growth_mask(before["growth"], before["samples"]) < 1:
         print(
@@ -630,13 +631,12 @@ def main(argv: list[str] | None = None) -> int:
             "else: python train.py --eval-only has the loss of either"
         )
     record, new = info["growth"], info["config"]
-    changes = ((name, size, new[name]) for name, size in record["old"].items())
-    sizes = [f"{name} {old} -> {size}" for name, old, size in changes if old != size]
+    sizes = [f"{k} {old} -> {new[k]}" for k, old in record["old"].items() if old != new[k]]
     print(f"grew {path} into {args.out}: {', '.join(sizes)}")
-    start, end = record["start"], record["start"] + record["ramp"]
     meaning = "until it leaves 0, the model computes what the old one did"
     if not record["ramp"]:
         meaning = "a ramp of 0: there is no mask, and what the model computes jumps"
+    start, end = record["start"], record["start"] + record["ramp"]
     print(f"  the mask is 0 at sample {start:,} and 1 at {end:,}: {meaning}")
     return 0
 

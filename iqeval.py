@@ -613,48 +613,58 @@ def judged(pool: Pool, query: str, text: str, form: str, true: str, false: str) 
 def word(pool: Pool, length: int) -> str:
     """A string of length - 3 to `length` letters, all different."""
 
+    rng = pool.rng
+
     def draw() -> str:
-        return "".join(
-            pool.rng.sample(string.ascii_lowercase, pool.rng.randint(length - 3, length))
-        )
+        return "".join(rng.sample(string.ascii_lowercase, rng.randint(length - 3, length)))
 
     return pool.different(draw, 1)[0]
 
 
-def swapped(rng: random.Random, text: str) -> str:
-    """The text with two of its letters in each other's place."""
+def reordered(rng: random.Random, text: str, easy: int) -> str:
+    """Another order of the text's letters: two letters have changed places.
+
+    easy: the percentage of texts in which all letters may change places."""
+    if easy and rng.randrange(100) < easy:
+        other = text
+        while other == text:
+            other = "".join(rng.sample(text, len(text)))
+        return other
     i, j = sorted(rng.sample(range(len(text)), 2))
     return text[:i] + text[j] + text[i + 1 : j] + text[i] + text[j + 1 :]
 
 
-def claim_repeated(pool: Pool, length: int) -> Item:
+def claim_repeated(pool: Pool, length: int, easy: int) -> Item:
     """Is this the text twice?
 
     A false claim is, as often, another string twice and the text with another string. One in five
     is the text twice, begun in its middle."""
     text = word(pool, length)
-    near, turn = swapped(pool.rng, text), pool.rng.randrange(1, len(text))
+    near, turn = reordered(pool.rng, text, easy), pool.rng.randrange(1, len(text))
     turned = text[turn:] + text[:turn]
     false = pool.rng.choice([near * 2, near * 2, text + near, near + text, turned * 2])
     return judged(pool, text, text, "Repeated: {}", text * 2, false)
 
 
-def claim_begins(pool: Pool, length: int) -> Item:
+def claim_begins(pool: Pool, length: int, easy: int) -> Item:
     """Does the text begin so? Both claims stand in the text; one letter tells which begins it."""
     rng, query = pool.rng, word(pool, length)
     keep = rng.randint(3, len(query) - 2)
     head, rest = query[:keep], query[keep:]
     k, place = rng.randrange(keep), rng.randrange(len(rest) + 1)
     near = head[:k] + rng.choice(rest) + head[k + 1 :]
+    if easy and rng.randrange(100) < easy:
+        near = near[::-1]
     text = head + rest[:place] + near + rest[place:]
     return judged(pool, query, text, "Begins: {}", head, near)
 
 
-def claim_lowercase(pool: Pool, length: int) -> Item:
+def claim_lowercase(pool: Pool, length: int, easy: int) -> Item:
     """Is this the text in lowercase?"""
     lower = word(pool, length)
     text = "".join(pool.rng.choice((letter, letter.upper())) for letter in lower)
-    return judged(pool, lower, text, "In lowercase: {}", lower, swapped(pool.rng, lower))
+    false = reordered(pool.rng, lower, easy)
+    return judged(pool, lower, text, "In lowercase: {}", lower, false)
 
 
 def claim_place(pool: Pool, sentences: int) -> Item:
@@ -686,6 +696,7 @@ KINDS = {
     "claims": "propositions (FreeLM's signal, ours)",
 }
 MODELS = ("GPT-3", "GLM-130B", "FLM-101B")
+EASY = Knob(0, 0, 100)
 COUNTING = {"digits": Knob(5, 1, 15), "numbers": Knob(26, 5)}
 
 
@@ -762,9 +773,9 @@ TASKS = {task.name: replace(task, lazy=LAZY[task.name]) for task in (
     Task("two-facts", "interference", story_question, {"supports": 2}, {"sentences": Knob(8, 3)},
          "3", 300, "exact", 1 / 6, (39.33, 26.67, 32.33)),
 
-    claim_task("claim-full-repeating", claim_repeated, length=Knob(8, 7, 26)),
-    claim_task("claim-head-slicing", claim_begins, length=Knob(8, 8, 26)),
-    claim_task("claim-replace-lowercase", claim_lowercase, length=Knob(10, 7, 26)),
+    claim_task("claim-full-repeating", claim_repeated, length=Knob(8, 7, 26), easy=EASY),
+    claim_task("claim-head-slicing", claim_begins, length=Knob(8, 8, 26), easy=EASY),
+    claim_task("claim-replace-lowercase", claim_lowercase, length=Knob(10, 7, 26), easy=EASY),
     claim_task("claim-single-fact", claim_place, sentences=Knob(4, 3)),
 )}
 # fmt: on
@@ -1037,7 +1048,9 @@ def corpus(documents: int, seed: int) -> tuple[list[dict], list[dict]]:
             language += [{"text": f"{item.prompt} {item.answer}\n"} for item in found]
     for name, weight in CLAIMS.items():
         n = max(2, round(documents * weight / sum(CLAIMS.values())))
-        for item in TASKS[name].generate(n, 2 * seed, "train"):
+        # Half of the false claims are easy. Without them the model did not learn the others.
+        easy = {"easy": 50} if "easy" in TASKS[name].knobs else {}
+        for item in TASKS[name].generate(n, 2 * seed, "train", **easy):
             teacher.append({key: item.facts[key] for key in ("text", "proposition", "label")})
     for rows in (language, teacher):
         random.Random(f"corpus {seed}").shuffle(rows)

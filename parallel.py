@@ -715,7 +715,7 @@ def connect(timeout_minutes: float = 10) -> World:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         roll_call = dist.new_group(backend="gloo", timeout=timeout)
     except dist.DistError as error:
-        text = f"rank {rank}: not all of the {size} ranks came within {timeout_minutes:g} minutes"
+        text = f"rank {rank} has not met the {size - 1} other ranks in {timeout_minutes:g} minutes"
         raise TimeoutError(f"{text}: {str(error).splitlines()[0]}") from error
     world = World(rank=rank, control=dist.group.WORLD, roll_call=roll_call, timeout=timeout)
     machines = world.gather(platform.node())

@@ -5,14 +5,16 @@
 
 A run is a list of stages; at the start of each one but the first the model grows. Everything is
 counted in samples, which are rows of T tokens, so nothing here depends on the batch size. How many
-samples a step takes is in one place, plan_stages. (The growth mask is a function of the samples
-too: flm.growth_mask.)
+samples a step takes is in one place, fit_stages. (The growth mask is a function of the samples too:
+flm.growth_mask.)
+
+Two words: stages are `given` as a list of dicts, as in a JSON file; `stages` are Stage objects.
 
 Read it from top to bottom:
 
     1. a stage             its fields, and the paper's three stages
     2. reading stages      from a file: every mistake is named
-    3. planning a run      recipes; from steps to samples
+    3. fitting a run       recipes; stages of whole optimizer steps
     4. at a sample         learning_rate, training_flops
     5. the cost plan       tokens, FLOPs, days, GPU-hours and dollars of each stage
     6. the command line
@@ -23,11 +25,10 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import console
 from flm import FLMConfig, count_parameters, forward_flops, preset
-from grow import GROWS, check_growth, layer_plan
+from grow import DIMENSIONS, check_growth, layer_origins, read_json
 
 # --------------------------------------------------------------------------------------------------
 # 1. A stage
@@ -47,7 +48,7 @@ class Stage:
     start: int = 0  # in samples, as end, ramp and warmup
     end: int | None = None
     ramp: int = 0  # from the growth until the mask is at 1
-    layers: str | list = "stack"  # where new layers come from: grow.layer_plan
+    layers: str | list = "stack"  # where new layers come from: grow.layer_origins
     lr: float | None = None  # at the start of the stage; None: the cosine just goes on
     warmup: int | None = None
     batch_size: int | None = None  # rows of a step
@@ -93,7 +94,7 @@ PAPER_ZETTAFLOP = 52.76  # of the whole run, by the paper's count
 # --------------------------------------------------------------------------------------------------
 # 2. Reading stages
 
-LIMIT = 10**18  # of every number: a larger one is a mistake, and floats overflow
+LARGEST = 10**18  # of every number: a larger one is a mistake, and floats overflow
 WHOLE, NUMBER = (int, 1, "a whole number above 0"), ((int, float), 1e-99, "a number above 0")
 KEYS = {  # what a stage in a file may have: {key: (type, least value, both in words)}
     "name": (str, None, "a text"),
@@ -114,7 +115,7 @@ def key_problems(given: dict) -> list[str]:
         right = isinstance(value, kind) and not isinstance(value, bool)
         if key not in KEYS:
             problems.append(f"unknown key {key!r}; there are {', '.join(KEYS)}")
-        elif not right or least is not None and not least <= value <= LIMIT:
+        elif not right or least is not None and not least <= value <= LARGEST:
             problems.append(f"{key} = {value!r}: must be {words}")
     return problems
 
@@ -123,6 +124,21 @@ def stage_config(given: dict, base: FLMConfig | None) -> FLMConfig:
     """The model of a stage: its preset, or else `base`, with the fields that it names."""
     base = preset(given["preset"]) if "preset" in given else base
     return FLMConfig.from_dict({**(base.to_dict() if base else {}), **given.get("config", {})})
+
+
+def earliest_start(before: Stage) -> int:
+    """Where the stage after `before` may start: `before` has at least one sample and its ramp."""
+    return before.start + max(1, before.ramp)
+
+
+def too_early(start: int, before: Stage) -> str:
+    """What to say of a start before the earliest one."""
+    earliest = earliest_start(before)
+    return (
+        f"starts at sample {start:,}. The stage before it starts at {before.start:,} and has a "
+        f'ramp of {before.ramp:,}, so this one may start at {earliest:,} or later: "start": '
+        f"{earliest}"
+    )
 
 
 def stage_start(given: dict, before: Stage | None) -> int:
@@ -136,20 +152,9 @@ def stage_start(given: dict, before: Stage | None) -> int:
         raise ValueError("needs a start in samples, or the stage before it its tokens")
     if start is None:
         start = before.start + round(before.tokens / before.config.max_seq_len)
-    console.refuse(too_early(start, before))
+    if start < earliest_start(before):
+        raise ValueError(too_early(start, before))
     return start
-
-
-def too_early(start: int, before: Stage) -> list[str]:
-    """Why a stage cannot start there: the one before has a sample at least, and its whole ramp."""
-    earliest = before.start + max(1, before.ramp)
-    if start >= earliest:
-        return []
-    return [
-        f"starts at sample {start:,}. The stage before it starts at {before.start:,} and has a "
-        f'ramp of {before.ramp:,}, so this one may start at {earliest:,} or later: "start": '
-        f"{earliest}"
-    ]
 
 
 def read_stage(given: dict, name: str, before: Stage | None, base: FLMConfig | None) -> Stage:
@@ -160,7 +165,7 @@ def read_stage(given: dict, name: str, before: Stage | None, base: FLMConfig | N
     values.pop("preset", None)
     if before:
         check_growth(before.config, config)
-        layer_plan(before.config.n_layers, config.n_layers, values.get("layers", "stack"))
+        layer_origins(before.config.n_layers, config.n_layers, values.get("layers", "stack"))
     if {"dp", "tp", "pp"} <= given.keys():
         values.setdefault("gpus", given["dp"] * given["tp"] * given["pp"])
     return Stage(**{**values, "start": stage_start(given, before)})
@@ -196,18 +201,8 @@ def read_stages(given: list[dict], base: FLMConfig | None = None) -> list[Stage]
     return stages
 
 
-def read_json(option: str, file: str):
-    """What a JSON file holds. Raises ValueError that names the option."""
-    try:
-        return json.loads(Path(file).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option} {file} is not JSON: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option} {file}: cannot be read ({error})") from error
-
-
 # --------------------------------------------------------------------------------------------------
-# 3. Planning a run
+# 3. Fitting a run
 
 # The paper's recipe in miniature; start, ramp and warmup in shares of the run.
 DEMO_STAGES = [
@@ -215,23 +210,48 @@ DEMO_STAGES = [
     {"config": {"n_layers": 4}, "start": 0.55, "ramp": 0.08, "layers": "stack", "warmup": 0.02},
     {"config": {"n_layers": 6}, "start": 0.78, "ramp": 0.08, "layers": "stack", "warmup": 0.02},
 ]
-FEWEST_STEPS = 5  # in which each of these stages has a whole step, whatever the batch size
-# "flm-...": the paper's Table 1 (steps inferred: tokens / batch). The others: ours, by trying.
-RECIPES = {
+FEWEST_STEPS = 5  # 3, 1 and 1 for these stages; of 4 steps none would be left for the last stage
+
+
+def paper_recipe(given: dict) -> dict:
+    """A run of one stage of the paper; its steps are inferred: tokens / batch."""
+    steps = round(given["tokens"] / given["batch_size"] / 2048)
+    return {"steps": steps, **{key: given[key] for key in ("batch_size", "lr", "warmup")}}
+
+
+RECIPES = {  # of each preset; those of the demos are ours, by trying
     "demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800, "stages": DEMO_STAGES},
     "iq-demo": {"steps": 4000, "batch_size": 8, "lr": 2e-3, "warmup": 1000},
+    "flm-proxy": paper_recipe(PAPER_STAGES[0]),  # the paper's search on the proxy was for its 16B
+    **{given["preset"]: paper_recipe(given) for given in PAPER_STAGES},
 }
-RECIPES |= {
-    stage["preset"]: {
-        "steps": round(stage["tokens"] / stage["batch_size"] / 2048),
-        **{key: stage[key] for key in ("batch_size", "lr", "warmup")},
-    }
-    for stage in PAPER_STAGES
-}
-RECIPES["flm-proxy"] = RECIPES["flm-16b"]  # what the paper's search on the proxy was for
 
 
-def plan_stages(
+def given_stages(word: str | None, preset_name: str, steps: int, batch_size: int) -> list[dict]:
+    """What --stages means, for fit_stages: a list of dicts. word: "none", "paper", a JSON file, or
+    None for what the recipe of the preset has. Raises ValueError for a file that cannot be read,
+    and for a run that is too short for the recipe."""
+    if word is not None:
+        return {"none": [{}], "paper": PAPER_STAGES}.get(word) or read_json("--stages", word)
+    shares = RECIPES[preset_name].get("stages", [{}])
+    if len(shares) > 1 and steps < FEWEST_STEPS:
+        raise ValueError(
+            f"{steps} steps are too few for the growths of the recipe {preset_name}: ask for "
+            f"--steps {FEWEST_STEPS} or more, or for a run without growth: --stages none"
+        )
+    return in_samples(shares, steps * batch_size)
+
+
+def in_samples(shares: list[dict], samples: int) -> list[dict]:
+    """Stages whose start, ramp and warmup are shares of a run, for a run of so many samples."""
+    keys = ("start", "ramp", "warmup")
+    return [
+        {key: round(value * samples) if key in keys else value for key, value in stage.items()}
+        for stage in shares
+    ]
+
+
+def fit_stages(
     given: list[dict],
     config: FLMConfig,
     *,
@@ -253,17 +273,34 @@ def plan_stages(
 
     >>> given = [{"config": {"n_layers": 2}}, {"config": {"n_layers": 6}, "start": 100}]
     >>> options = {"batch_size": 16, "lr": 3e-3, "warmup": 0}
-    >>> stages = plan_stages(given, preset("demo"), steps=20, **options)
+    >>> stages = fit_stages(given, preset("demo"), steps=20, **options)
     >>> [(stage.config.n_layers, stage.start, stage.end) for stage in stages]
     [(2, 0, 112), (6, 112, 320)]
 
-    Raises ValueError with all that does not fit."""
+    Raises ValueError with all that does not fit: a stage without a step, a growth within the ramp
+    before it. It names the start or the steps that would do."""
     first, *later = read_stages(given, config)
-    defaults = {"lr": lr, "warmup": warmup, "batch_size": batch_size}
-    stages = [fill_in(first, **defaults)]
-    stages += [fill_in(stage, warmup=0, batch_size=batch_size) for stage in later]
-    placed = place_stages(stages, steps)
-    return [replace(s, start=s.start + seen, end=s.end + seen) for s in placed]
+    stages, problems = [fill_in(first, lr=lr, warmup=warmup, batch_size=batch_size)], []
+    for stage in later:
+        before = stages[-1]
+        start, earliest = (whole_step(n, before) for n in (stage.start, earliest_start(before)))
+        if start < earliest:
+            problems.append(f"{stage.name} {too_early(start, before)}")
+        start = max(start, earliest)
+        stages[-1] = replace(before, end=start)
+        stages.append(fill_in(replace(stage, start=start), warmup=0, batch_size=batch_size))
+    last = stages[-1]
+    if steps is None:
+        end = last.start + round((last.tokens or 0) / last.config.max_seq_len)
+        if last.tokens is None:
+            problems.append(f"{last.name} needs its tokens, or the run a number of steps: --steps")
+    else:
+        end = last.start + (steps - total_steps(stages[:-1])) * last.batch_size
+        if end <= last.start:
+            problems.append(too_few_steps(steps, stages))
+    console.refuse(problems, "these stages do not fit the run:")
+    stages[-1] = replace(last, end=end)
+    return [replace(s, start=s.start + seen, end=s.end + seen) for s in stages]
 
 
 def fill_in(stage: Stage, **defaults) -> Stage:
@@ -272,70 +309,22 @@ def fill_in(stage: Stage, **defaults) -> Stage:
     return replace(stage, **missing)
 
 
+def whole_step(samples: int, stage: Stage) -> int:
+    """The first sample at or after `samples` at which a step of the stage ends."""
+    return stage.start + ceil_div(samples - stage.start, stage.batch_size) * stage.batch_size
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def place_stages(stages: list[Stage], steps: int | None) -> list[Stage]:
-    """Move each start to a whole step, and set each end. A stage has one step at least, and its
-    ramp ends before the next growth. Raises ValueError with every stage that does not fit, and the
-    start or the steps that would."""
-    placed, problems, done = [stages[0]], [], 0  # done: the steps before the last one placed
-    for stage in stages[1:]:
-        before = placed[-1]
-        count = ceil_div(stage.start - before.start, before.batch_size)
-        start = before.start + count * before.batch_size
-        found = too_early(start, before)
-        if found:  # say so, and go on as if the stage started where it may
-            problems += [f"{stage.name} {problem}" for problem in found]
-            count = ceil_div(max(1, before.ramp), before.batch_size)
-            start = before.start + count * before.batch_size
-        placed[-1] = replace(before, end=start)
-        placed.append(replace(stage, start=start))
-        done += count
-    last = placed[-1]
-    if steps is None and last.tokens is None:
-        problems.append(f"{last.name} needs its tokens, or the run a number of steps: --steps")
-    elif steps is None:
-        end = last.start + round(last.tokens / last.config.max_seq_len)
-    elif steps <= done:
-        problems.append(steps_needed(steps, done, last))
-    else:
-        end = last.start + (steps - done) * last.batch_size
-    console.refuse(problems, "these stages do not fit the run:")
-    return [*placed[:-1], replace(last, end=end)]
-
-
-def steps_needed(steps: int, done: int, last: Stage) -> str:
-    """What to say where a run of `steps` ends before its last stage. done: the steps before it."""
+def too_few_steps(steps: int, stages: list[Stage]) -> str:
+    """What to say of a run of `steps` that ends before its last stage."""
+    last, needed = stages[-1], total_steps(stages[:-1])
     return (
         f"{steps} steps end before the last stage, {last.name}, which starts at sample "
-        f"{last.start:,} after {done} steps: ask for --steps {done + 1} or more"
+        f"{last.start:,} after {needed} steps: ask for --steps {needed + 1} or more"
     )
-
-
-def given_stages(word: str | None, preset_name: str, steps: int, batch_size: int) -> list[dict]:
-    """What --stages means, for plan_stages. word: "none", "paper", a JSON file, or None for what
-    the recipe of the preset has. Raises ValueError for a file that cannot be read, and for a run
-    that is too short for the recipe."""
-    if word is not None:
-        return {"none": [{}], "paper": PAPER_STAGES}.get(word) or read_json("--stages", word)
-    shares = RECIPES[preset_name].get("stages", [{}])
-    if len(shares) > 1 and steps < FEWEST_STEPS:
-        raise ValueError(
-            f"{steps} steps are too few for the growths of the recipe {preset_name}: ask for "
-            f"--steps {FEWEST_STEPS} or more, or for a run without growth: --stages none"
-        )
-    return in_samples(shares, steps * batch_size)
-
-
-def in_samples(shares: list[dict], samples: int) -> list[dict]:
-    """Stages whose start, ramp and warmup are shares of a run, for a run of so many samples."""
-    keys = ("start", "ramp", "warmup")
-    return [
-        {key: round(value * samples) if key in keys else value for key, value in stage.items()}
-        for stage in shares
-    ]
 
 
 def extend_stages(stages: list[Stage], more_steps: int, lr_ratio: float = 1.0) -> list[Stage]:
@@ -345,10 +334,9 @@ def extend_stages(stages: list[Stage], more_steps: int, lr_ratio: float = 1.0) -
     last = stages[-1]
     end = last.end + more_steps * last.batch_size
     if end <= last.start:
-        steps, done = total_steps(stages) + more_steps, total_steps(stages[:-1])
-        raise ValueError(steps_needed(steps, done, last))
+        raise ValueError(too_few_steps(total_steps(stages) + more_steps, stages))
     stages = [*stages[:-1], replace(last, end=end)]
-    return [replace(s, lr=s.lr and s.lr * lr_ratio) for s in stages]
+    return [replace(s, lr=None if s.lr is None else s.lr * lr_ratio) for s in stages]
 
 
 def total_steps(stages: list[Stage], samples: int = 0) -> int:
@@ -356,7 +344,7 @@ def total_steps(stages: list[Stage], samples: int = 0) -> int:
 
     >>> options = {"batch_size": 16, "lr": 3e-3, "warmup": 0}
     >>> given = [{}, {"config": {"n_layers": 8}, "start": 100, "batch_size": 8}]
-    >>> stages = plan_stages(given, preset("demo"), steps=20, **options)
+    >>> stages = fit_stages(given, preset("demo"), steps=20, **options)
     >>> total_steps(stages), total_steps(stages, 96), stages[-1].end
     (20, 14, 216)
     """
@@ -374,6 +362,24 @@ def cosine_phase(lr: float, peak: float, min_lr: float) -> float:
     return math.acos(max(-1.0, min(1.0, 2 * share - 1))) / math.pi
 
 
+def cosine(stages: list[Stage], samples: int, min_lr: float) -> float:
+    """The learning rate without the warm-ups of the stages: see learning_rate."""
+    with_lr = [stage for stage in stages if stage.lr is not None]
+    peak = max(stage.lr for stage in with_lr)
+    # What the cosine meets: at this sample, this phase.
+    points = [(stage.start, cosine_phase(stage.lr, peak, min_lr)) for stage in with_lr]
+    points.append((stages[-1].end, 1.0))
+    last = sum(start < samples for start, _ in points[1:-1])  # the last point before `samples`
+    (begin, begin_phase), (end, end_phase) = points[last : last + 2]
+    if end_phase <= begin_phase:  # a higher lr, which is not on the way down
+        end, end_phase = points[-1]
+    if last == 0:
+        begin += stages[0].warmup
+    share = min(1.0, max(0.0, (samples - begin) / max(1, end - begin)))
+    angle = math.pi * (begin_phase + (end_phase - begin_phase) * share)
+    return peak * (min_lr + (1 - min_lr) * (1 + math.cos(angle)) / 2)
+
+
 def learning_rate(stages: list[Stage], samples: int, min_lr: float) -> float:
     """The learning rate of the step that brings the run to `samples`: a straight warm-up to the
     peak, then half a cosine that ends with the last sample, at min_lr (a share) of the peak.
@@ -383,34 +389,28 @@ def learning_rate(stages: list[Stage], samples: int, min_lr: float) -> float:
     is met at the start of its stage: the cosine is stretched so that it passes there. An lr as high
     as before, or higher, sets the cosine back to there. Each stage may warm up again.
 
-    >>> given, options = [{}], {"batch_size": 1, "lr": 0.5, "warmup": 10}
-    >>> stages = plan_stages(given, preset("demo"), steps=110, **options)
+    >>> options = {"batch_size": 1, "lr": 0.5, "warmup": 10}
+    >>> stages = fit_stages([{}], preset("demo"), steps=110, **options)
     >>> [round(learning_rate(stages, samples, 0.2), 9) for samples in (5, 10, 60, 110)]
     [0.25, 0.5, 0.3, 0.1]
+
+    Two stages: the second meets its own lr, 0.3, at sample 30 (not 60), and has a warm-up of 4.
+
+    >>> given = [{}, {"config": {"n_layers": 8}, "start": 30, "lr": 0.3, "warmup": 4}]
+    >>> stages = fit_stages(given, preset("demo"), steps=110, **options)
+    >>> [round(learning_rate(stages, samples, 0.2), 3) for samples in (10, 30, 31, 34, 110)]
+    [0.5, 0.3, 0.074, 0.284, 0.1]
     """
-    named = [stage for stage in stages if stage.lr is not None]  # the points that the cosine meets
-    peak = max(stage.lr for stage in named)
-    now = max(i for i, stage in enumerate(named) if i == 0 or stage.start < samples)
-    begin, phase = named[now].start, cosine_phase(named[now].lr, peak, min_lr)
-    end, end_phase = stages[-1].end, 1.0
-    if now == 0:
-        begin += named[0].warmup
-    if now + 1 < len(named):
-        following = cosine_phase(named[now + 1].lr, peak, min_lr)
-        if following > phase:
-            end, end_phase = named[now + 1].start, following
-    done = min(1.0, max(0.0, (samples - begin) / max(1, end - begin)))
-    angle = math.pi * (phase + (end_phase - phase) * done)
-    lr = peak * (min_lr + (1 - min_lr) * (1 + math.cos(angle)) / 2)
     stage = [stage for stage in stages if stage.start < samples][-1]
-    return lr * min(1.0, (samples - stage.start) / max(1, stage.warmup))
+    warm = min(1.0, (samples - stage.start) / max(1, stage.warmup))
+    return cosine(stages, samples, min_lr) * warm
 
 
 def training_flops(stages: list[Stage], samples: int) -> int:
     """Floating point operations of the model from the start of the run to `samples`: three forward
     passes' worth for each token.
 
-    >>> stages = plan_stages([{}], preset("demo"), steps=1, batch_size=1, lr=1.0, warmup=0)
+    >>> stages = fit_stages([{}], preset("demo"), steps=1, batch_size=1, lr=1.0, warmup=0)
     >>> training_flops(stages, 1) == 3 * forward_flops(preset("demo"), 256) * 256
     True
     """
@@ -430,11 +430,7 @@ def training_flops(stages: list[Stage], samples: int) -> int:
 def narayanan_flops(L: int, C: int, V: int, T: int, tokens: float, factor: float = 72) -> float:
     """Floating point operations of training on `tokens`, by the formula that the paper uses
     (section 4; Narayanan et al., arXiv 2104.04473, equation 3). factor: 72 without recomputation of
-    activations, 96 with all of it, 84 with an error of 12 where that is not known.
-
-    The bracket was made for 96, where it counts the head, which is never recomputed, at
-    96/16 VC = 6 VC a token, as many as are multiplied. With 72 it counts 4.5 VC. So
-    3 * flm.forward_flops, which counts what is multiplied, is larger by 1.5 VC a token."""
+    activations, 96 with all of it, 84 with an error of 12 where that is not known."""
     return factor * tokens * L * C * C * (1 + T / (6 * C) + V / (16 * L * C))
 
 
@@ -449,7 +445,7 @@ def stage_cost(stage: Stage, price: float) -> dict:
     formula = narayanan_flops(c.n_layers, c.d_model, c.vocab_size, c.max_seq_len, stage.tokens)
     return {
         "name": stage.name,
-        **{key: getattr(c, key) for key in GROWS},
+        **{key: getattr(c, key) for key in DIMENSIONS},
         "parameters": count_parameters(c),
         "tokens": stage.tokens,
         "days": days,
@@ -462,11 +458,11 @@ def stage_cost(stage: Stage, price: float) -> dict:
     }
 
 
-def cost_plan(stages: list[dict] | None = None, price: float | None = None) -> dict:
+def cost_plan(given: list[dict] | None = None, price: float | None = None) -> dict:
     """What a run costs, by stage and in total, and the same tokens at the final size
     throughout ("scratch", at the last stage's rate). Plain JSON.
 
-    stages: see read_stages; None: the paper's. Each needs tokens, gpus (or dp, tp, pp), and days or
+    given: see read_stages; None: the paper's. Each needs tokens, gpus (or dp, tp, pp), and days or
     tflops (of a GPU). price: dollars per GPU-hour, by default what makes the paper's budget.
     "flop" counts what is multiplied, without recomputation. "tflops" is that over the stage's
     days, so it counts every pause too. Raises ValueError where a number is missing."""
@@ -475,17 +471,20 @@ def cost_plan(stages: list[dict] | None = None, price: float | None = None) -> d
         price = PAPER_BUDGET / sum(24 * stage.days * stage.gpus for stage in paper)
     if not 0 < price < math.inf:
         raise ValueError(f"a price of {price} dollars per GPU-hour: must be above 0")
-    used = paper if stages is None else read_stages(stages)
+    stages = paper if given is None else read_stages(given)
     needs = "needs tokens, gpus (or dp, tp and pp), and days or tflops (per GPU)"
-    lacking = [s for s in used if not (s.tokens and s.gpus and (s.days or s.tflops))]
+    lacking = [s for s in stages if not (s.tokens and s.gpus and (s.days or s.tflops))]
     console.refuse((f"{s.name}: {needs}" for s in lacking), "these stages cannot be costed:")
-    rows = [stage_cost(stage, price) for stage in used]
+    rows = [stage_cost(stage, price) for stage in stages]
     total = {key: sum(row[key] for row in rows) for key in SUMMED}
     scratch = {key: rows[-1][key] * total["tokens"] / rows[-1]["tokens"] for key in SUMMED}
     times = {key: scratch[key] / total[key] for key in ("days", "flop")}
     return {"stages": rows, "total": total, "scratch": scratch, "times": times, "price": price}
 
 
+# The bracket of narayanan_flops was made for the factor 96: there it counts the head, which is
+# never recomputed, at 96/16 VC = 6 VC a token, as many as are multiplied. With 72 it counts 4.5 VC.
+# So "flop", which counts what is multiplied, is larger than "narayanan_72" by 1.5 VC a token.
 COLUMNS = "{:{}}{:>13}{:>12}{:>9}{:>7}{:>13}{:>12}{:>13}{:>18}"
 HEADS = ("parameters*", "tokens", "days", "GPUs", "GPU-hours*", "dollars*", "zettaFLOP*")
 HEADS += ("TFLOP/s per GPU*",)

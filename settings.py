@@ -224,7 +224,7 @@ def resolve(settings: Settings) -> tuple[Settings, list[Stage]]:
     given = schedule.given_stages(word, s.preset, s.steps, s.batch_size)
     steps = None if s.stages == "paper" and settings.steps is None else s.steps
     numbers = dict(steps=steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup, seen=seen)
-    stages = schedule.plan_stages(given, config, **numbers)
+    stages = schedule.fit_stages(given, config, **numbers)
     s = dataclasses.replace(s, steps=schedule.total_steps(stages))
     if s.init_from:
         wanted, found = stages[0].config.to_dict(), config.to_dict()
@@ -256,9 +256,14 @@ def plan_layout(s: Settings, stages: list[Stage], processes: int) -> Layout:
         alone = f"this is one: start them with {start}, or take one: --dp 1 --tp 1 --pp 1"
         found = f"torchrun started {processes}" if processes > 1 else alone
         problems.append(f"dp {dp} x tp {s.tp} x pp {s.pp} = {layout.size} processes, but {found}")
-    for i, stage in enumerate(stages, 1):
-        found = parallel.check_layout(layout, stage.config, stage.batch_size, s.micro_batch)
-        problems += [f"stage {i}: {text}" if len(stages) > 1 else text for text in found]
+    by_stage = [
+        parallel.check_layout(layout, stage.config, stage.batch_size, s.micro_batch)
+        for stage in stages
+    ]
+    for i, found in enumerate(by_stage, 1):
+        for text in found:
+            everywhere = all(text in other for other in by_stage)
+            problems.append(text if everywhere else f"stage {i}: {text}")
     refuse(problems, "this layout does not fit:")
     return layout
 

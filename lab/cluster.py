@@ -272,9 +272,16 @@ def measure_ranks(job: Job, counts: list[int]) -> dict[str, list[list[dict]]]:
         tasks += [(dataclasses.replace(job, layout=layout), rank, counts) for rank in range(pp)]
     workers = min(len(tasks), os.cpu_count() or 1)
     spawn = multiprocessing.get_context("spawn")  # a forked process would inherit process groups
-    with concurrent.futures.ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1) as pool:
-        found = pool.map(measure_rank, *zip(*tasks))
-        found = list(tqdm(found, desc=f"measuring, {workers} at a time", total=len(tasks)))
+    with (
+        concurrent.futures.ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1) as pool,
+        tqdm(total=len(tasks), desc=f"measuring, {workers} at a time", unit="rank") as bar,
+    ):
+        found = running = [pool.submit(measure_rank, *task) for task in tasks]
+        while running:
+            done, running = concurrent.futures.wait(running, timeout=1)
+            bar.update(len(done))
+            bar.refresh()
+        found = [task.result() for task in found]
     return {WITHOUT: found[:pp], WITH: found[pp:]}
 
 

@@ -23,7 +23,7 @@ from lab import runs
 from lab.report import write_json
 from lab.runs import FinishedRun
 from lab.transfer import mean
-from schedule import Stage, in_samples, plan_stages, read_json, training_flops
+from schedule import Stage, fit_stages, in_samples, read_json, training_flops
 from settings import Settings, flag, resolve
 
 # fmt: off
@@ -80,7 +80,7 @@ def equal_steps(stages: list[dict], budget: int, settings: Settings, final: FLMC
     options = {"batch_size": B, "lr": settings.lr, "warmup": settings.warmup}
     flops = []
     for given in ([{}], in_samples(stages, many * B)):
-        planned = plan_stages(given, final, steps=many, **options)
+        planned = fit_stages(given, final, steps=many, **options)
         flops.append(training_flops(planned, planned[-1].end))
     return max(2 * len(stages) - 1, round(budget * flops[0] / flops[1]))
 

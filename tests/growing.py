@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import muP
 from flm import FLM, FLMConfig
-from grow import GROWS
+from grow import DIMENSIONS
 
 
 def larger(config: FLMConfig, **more: int) -> FLMConfig:
@@ -20,7 +20,7 @@ BIGGER = larger(tiny(), n_layers=3, d_model=7, n_heads=1, d_ff=9)  # in every di
 
 
 @st.composite
-def growths(draw, old: FLMConfig, dimensions=GROWS):
+def growths(draw, old: FLMConfig, dimensions=DIMENSIONS):
     """(target, rule for layers): at least one of `dimensions` is larger; every kind of rule."""
     first = draw(st.sampled_from(dimensions))
     most = {name: 4 if name == "n_layers" else 9 for name in dimensions}

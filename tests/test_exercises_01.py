@@ -1,4 +1,4 @@
-"""The answers to the exercises of tutorials/01-model.md: the docstring says it, the code checks it."""
+"""The answers to the exercises of tutorials/01-model.md."""
 
 import json
 import math

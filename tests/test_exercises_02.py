@@ -1,4 +1,4 @@
-"""The answers to the exercises of tutorials/02-training.md: the docstring says it, the code checks it."""
+"""The answers to the exercises of tutorials/02-training.md."""
 
 import argparse
 import inspect
@@ -47,7 +47,7 @@ def test_02_exercise_1_before_the_first_step():
 def test_02_exercise_2_mean_of_means():
     """The batch's loss is (256 * 2.0 + 8 * 5.0) / 264 = 2.091 nats. The mean of means is (2.0 +
     5.0) / 2 = 3.5, in which a teacher token weighs 256 / 8 = 32 times as much as a language token.
-    train.gradients divides once."""
+    parallel.Worker.gradients divides once."""
     nats = torch.cat([torch.full((256,), 2.0), torch.full((8,), 5.0)]).requires_grad_()
     once, means = nats.mean(), (nats[:256].mean() + nats[256:].mean()) / 2
     assert once.item() == pytest.approx(2.091, abs=5e-4) and means.item() == pytest.approx(3.5)

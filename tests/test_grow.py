@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import grow
 import muP
 from flm import FLM, PRESETS, FLMConfig
-from grow import check_growth, grow_tensor, layer_plan
+from grow import check_growth, grow_tensor, layer_origins
 
 pytestmark = pytest.mark.quick
 
@@ -78,16 +78,17 @@ def test_nothing_to_grow_is_refused():
 @few
 @given(configs())
 def test_the_operators_know_every_parameter(config):
-    """Each side of each parameter of the model belongs to exactly one operator or is the
-    vocabulary."""
+    """Each side of each parameter of the model grows with exactly one dimension of the config, or
+    is the vocabulary and grows with none."""
     with torch.device("meta"):
         model = FLM(config)
     for name, p in model.named_parameters():
         _, part = grow.split_name(name)
         assert grow.shape(part, config) == tuple(p.shape), name
-        axes = [axis for operator in grow.OPERATORS for axis in operator(part, config)]
-        vocabulary = [0] if part in ("embedding.weight", "head.weight") else []
-        assert sorted(axes + vocabulary) == list(range(p.dim()))
+        grown = [grow.shape(part, larger(config, **{name: 1})) for name in grow.DIMENSIONS]
+        for axis, length in enumerate(p.shape):
+            vocabulary = axis == 0 and part in ("embedding.weight", "head.weight")
+            assert sum(size[axis] != length for size in grown) == (0 if vocabulary else 1)
 
 
 def test_layer_rules_in_small_cases():
@@ -95,8 +96,8 @@ def test_layer_rules_in_small_cases():
     it, - a fresh layer."""
 
     def row(new_L, rule):
-        plan = layer_plan(3, new_L, rule)
-        words = [str(kept) if kept is not None else f"{copied}'" for kept, copied in plan]
+        origins = layer_origins(3, new_L, rule)
+        words = [str(kept) if kept is not None else f"{copied}'" for kept, copied in origins]
         return " ".join("-" if word == "None'" else word for word in words)
 
     assert row(5, "stack") == "0 1 2 1' 2'"
@@ -114,11 +115,11 @@ def test_every_rule_keeps_every_layer_in_its_order(old_L, added, rule):
     """Kept layers are 0 .. L-1 in order, and each copy comes after its original: the two facts that
     preservation and copying need. Copies are spread evenly: no layer has two more than another
     (but for stack's last, partial round)."""
-    plan = layer_plan(old_L, old_L + added, rule)
-    assert len(plan) == old_L + added
-    assert [kept for kept, _ in plan if kept is not None] == list(range(old_L))
-    seen, copies = set(), [copied for _, copied in plan if copied is not None]
-    for kept, copied in plan:
+    origins = layer_origins(old_L, old_L + added, rule)
+    assert len(origins) == old_L + added
+    assert [kept for kept, _ in origins if kept is not None] == list(range(old_L))
+    seen, copies = set(), [copied for _, copied in origins if copied is not None]
+    for kept, copied in origins:
         assert copied is None or (kept is None and copied in seen)
         seen.add(kept)
     assert len(copies) == (0 if rule == "fresh" else added)
@@ -141,7 +142,7 @@ def test_every_rule_keeps_every_layer_in_its_order(old_L, added, rule):
 def test_bad_layer_rules(rule, said):
     """A rule that is none, and a row of the wrong length, out of order, with a layer missing or one
     that is not there, are refused with what they must be."""
-    assert said in error(layer_plan, 2, 4, rule)
+    assert said in error(layer_origins, 2, 4, rule)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,9 +243,9 @@ def test_the_target_of_a_growth_in_a_file(tmp_path):
         ('{"stages": [5]}', "holds no model"),
         ('{"config": "large"}', "holds no model"),
         ('{"stages": {}}', "missing field 'd_model'"),
-        ("{", "not a readable JSON file"),
-        (b"\xff\xfe", "not a readable JSON file"),
-        (None, "not a readable JSON file"),
+        ("{", "is not JSON"),
+        (b"\xff\xfe", "cannot be read"),
+        (None, "cannot be read"),
     ],
 )
 def test_a_file_that_is_no_target(tmp_path, text, said):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import grow
 import muP
 from flm import FLM, KVCache, growth_mask
-from grow import GROWS, g_stack
+from grow import DIMENSIONS, g_stack
 
 # --------------------------------------------------------------------------------------------------
 # The function
@@ -33,7 +33,7 @@ def assert_preserved(old_model, model, tokens):
     assert difference(logits(model, tokens), logits(old_model, tokens)) <= 1e-12
 
 
-@pytest.mark.parametrize("dimension", GROWS)
+@pytest.mark.parametrize("dimension", DIMENSIONS)
 @few
 @given(st.data(), configs(), seeds, st.floats(0, 10))
 def test_each_operator_alone_keeps_the_function(dimension, data, config, seed, sigma):
@@ -196,14 +196,14 @@ def test_copied_layers_are_copies_and_stacking_does_not_preserve():
 
 
 def test_growing_in_mid_ramp_is_refused_unless_finished():
-    """A model whose mask is below 1 does not grow again; finish_ramp grows what it is at c = 1, and
-    says so by computing that."""
+    """A model whose mask is below 1 does not grow again; with its masks set to 1 it does, and what
+    grows is what it computes then."""
     grown, _, record = grow.grow(build(tiny()), BIGGER, seed=0)
     grown.set_masks(record, 0.3)
     target, tokens = larger(BIGGER, d_ff=2), some_tokens(tiny(), 2, 16)
-    assert "finish_ramp" in error(grow.grow, grown, target, seed=0, growths=2)
-    again, _, _ = grow.grow(grown, target, seed=0, growths=2, finish_ramp=True)
+    assert "set_masks" in error(grow.grow, grown, target, seed=0, growths=2)
     grown.set_masks(record, 1.0)
+    again, _, _ = grow.grow(grown, target, seed=0, growths=2)
     assert_preserved(grown, again, tokens)
 
 
@@ -255,10 +255,9 @@ def test_held_at_0_a_grown_model_trains_as_the_ungrown_one(data, config, seed, b
         loss = train_step(model, optimizer, batch(i))
         assert train_step(grown, its_optimizer, batch(i)) == pytest.approx(loss, rel=1e-9)
     fresh, old = new_entries(grown, record), dict(model.named_parameters())
-    kept = [(layer, None) for layer in record["layer_map"]]
     for name, p in grown.named_parameters():
         if not fresh[name].all():
-            part = old[grow.source(name, kept)]
+            part = old[grow.old_name(name, record)]
             assert difference(p.detach()[~fresh[name]], part.detach().flatten()) <= 1e-9, name
 
 

@@ -52,9 +52,9 @@ DIFFICULTIES = [
     ("key-retrieval", {"keys": 8, "length": 900}),
     ("single-fact", {"sentences": 2}),
     ("two-facts", {"sentences": 12}),
-    ("claim-full-repeating", {"length": 20}),
-    ("claim-head-slicing", {"length": 20}),
-    ("claim-replace-lowercase", {"length": 20}),
+    ("claim-full-repeating", {"length": 20, "easy": 60}),
+    ("claim-head-slicing", {"length": 20, "easy": 60}),
+    ("claim-replace-lowercase", {"length": 20, "easy": 60}),
     ("claim-single-fact", {"sentences": 9}),
     ("entailment-en", {"chain": 3, "shots": 1}),
     ("comparison-zh", {"people": 7, "shots": 4}),
@@ -120,11 +120,11 @@ def test_claims_are_scored_as_they_are_trained(tmp_path):
     rows = corpus.rows("train", "teacher", 0, corpus.n_rows("train", "teacher"))[0].tolist()
     texts = [tokenizer.decode([t if t < 256 else 0 for t in row]) for row in rows]
     stored = {text for row in texts for text in row.split("\0") if text}
-    scored = {
-        f"{item.prompt}{item.task.gap}{item.answer}"
-        for name in CLAIMS
-        for item in TASKS[name].generate(150, 0, "train")
-    }
+    scored = set()
+    for name in CLAIMS:
+        easy = {"easy": 50} if "easy" in TASKS[name].knobs else {}
+        for item in TASKS[name].generate(150, 0, "train", **easy):
+            scored.add(f"{item.prompt}{item.task.gap}{item.answer}")
     assert len(stored) > 200 and stored <= scored
 
 

@@ -32,7 +32,7 @@ CONFIG = FLMConfig(
     d_model=128,
     n_heads=4,
     head_dim=32,
-    d_ff=512,
+    d_ff=1024,
     vocab_size=384,
     max_seq_len=128,
 )

@@ -87,7 +87,7 @@ def test_a_rank_that_never_comes_is_an_error_for_people(tmp_path):
     code = wait(start([sys.executable, "-c", program], log, env=environment), log)
     last = log.read_text().splitlines()[-1]
     assert code == 1
-    assert "TimeoutError: rank 0: not all of the 2 ranks came within 0.02 minutes" in last
+    assert "TimeoutError: rank 0 has not met the 1 other ranks in 0.02 minutes: " in last
     del store
 
 

@@ -23,7 +23,7 @@ from schedule import (
     in_samples,
     learning_rate,
     narayanan_flops,
-    plan_stages,
+    fit_stages,
     read_stages,
     total_steps,
     training_flops,
@@ -34,9 +34,9 @@ DEMO = preset("demo")
 
 
 def plan(stages=({},), config=DEMO, **changes) -> list[Stage]:
-    """plan_stages with plain settings."""
+    """fit_stages with plain settings."""
     options = {"steps": 100, "batch_size": 4, "lr": 1e-3, "warmup": 0, **changes}
-    return plan_stages(list(stages), config, **options)
+    return fit_stages(list(stages), config, **options)
 
 
 # --------------------------------------------------------------------------------------------------
