@@ -319,6 +319,36 @@ def test_kill_9_during_a_save(corpus):
     assert steps_of(s.out) == ["step-00000004", "step-00000006"]
 
 
+def test_evaluations_are_on_the_screen_when_the_process_is_killed(corpus):
+    """`train.py >log` and a kill -9: all evaluations until then stand in the log."""
+    s = job(corpus)
+    kill = SIGNALLED.replace("len(calls) == 4", "len(calls) == 5")
+    done = run_python(kill, str(int(signal.SIGKILL)), *flags(s))
+    assert done.returncode == -signal.SIGKILL
+    assert "step      3: held-out loss" in done.stdout
+
+
+def test_a_log_that_cannot_be_written(corpus, monkeypatch):
+    """Where the log's disk is full, or the terminal is gone, the steps since the last checkpoint
+    are saved, and the error says how to go on."""
+    s, real = job(corpus, save_every=100), train.Run.log
+
+    def log_of(run, **values):
+        if run.state.step == 3:
+            raise OSError(28, "No space left on device")
+        real(run, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "log", log_of)
+        with pytest.raises(OSError) as caught:
+            train.train(s)
+    command = f"python train.py --resume {s.out}"
+    assert str(caught.value).endswith(f"on device\nsaved at step 3; to go on: {command}")
+    assert steps_of(s.out) == ["step-00000000", "step-00000003"]
+    go_on(s.out)
+    assert log(s.out)[-1]["step"] == 6
+
+
 def test_full_disk_during_a_save(corpus, monkeypatch):
     """No space left: an OSError of one line that names the checkpoint and the reason; no half
     folder; the checkpoint before is whole, and the run goes on from it exactly."""
