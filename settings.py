@@ -275,7 +275,10 @@ def check_same_settings(world: World, s: Settings, resume: bool = False):
         ranks = {}  # value: the ranks that have it
         for rank, settings in enumerate(everyone):
             ranks.setdefault(repr(settings[name]), []).append(rank)
-        found = [f"{value} on {len(who)} (rank {who[0]} ...)" for value, who in ranks.items()]
+        found = [
+            f"{value} on {len(who)} (rank {who[0]}{' ...' * (len(who) > 1)})"
+            for value, who in ranks.items()
+        ]
         if len(found) > 1:
             differ.append(f"{flag(name)}: {', '.join(found)}")
     refuse(differ, "the processes were started with different arguments:")

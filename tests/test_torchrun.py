@@ -135,15 +135,15 @@ def test_a_killed_rank_is_restarted(workshop, what, tmp_path):
 
 def test_a_number_that_is_not_finite_stops_all_ranks(workshop, tmp_path):
     """An infinite gradient on one of four ranks: all stop before the optimizer, rank 0 says so
-    once, and the checkpoint holds the weights of before. No rank is left waiting: the command ends
-    by itself."""
+    once and names the newest sound checkpoint, here that of the start. No rank is left waiting: the
+    command ends by itself."""
     accident = [workshop.accident, "poison", 3, tmp_path / "mark"]
     words = ["--tp", 2, "--pp", 2, "--micro-batch", 2]
     code, output = workshop.torchrun(4, tmp_path / "run", *words, script=accident)
     assert code == 1
     assert output.count("stopped before the optimizer") == 1
     assert "step 3 stopped before the optimizer: loss " in output
-    assert read_info(find_checkpoint(tmp_path / "run"))["step"] == 2
+    assert read_info(find_checkpoint(tmp_path / "run"))["step"] == 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_every_reason_at_once(workshop, tmp_path):
     code, output = workshop.torchrun(2, tmp_path / "run", *words, launcher=restarts)
     assert code == 1  # torchrun's own
     for line in (
-        "dp 3 x tp 3 x pp 5 = 45 processes, torchrun started 2",
+        "dp 3 x tp 3 x pp 5 = 45 processes, but torchrun started 2",
         "n_heads 2: must be a multiple of --tp 3",
         "d_ff 32: must be a multiple of --tp 3",
         "max_seq_len 32: must be a multiple of --tp 3",
@@ -188,7 +188,7 @@ def test_without_torchrun_the_command_is_named():
     """--tp 2 in one process: the message names the command that starts two."""
     with pytest.raises(ValueError) as error:
         train.main(["--tp", "2", *SIZE])
-    assert "dp 1 x tp 2 x pp 1 = 2 processes, this is one" in str(error.value)
+    assert "dp 1 x tp 2 x pp 1 = 2 processes, but this is one" in str(error.value)
     assert "torchrun --standalone --nproc-per-node 2" in str(error.value)
 
 
