@@ -145,10 +145,8 @@ def test_the_advice_fits_the_encoding(tmp_path, encoding, repeat):
 def test_no_encoding_is_better_than_a_wrong_one(encoding):
     """Russian, Greek and Big5 are known to nobody here: the user is left to name the encoding. A
     wrong one, such as GBK, would write nonsense and report success."""
-    greek, chinese = (
-        "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι\n",
-        "人人生而自由，在尊嚴和權利上一律平等。\n",
-    )
+    greek = "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι\n"
+    chinese = "人人生而自由，在尊嚴和權利上一律平等。\n"
     texts = {"iso8859-7": greek, "big5": chinese}
     text = texts.get(encoding, "Все люди рождаются свободными и равными в своём достоинстве\n")
     assert data.iconv_options(text.encode(encoding) * 20) == "-f ENCODING"
