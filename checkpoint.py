@@ -61,12 +61,23 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_step(path: Path) -> bool:
+    """Whether a folder is named as a step, and was written as that step. A copy under the number of
+    another step is none: as "the newest" it would have the real ones removed."""
+    step, file = step_of(path.name), path / "checkpoint.json"
+    if step is None or not file.is_file():
+        return False
+    try:
+        info = json.loads(file.read_text())
+    except ValueError:  # it is damaged, as read_info will say
+        return True
+    return not isinstance(info, dict) or info.get("step", step) == step
+
+
 def written_steps(run: Path) -> list[Path]:
     """The step folders of a run, oldest first. checkpoint.json is written last, so each one was
     whole once. It may be damaged today."""
-    steps = [path for path in run.glob("step-*") if step_of(path.name) is not None]
-    steps = [path for path in steps if (path / "checkpoint.json").is_file()]
-    return sorted(steps, key=lambda path: step_of(path.name))
+    return sorted(filter(is_step, run.glob("step-*")), key=lambda path: step_of(path.name))
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
@@ -424,7 +435,8 @@ def export_weights(checkpoint: str | Path, file: str | Path):
     except (OSError, RuntimeError) as error:
         raise failed_write(str(file), error) from error
     finally:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):
+            tmp.unlink(missing_ok=True)
     print(f"wrote {file}: python sample.py {shlex.quote(str(file))} --prompt TEXT")
 
 

@@ -34,7 +34,7 @@ import struct
 import sys
 import sysconfig
 import tempfile
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE, iterdecode
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE, iterdecode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -290,6 +290,8 @@ def iconv_options(sample: bytes) -> str:
     >>> iconv_options("語です\n".encode("utf-16-le"))
     '-f UTF-16LE'
     """
+    if sample.startswith((BOM_UTF32_LE, BOM_UTF32_BE)):  # the first begins with UTF-16's mark
+        return "-f UTF-32"
     if sample.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
         return "-f UTF-16"
     for name in ("UTF-16LE", "UTF-16BE") if b"\0" in sample else ():
@@ -308,8 +310,10 @@ def iconv_options(sample: bytes) -> str:
     alone = re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", sample)
     if len(sample) / 2 >= n_high and len(alone) > n_high / 2:  # accents, now and then
         return "-f WINDOWS-1252" if re.search(rb"[\x80-\x9f]", sample) else "-f LATIN1"
+    words = re.findall(rb"[\x80-\xff]+", sample)
+    pairs = sum(len(word) % 2 == 0 for word in words) > 0.8 * len(words)  # not so in Russian
     frequent = re.findall(rb"([\xb0-\xd7])[\xa1-\xfe]", sample)  # Chinese; Korean ends at \xc8
-    if len(frequent) > n_high / 4:
+    if pairs and len(frequent) > n_high / 4:
         is_chinese = sum(first > b"\xc8" for first in frequent) > len(frequent) / 8
         return "-f GBK" if is_chinese else "-f EUC-KR"
     return "-f ENCODING"

@@ -492,7 +492,7 @@ def grow_checkpoint(
     Raises ValueError for what cannot grow, a checkpoint in mid-ramp without finish_ramp, or an
     `out` that exists; OSError where the disk is full."""
     path, out = step_folder(checkpoint), Path(out)
-    if out.exists():
+    if out.exists() or out.is_symlink():  # a link to nowhere: nothing can be renamed to it
         raise ValueError(f"{out} exists: choose another folder for the grown checkpoint")
     info = read_info(path)
     options = {"layers": layers, "ramp": ramp, "finish_ramp": finish_ramp}

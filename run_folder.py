@@ -83,16 +83,21 @@ def has_checkpoint(folder) -> bool:
 
 
 def check_unused(folder: Path):
-    """Raises ValueError where a new run must not write. A folder of ours without a checkpoint is
-    fine: its run was killed in its first save, and nothing of it is lost."""
+    """Raises ValueError where a new run must not write. A folder of ours without a checkpoint and
+    with an empty log is fine: its run was killed in its first save, and nothing of it is lost."""
     if has_checkpoint(folder):
         where = shlex.quote(str(folder))
         raise ValueError(
             f"{folder} holds another run: go on with it (--resume {where}) or choose another "
             "folder (--out)"
         )
-    lock = folder / "lock"
-    ours = lock.is_file() and lock.read_text().startswith(LOCK_MARK)
+    lock, log = folder / "lock", folder / "metrics.jsonl"
+    ours = lock.is_file() and lock.read_bytes().startswith(LOCK_MARK.encode())
+    if ours and log.is_file() and log.stat().st_size:
+        raise ValueError(
+            f"{folder} holds the log of another run, whose checkpoints are gone: choose another "
+            "folder (--out)"
+        )
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not ours:
         raise ValueError(f"{folder} exists and is not a run: choose another folder (--out)")
 

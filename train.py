@@ -798,9 +798,11 @@ def tell(result: dict, s: Settings, world: World, seconds: float) -> int:
     print(f"done in {seconds:.0f} s.")
     if world.rank == 0 and s.tp == s.pp == 1:
         print_sample(result["folder"], s)
+    room = read_run(result["folder"])[1][-1].config.max_seq_len
+    words = ' --prompt "def "' if room > 4 else ""  # at most 4 tokens, and one to write
     print(
         f"\nWhat next?\n"
-        f'  let it continue your words      python sample.py {folder} --prompt "def "\n'
+        f"  let it continue your words      python sample.py {folder}{words}\n"
         f"  train it twice as long          {go_on} --steps {2 * step}\n"
         f"  train on your own text          python data.py prepare mine.txt --out corpora/mine\n"
         f"                                  {program(world)} --data corpora/mine"

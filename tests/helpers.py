@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from checkpoint import write_checkpoint
+from checkpoint import step_of, write_checkpoint
 from flm import FLM, IGNORE, FLMConfig
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
@@ -88,7 +88,8 @@ def some_targets(config: FLMConfig, *shape: int, seed: int = 0) -> torch.Tensor:
 def save_model(folder: Path, model: FLM, **info) -> Path:
     """Write the model as a checkpoint folder; `info` changes what checkpoint.json says."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    plain = {"step": 1, "samples": 0, "stage": 0, "tokenizer": "bytes", "growth": None}
+    step = step_of(Path(folder).name) or 0
+    plain = {"step": step, "samples": 0, "stage": 0, "tokenizer": "bytes", "growth": None}
     tensors = {"model": {name: p.detach() for name, p in model.named_parameters()}}
     about = {**plain, "dtype": dtype, "config": model.config.to_dict(), **info}
     return write_checkpoint(Path(folder), tensors, about)

@@ -182,9 +182,10 @@ def test_find_checkpoint_takes_the_newest(tmp_path):
 
 
 def clutter(run: Path, whole: Path):
-    """What users and killed processes leave in a run: copies of a checkpoint under other names, a
-    file and a folder that are none, a link."""
-    for name in ("step-best", "step-00000000-init", "step-99999999x", "step-300000000.tmp"):
+    """What users and killed processes leave in a run: copies of a checkpoint under other names and
+    under the number of another step, a file and a folder that are none, a link."""
+    names = "step-best", "step-00000000-init", "step-99999999x", "step-300000000.tmp"
+    for name in (*names, "step-400000000"):
         shutil.copytree(whole, run / name)
     shutil.copytree(whole, run / "step-0000011")  # a digit short
     (run / "step-notes.txt").write_text("do not lose this")
@@ -505,3 +506,5 @@ def test_an_export_that_fails_says_why(tmp_path):
     assert message.endswith("is a folder: give the name of a file")
     with pytest.raises(OSError, match="could not write .*nowhere.*: No such file or directory"):
         export_weights(tmp_path / "run", tmp_path / "nowhere" / "weights.pt")
+    with pytest.raises(OSError, match="could not write .*: Not a directory"):
+        export_weights(tmp_path / "run", tmp_path / "weights.pt" / "weights.pt")

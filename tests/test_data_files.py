@@ -115,6 +115,7 @@ TEXTS = {
     "WINDOWS-1252": "Tous les êtres “humains” naissent égaux – en dignité.\n",
     "UTF-16": "All human beings are born free.\n",
     "UTF-16LE": "All human beings are born free.\n",
+    "UTF-32": "All human beings are born free.\n",
     "UTF-16BE": "自然语言处理是人工智能的一个方向。\n",
 }
 
@@ -136,6 +137,19 @@ def test_the_advice_fits_the_encoding(tmp_path, encoding, repeat):
     assert command[5:] == [str(path), ">", str(tmp_path / "it's here-utf8.txt")]
     assert path.read_bytes().decode(command[2]) == text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "encoding", ["koi8-r", "cp1251", "cp866", "iso8859-5", "iso8859-7", "big5"]
+)
+def test_no_encoding_is_better_than_a_wrong_one(encoding):
+    """Russian, Greek and Big5 are known to nobody here: the user is left to name the encoding. A
+    wrong one, such as GBK, would write nonsense and report success."""
+    greek = "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι\n"
+    chinese = "人人生而自由，在尊嚴和權利上一律平等。\n"
+    texts = {"iso8859-7": greek, "big5": chinese}
+    text = texts.get(encoding, "Все люди рождаются свободными и равными в своём достоинстве\n")
+    assert data.iconv_options(text.encode(encoding) * 20) == "-f ENCODING"
 
 
 @given(st.integers(0, 2000), st.sampled_from([b"\xff", b"\xe8", b"\x80\x80"]))

@@ -316,6 +316,9 @@ def test_a_growth_that_cannot_be_says_why(tmp_path):
     save(tmp_path / "a", model)
     message = error(grow_checkpoint, tmp_path / "a", BIGGER, tmp_path / "a")
     assert "exists: choose another folder" in message
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")  # before the work: no rename replaces it
+    message = error(grow_checkpoint, tmp_path / "a", BIGGER, tmp_path / "link")
+    assert "exists: choose another folder" in message
     torch.save({}, tmp_path / "weights.pt")
     words = ("apply", tmp_path / "weights.pt", "--to", "n_layers=9", "--out", out)
     assert "file of weights" in error(command, *words)

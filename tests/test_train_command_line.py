@@ -3,6 +3,8 @@
 # ruff: noqa: F401, F811 (pytest finds fixtures by their names)
 import dataclasses
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from workshop import (
 )
 
 import parallel
+import sample
 import schedule
 import train
 from flm import PRESETS
@@ -344,10 +347,13 @@ def test_the_largest_seed(corpus, capsys):
 
 
 def test_rows_of_one_token(other_corpus, capsys):
-    """max_seq_len=1 trains to its end; there is no room for a sample."""
+    """max_seq_len=1 trains to its end; there is no room for a sample, nor for the prompt that is
+    advised for longer rows. What is advised is accepted."""
     s = job(other_corpus, model=SIZE + ("max_seq_len=1",), steps=2)
     assert main(flags(s)) == 0
     assert "What next?" in (out := capsys.readouterr().out) and "A sample" not in out
+    (advised,) = re.findall(r"python sample\.py (.*)", out)
+    assert sample.main(shlex.split(advised)) in (0, None)
 
 
 def test_compile_without_a_compiler(corpus, monkeypatch, capsys):

@@ -96,15 +96,36 @@ def test_a_run_killed_in_its_first_save_may_begin_again(corpus, monkeypatch):
     assert "step-00000000.tmp" not in steps_of(s.out)
 
 
+def test_the_log_of_a_run_without_checkpoints_stays(corpus):
+    """A user who removes the checkpoints of a run to save space keeps its log: a new run neither
+    adds lines to it nor removes it."""
+    train.train(job(corpus, out="old"))
+    for path in Path("old").glob("step-*"):
+        shutil.rmtree(path)
+    before = files_of("old")
+    with pytest.raises(ValueError, match="old holds the log of another run, whose checkpoints are"):
+        train.train(job(corpus, out="old"))
+    assert files_of("old") == before
+
+
+def test_a_lock_that_is_no_text(corpus):
+    """A file "lock" of another program may hold anything: the folder is refused by its name."""
+    Path("project").mkdir()
+    Path("project", "lock").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="project exists and is not a run"):
+        train.train(job(corpus, out="project"))
+
+
 def test_copies_of_checkpoints_are_not_checkpoints(corpus):
-    """A copy under another name is neither the newest checkpoint nor an old one: the run goes on
-    from its own newest, and leaves the copies alone."""
+    """A copy under another name, or under the number of another step, is neither the newest
+    checkpoint nor an old one: the run goes on from its own newest, and leaves the copies alone."""
     s = job(corpus, keep=1)
     train.train(s, stop_at=2)
-    for name in ("step-best", "step-00000000-init", "step-99"):
+    copies = "step-best", "step-00000000-init", "step-99", "step-00000099"
+    for name in copies:
         shutil.copytree(Path(s.out, "step-00000002"), Path(s.out, name))
     Path(s.out, "step-notes.txt").write_text("all of it")
-    before = {name: files_of(Path(s.out, name)) for name in ("step-best", "step-00000000-init")}
+    before = {name: files_of(Path(s.out, name)) for name in copies}
     train.train(train.resumed(s.out, {}), resume=True, stop_at=4)
     go_on(s.out)
     assert_same_run(s.out, train.train(job(corpus))["folder"])
