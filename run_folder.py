@@ -82,6 +82,12 @@ def has_checkpoint(folder) -> bool:
         return False
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether train.py has written a run into this folder: its lock says so."""
+    lock = folder / "lock"
+    return lock.is_file() and lock.read_bytes().startswith(LOCK_MARK.encode())
+
+
 def check_unused(folder: Path):
     """Raises ValueError where a new run must not write. A folder of ours without a checkpoint and
     with an empty log is fine: its run was killed in its first save, and nothing of it is lost."""
@@ -91,8 +97,7 @@ def check_unused(folder: Path):
             f"{folder} holds another run: go on with it (--resume {where}) or choose another "
             "folder (--out)"
         )
-    lock, log = folder / "lock", folder / "metrics.jsonl"
-    ours = lock.is_file() and lock.read_bytes().startswith(LOCK_MARK.encode())
+    log, ours = folder / "metrics.jsonl", is_ours(folder)
     if ours and log.is_file() and log.stat().st_size:
         raise ValueError(
             f"{folder} holds the log of another run, whose checkpoints are gone: choose another "

@@ -71,6 +71,7 @@ from run_folder import (
     cut_log,
     find_text,
     has_checkpoint,
+    is_ours,
     lock_folder,
     open_corpus,
     program,
@@ -639,7 +640,7 @@ def eval_only(source: str, given: dict, world: World = World()) -> dict:
     path = world.raise_on_all_ranks(find_checkpoint, source)
     if path.is_file() and world.size > 1:
         raise ValueError(f"{path} holds weights for one process: give a run or a step folder")
-    run = path.parent if path.is_dir() and (path.parent / "config.json").exists() else None
+    run = path.parent if path.is_dir() and is_ours(path.parent) else None
     s = read_run(run)[0] if run else Settings(batch_size=16)
     defaults = {field.name: field.default for field in FIELDS if field.name in LAYOUT}
     s = dataclasses.replace(s, **defaults | given)

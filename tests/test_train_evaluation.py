@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +183,19 @@ def test_an_exported_file_is_evaluated_by_itself(corpus, other_corpus, capsys, p
     Path("weights.pt").rename("beside/weights.pt")
     assert train.eval_only("beside/weights.pt", options) == expected
     assert "in float32" in capsys.readouterr().out
+
+
+def test_a_step_folder_beside_another_program_s_config(corpus):
+    """A step folder that was copied out of its run is evaluated by itself, whatever lies beside it:
+    another program's config.json is not read."""
+    run = train.train(job(corpus))["folder"]
+    step = find_checkpoint(run)
+    options = {"data": corpus, "dtype": "float32", "eval_rows": 6, "eval_batch": 4}
+    expected = train.eval_only(str(step), options)
+    Path("beside").mkdir()
+    Path("beside/config.json").write_text('{"model_type": "gpt2"}')
+    shutil.copytree(step, Path("beside", step.name))
+    assert train.eval_only(f"beside/{step.name}", options) == expected
 
 
 def test_eval_only_repeats_the_run_s_own_evaluation(corpus, capsys):
