@@ -44,6 +44,7 @@ import data
 import sample
 import train
 from checkpoint import find_checkpoint, load_model
+from settings import Settings
 from train import main
 
 # --------------------------------------------------------------------------------------------------
@@ -246,30 +247,44 @@ def test_main_prints_what_to_type_next_and_it_works(corpus, capsys):
     gap=st.integers(4, 9),
 )
 def test_every_printed_command_is_accepted(corpus, tmp_path, steps, size, later, gap):
-    """Whatever stages a run has, with batches of their own: it does --steps steps or says how many
-    it needs, and the run goes on to as many steps as the printed command names. A run that would
-    end before its last stage is refused with a number of steps that is accepted."""
+    """Whatever stages a run has, with batches of their own: it does --steps steps, and goes on to as
+    many as the printed command names. What does not fit is refused with a number of steps, or a
+    start of a stage, that mends it."""
     sizes = [{"n_layers": 2}, {"n_layers": 2, "d_ff": 96}]
     stages = [{"config": CONFIG.to_dict() | {"n_layers": 1}}]
     for number, stage in enumerate(later):
         stages.append({"config": sizes[number], "start": (number + 1) * gap, **stage})
-    Path("stages.json").write_text(json.dumps(stages))
     s = job(corpus, model=(), batch_size=size, steps=steps, stages="stages.json")
-    line, done = flags(s), 0
-    for _ in range(3):
+    line, done, refused = flags(s), [], 0
+    while len(done) < 2:
+        Path("stages.json").write_text(json.dumps(stages))
         out = io.StringIO()
         try:
             with contextlib.redirect_stdout(out):
                 assert main(line) == 0
         except ValueError as error:
-            needed = re.search(r"ask for --steps (\d+) or more", str(error))[1]
-            line = flags(dataclasses.replace(s, steps=int(needed)))
+            refused += 1
+            assert refused < 5 and not done, error
+            s = follow_advice(str(error), stages, s)
+            line = flags(s)
             continue
         asked = int(line[line.index("--steps") + 1])
         lines = [x for x in log(s.out) if "loss" in x]
         assert [x["step"] for x in lines] == [*range(1, asked + 1)]
-        assert asked > done
-        line, done = shlex.split(re.search(r"train\.py (--resume .*)", out.getvalue())[1]), asked
+        assert not done or asked > done[-1]
+        done.append(asked)
+        line = shlex.split(re.search(r"train\.py (--resume .*)", out.getvalue())[1])
+
+
+def follow_advice(message: str, stages: list[dict], s: Settings) -> Settings:
+    """What a user types who takes a refusal at its word: other starts in the file of stages, or
+    another number of steps."""
+    starts = re.findall(r'stage (\d+)\b.*?"start": (\d+)', message, re.S)
+    for number, start in starts:
+        stages[int(number) - 1]["start"] = int(start)
+    steps = re.search(r"ask for --steps (\d+) or more", message)
+    assert starts or steps, message
+    return dataclasses.replace(s, steps=int(steps[1])) if steps else s
 
 
 def test_resume_of_a_finished_run_says_what_to_type(corpus):
