@@ -76,13 +76,19 @@ DATASETS = {
 BABI = {"single-fact": 1, "two-facts": 2}  # task: supporting sentences of each answer
 
 
-def dataset_task(name: str, dataset: Dataset) -> Task:
-    """The task of a SuperGLUE or CLUE file."""
-    shape = ("2 per label", dataset.count, "likelihood", 1 / len(dataset.words), dataset.paper)
-    return Task(name, "symbolic", None, {}, {}, *shape)
-
-
-TASKS = {name: dataset_task(name, dataset) for name, dataset in DATASETS.items()}
+TASKS = {
+    name: Task(
+        name,
+        "symbolic",
+        make=None,
+        shots="2 per label",
+        count=dataset.count,
+        metric="likelihood",
+        chance=1 / len(dataset.words),
+        paper=dataset.paper,
+    )
+    for name, dataset in DATASETS.items()
+}
 TASKS |= {name: replace(iqeval.TASKS[name], lazy=("", None)) for name in BABI}
 
 

@@ -6,7 +6,8 @@
 
 A study (lab/transfer.py, lab/growth.py) makes one Settings for each of its runs. The runs
 must differ in nothing but what the study varies. So the study fixes the arithmetic for all of
-them: float32 on one thread, unless the user names another one.
+them: float32 on one thread, unless the user names another one. A finished run keeps config.json
+and its log; its checkpoints are deleted.
 """
 
 from __future__ import annotations
@@ -297,7 +298,7 @@ def stop(number: int, frame):
     sys.exit(128 + number)
 
 
-def plan(runs: list[Settings]) -> list[Job]:
+def jobs_to_do(runs: list[Settings]) -> list[Job]:
     """The runs that are not finished, the longest last. Prepares their text.
 
     Raises ValueError for what train.py would refuse, and for folders that hold runs of another
@@ -316,9 +317,9 @@ def plan(runs: list[Settings]) -> list[Job]:
 
 def run_all(runs: list[Settings], at_a_time: int) -> list[FinishedRun]:
     """Train what is not finished; a run that was stopped goes on. Raises ValueError before anything
-    runs, see plan, and later where a run fails."""
+    runs, see jobs_to_do, and later where a run fails."""
     console.refuse([f"--jobs {at_a_time}: must be at least 1"] * (at_a_time < 1))
-    jobs = plan(runs)
+    jobs = jobs_to_do(runs)
     if jobs:
         jobs[0].folder.parent.mkdir(parents=True, exist_ok=True)
         left = sum(job.total - job.done for job in jobs)

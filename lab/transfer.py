@@ -322,12 +322,15 @@ def read_points(path: Path) -> Points:
 
 def predict(points: Points, hold_out: int, at: dict[int, float]) -> dict:
     """Fit all but the `hold_out` widest of `points`; predict those and the widths of `at`, {width:
-    N in millions}. Returns JSON values: the law, "fitted" and "predicted" (rows of the tables)."""
+    N in millions}. Returns JSON values: the law, "fitted" and "predicted" (rows of the tables),
+    and where wider was worse."""
     if not 0 <= hold_out < len(points):
         raise ValueError(f"--hold-out {hold_out}: there are {len(points)} widths")
-    rows = []
-    for width, point in sorted(points.items()):
-        rows.append({"width": width, "N": point["N"], "loss": mean(point["losses"].values())})
+    rows = [
+        {"width": width, "N": point["N"], "loss": mean(point["losses"].values())}
+        for width, point in sorted(points.items())
+    ]
+    worse = worse_with_width({row["width"]: row["loss"] for row in rows})
     fitted, predicted = rows[: len(rows) - hold_out], rows[len(rows) - hold_out :]
     predicted += [{"width": width, "N": N} for width, N in at.items() if width not in points]
     sizes, targets = ([row["N"] for row in part] for part in (fitted, predicted))
@@ -347,7 +350,7 @@ def predict(points: Points, hold_out: int, at: dict[int, float]) -> dict:
         for row, interval in zip(predicted, intervals):
             row["interval"] = interval
     found = {**dataclasses.asdict(law), "seeds": seeds, "draws_without_law": failed}
-    return {**found, "fitted": fitted, "predicted": predicted}
+    return {**found, "fitted": fitted, "predicted": predicted, "worse_with_width": worse}
 
 
 def print_prediction(result: dict):
@@ -383,18 +386,17 @@ def predict_command(args: argparse.Namespace):
             "give either folders of runs (and --at WIDTH for widths without one) or --points FILE"
         )
     if args.points:
-        points, at, origin = read_points(Path(args.points)), {}, {"source": args.points}
+        result = predict(read_points(Path(args.points)), args.hold_out, {})
+        result["source"] = args.points
     else:
         finished = find_runs(args.runs)
-        points, wider = collect(finished), at_widths(finished[0].config, args.at)
+        points = collect(finished)
+        wider = at_widths(finished[0].config, args.at)
         at = {width: count_parameters(config) / 1e6 for width, config in wider.items()}
+        result = predict(points, args.hold_out, at) | runs.origin(finished)
         steps = finished[0].asked["steps"]
-        origin = {"source": f"{len(finished)} runs, held-out loss after {steps} steps"}
-        origin |= runs.origin(finished)
-        origin["losses"] = {width: point["losses"] for width, point in points.items()}
-    result = predict(points, args.hold_out, at) | origin
-    means = {width: mean(point["losses"].values()) for width, point in points.items()}
-    result["worse_with_width"] = worse_with_width(means)
+        result["source"] = f"{len(finished)} runs, held-out loss after {steps} steps"
+        result["losses"] = {width: point["losses"] for width, point in points.items()}
     print_prediction(result)
     write_json(args.json, result)
 
