@@ -48,7 +48,7 @@ DECIDED = {"out", "preset", "seed", "stages", "steps", "threads"}
 # by its digest.)
 NEUTRAL = {"out", "preset", "model", "stages", "data", "data_changed", "tokenizer_file", "device"}
 NEUTRAL |= {"threads", "compile", "deterministic", "eval_every", "eval_batch"}
-NEUTRAL |= {"save_every", "save_minutes", "keep"}
+NEUTRAL |= {"save_every", "save_minutes", "keep", "timeout_minutes"}
 
 
 def add_options(parser: argparse.ArgumentParser, out: str):
