@@ -45,7 +45,7 @@ JOBS = {  # dp 3 divides none of the sizes: the shards are padded
 }
 # Numbers of micro-batches: two that are measured, and one to extrapolate to.
 COUNTS = {"pipeline": (3, 4, 5), "no pipeline": (2, 3, 6), "interleaved": (4, 6, 8)}
-RANKS = [("pipeline", 0), ("pipeline", 1), ("no pipeline", 0), ("interleaved", 1)]
+RANKS = [("interleaved", 1), ("pipeline", 0), ("pipeline", 1), ("no pipeline", 0)]  # longest first
 BOTH = [(*rank, case) for rank in RANKS for case in cluster.CASES]
 
 
