@@ -33,7 +33,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -164,24 +163,13 @@ def failed_write(what: str | Path, error: BaseException) -> BaseException:
     return OSError(f"could not write {what}: {reason}")
 
 
-def is_rank_0(group: dist.ProcessGroup | None) -> bool:
-    """Whether this process is rank 0 of the group, or the only one (group None)."""
-    return group is None or dist.get_rank() == 0
+class OneProcess:
+    """What write_checkpoint needs of a parallel.World, where one process writes alone."""
 
+    rank, control = 0, None
 
-def run_on_rank_0(group: dist.ProcessGroup | None, action: Callable, *args):
-    """Call `action` on rank 0 alone. If it fails, its OSError is raised on every rank: otherwise
-    the others would wait for rank 0 for ever."""
-    failure = [None]
-    if is_rank_0(group):
-        try:
-            action(*args)
-        except OSError as error:
-            failure = [error]
-    if group is not None:
-        dist.broadcast_object_list(failure, src=0, group=group)
-    if failure[0] is not None:
-        raise failure[0]
+    def on_rank_0(self, action: Callable, *args):
+        return action(*args)
 
 
 def make_empty(folder: Path):
@@ -206,31 +194,30 @@ def finish(tmp: Path, folder: Path, info: dict):
     remove_parts(old)
 
 
-def write_checkpoint(
-    folder: Path, tensors: dict, info: dict, group: dist.ProcessGroup | None = None
-) -> Path:
+def write_checkpoint(folder: Path, tensors: dict, info: dict, world=OneProcess()) -> Path:
     """Write a step folder; returns it.
 
     tensors: {"model": {name: tensor}, "optimizer": {name: tensor}}, as training_tensors (section 4)
     gives them; without "optimizer" it is a checkpoint for inference.
     info: JSON values; INFO (section 3) names those that every checkpoint needs.
-    group: a process group of all ranks. Each rank calls this with its pieces (DTensors) of the
-    tensors, on a file system that all of them see; no rank returns before the folder is whole.
+    world: a parallel.World. Each rank calls this with its pieces (DTensors) of the tensors, on a
+    file system that all of them see; no rank returns before the folder is whole.
 
     Everything is written to FOLDER.tmp, which is then renamed. So a folder without .tmp is whole,
     whenever the process was killed. Raises OSError where the folder cannot be written (a full
     disk), after removing the half that was."""
     tmp = folder.with_name(folder.name + ".tmp")
     try:
-        run_on_rank_0(group, make_empty, tmp)
+        world.on_rank_0(make_empty, tmp)
         # DCP warns that torch.distributed is not initialized, which no_dist already says.
         with warnings.catch_warnings(action="ignore"):
+            group = world.control
             dcp.save(tensors, checkpoint_id=tmp, no_dist=group is None, process_group=group)
-        run_on_rank_0(group, finish, tmp, folder, info)
+        world.on_rank_0(finish, tmp, folder, info)
     except (OSError, RuntimeError, CheckpointException) as error:
         raise failed_write(f"the checkpoint {folder}", error) from error
     finally:
-        if is_rank_0(group):  # after a success there is no such folder
+        if world.rank == 0:  # after a success there is no such folder
             remove_parts(tmp)
     return folder
 

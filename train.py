@@ -360,7 +360,7 @@ class Run:
                 "torch": torch.__version__,
             }
             tensors = checkpoint.training_tensors(self.worker.named, self.optimizer)
-            checkpoint.write_checkpoint(self.checkpoint, tensors, info, self.world.control)
+            checkpoint.write_checkpoint(self.checkpoint, tensors, info, self.world)
             self.saved = self.state.step
         self.save_by = time.monotonic() + 60 * self.settings.save_minutes
 

@@ -168,7 +168,7 @@ def steps(world: parallel.World, **options):
         info = {"step": STEPS, "samples": MID_RAMP, "stage": 0, "config": job.config.to_dict()}
         info |= {"growth": growth, "tokenizer": "bytes", "dtype": job.dtype}
         tensors = training_tensors(worker.named, optimizer)
-        write_checkpoint(job.save, tensors, info, world.control)
+        write_checkpoint(job.save, tensors, info, world)
     weights = {name: whole(p) for name, p in worker.named}
     return log, (before, held_out()), gathered(world, grads), gathered(world, weights)
 

@@ -15,10 +15,11 @@ import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from checkpoint import write_checkpoint
+from parallel import World
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-mesh, group = init_device_mesh("cpu", (2,)), dist.group.WORLD
+mesh, world = init_device_mesh("cpu", (2,)), World(rank=rank, control=dist.group.WORLD)
 blob = torch.load(folder / "blob.pt")
 pieces = {name: tensor.chunk(2)[rank].contiguous() for name, tensor in blob["model"].items()}
 sharded = {
@@ -32,7 +33,7 @@ sharded = {
 
 def attempt(name):
     try:
-        write_checkpoint(folder / name, {"model": sharded}, blob["info"], group)
+        write_checkpoint(folder / name, {"model": sharded}, blob["info"], world)
         (folder / f"{rank} {name.split('/')[-1]}.txt").write_text("written")
     except OSError as error:
         (folder / f"{rank} {name.split('/')[-1]}.txt").write_text(str(error))
