@@ -53,6 +53,7 @@ class Box:
     height: float
     text: str
     fill: str
+    name: str = ""  # in the table of the numbers, where it is not the text
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,24 @@ class Picture:
 
 
 def table(panel: Panel) -> tuple[list[str], list[list]]:
-    """The numbers of a panel: (names of the columns, rows). A column for each line; a line without
-    a point at some x has None there. Of a diagram: a row for each box.
+    """The numbers of a panel: (names of the columns, rows). A column for each line; None
+    where a line has no point at that x. Of a diagram: a row for each box.
 
     >>> table(Panel("t", "x", "y", {"a": Line([(1, 2), (3, 4)]), "b": Line([(3, 5)])}))
     (['x', 'a', 'b'], [[1, 2, None], [3, 4, 5]])
     """
     if panel.boxes:
-        return ["x", "y", "what"], [[box.x, box.y, box.text] for box in panel.boxes]
-    columns = [dict(line.points) for line in panel.lines.values()]
-    places = sorted(set().union(*columns)) if columns else []
-    rows = [[x, *(column.get(x) for column in columns)] for x in places]
+        named = panel.rows[::-1] or {}
+        places = [named[int(box.y)] if named else box.y for box in panel.boxes]
+        rows = [[p, b.x, b.x + b.width, b.name or b.text] for p, b in zip(places, panel.boxes)]
+        return ["row", "from", "to", "what"], rows
+    cells: dict[tuple, dict] = {}  # {(x, how many points of the line at x came before): a row}
+    for name, line in panel.lines.items():
+        seen = Counter()
+        for x, y in line.points:
+            cells.setdefault((x, seen[x]), {})[name] = y
+            seen[x] += 1
+    rows = [[x, *(cells[x, n].get(name) for name in panel.lines)] for x, n in sorted(cells)]
     return [panel.x, *panel.lines], rows
 
 
@@ -395,6 +403,7 @@ def timetables(pp: int, micro_batches: int, schedules: Iterable[str]) -> Picture
                 0.9,
                 str(micro),
                 SHADES[kind][stage >= pp],
+                f"{kind}{micro}, pipeline stage {stage}",
             )
             for rank, row in enumerate(rows)
             for start, kind, stage, micro in row
@@ -451,7 +460,9 @@ def draw(picture: Picture, file, kind: str = "svg", only: int | None = None):
     panels = picture.panels if only is None else [picture.panels[only]]
     columns = min(picture.columns, len(panels))
     rows = -(-len(panels) // columns)
-    size = (8.0, rows * picture.height + 0.35) if only is None else (4.8, picture.height)
+    size = (8.0, rows * picture.height + 0.35)
+    if only is not None:
+        size = (4.8 if panels[0].lines else 8.0, picture.height)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             rows, columns, figsize=size, squeeze=False, layout="constrained"

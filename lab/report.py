@@ -289,6 +289,7 @@ CSS = """
 body { max-width: 70rem; margin: 1rem auto; padding: 0 1rem; }
 .pair { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.5rem 0; align-items: flex-start; }
 .pair > figure { flex: 1 1 26rem; max-width: 36rem; min-width: 0; margin: 0; }
+.pair > figure.diagram { flex-basis: 100%; max-width: 48rem; }
 .pair > div { flex: 1 1 18rem; min-width: 0; }
 svg { width: 100%; height: auto; border: 1px solid #888; border-radius: 6px; }
 .scroll { max-height: 19rem; overflow: auto; border: 1px solid #888; border-radius: 6px; }
@@ -296,7 +297,7 @@ svg { width: 100%; height: auto; border: 1px solid #888; border-radius: 6px; }
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .15rem .6rem; text-align: right; white-space: nowrap; }
 th { border-bottom: 1px solid #888; }
-td { max-width: 24rem; white-space: normal; overflow-wrap: anywhere; }
+.wide td { max-width: 24rem; white-space: normal; }
 td:first-child, th:first-child { text-align: left; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; margin: .5rem; }
 """
@@ -328,15 +329,16 @@ def html_picture(picture: Picture) -> str:
     parts = []
     for i, panel in enumerate(picture.panels):
         drawn = pictures.svg(picture, only=i)
+        wide = "" if panel.lines else ' class="diagram"'
         numbers = {"title": panel.title, "x": panel.x, "y": panel.y, "marks": panel.marks}
         numbers["lines"] = {
             name: [[x, None if math.isnan(y) else y] for x, y in line.points]
             for name, line in panel.lines.items()
         }
-        numbers["boxes"] = [[box.x, box.y, box.width, box.text] for box in panel.boxes]
+        numbers["boxes"] = pictures.table(panel)[1] if panel.boxes else []
         numbers = {key: value for key, value in numbers.items() if value}
         beside = html_table(*pictures.table(panel)) + html_json(numbers)
-        parts.append(f'<div class="pair"><figure>{drawn}</figure><div>{beside}</div></div>')
+        parts.append(f'<div class="pair"><figure{wide}>{drawn}</figure><div>{beside}</div></div>')
     return "\n".join(parts)
 
 

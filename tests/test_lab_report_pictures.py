@@ -238,6 +238,9 @@ def test_the_picture_of_a_timetable_is_the_timetable(schedule):
         assert [b.width * held for b in mine] == [UNITS[kind] for _, kind, _, _ in row]
         assert all(a.x + a.width <= b.x for a, b in itertools.pairwise(mine))
     end = max(box.x + box.width for box in panel.boxes)
+    _, numbers = pictures.table(panel)
+    assert [row[3][0] for row in numbers] == [kind for row in rows for _, kind, _, _ in row]
+    assert [row[0] for row in numbers] == [f"pp {rank}" for rank in (0, 1) for _ in rows[rank]]
     white = 1 - sum(box.width for box in panel.boxes) / (2 * end)
     assert white == pytest.approx(bubble) and f"{bubble:.1%}" in panel.title
 
