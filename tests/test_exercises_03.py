@@ -8,7 +8,8 @@ from torch.nn import functional as F
 import grow
 import muP
 from flm import FLM, FLMConfig, LayerNorm, forward_flops, preset
-from schedule import PAPER_SCRATCH_DAYS, PAPER_STAGES
+from lab.plan import PAPER_SCRATCH_DAYS
+from schedule import PAPER_STAGES
 
 pytestmark = pytest.mark.quick
 
