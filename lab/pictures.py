@@ -536,7 +536,7 @@ def paint_line(axis, name: str, line: Line, place: int):
     size = {".": 3, "*": 9}.get(line.look[0], 4)
     if line.points:
         options = {"color": color, "markersize": size, "lw": line.width, "label": name}
-        every = max(1, len(line.points) // 12) if line.look == "o-" else 1
+        every = -(-len(line.points) // 12) or 1 if line.look == "o-" else 1
         axis.plot(*zip(*sorted_by_x(line)), look, markevery=every, **options)
 
 

@@ -123,6 +123,7 @@ def write_texts(folder: Path, prompts: list[str]) -> dict[str, str]:
 
 
 def stages_of(run: dict) -> list[Stage]:
+    """The stages of a run, from what read_numbers returns."""
     return [Stage.from_dict(stage) for stage in run["stages"]]
 
 
@@ -133,6 +134,7 @@ def column(run: dict, name: str) -> list[tuple[float, float]]:
 
 
 def held_out(run: dict) -> list[tuple[float, float]]:
+    """(samples, held-out loss) of each evaluation."""
     return [(entry["samples"], entry["val_loss"]) for entry in run["evaluations"]]
 
 
@@ -164,6 +166,7 @@ SAMPLES, LOSS = "samples (rows of text)", "loss, nats per token"
 
 
 def loss_panel(runs: list[dict]) -> Panel:
+    """Training and held-out loss over samples."""
     lines = by_run(runs, lambda run: column(run, "loss"), "training")
     lines |= by_run(runs, held_out, "held out")
     largest = max((jump(run) for run in runs if run["growths"]), default=None)
@@ -201,6 +204,7 @@ def flops_panel(runs: list[dict]) -> Panel:
 
 
 def rate_panel(runs: list[dict]) -> Panel:
+    """The learning rate over samples."""
     title = "Learning rate: a warm-up, then a cosine"
     if growth_marks(runs):
         title += "; each growth warms up again"
@@ -228,6 +232,7 @@ def mask_panel(runs: list[dict]) -> Panel:
 
 
 def norm_panel(runs: list[dict]) -> Panel:
+    """The norm of the gradient before clipping, and where it is clipped."""
     clip = runs[0]["asked"]["clip"]
     lines = by_run(runs, lambda run: column(run, "grad_norm"))
     ends = [runs[0]["steps"][i][1] for i in (0, -1)]
@@ -237,6 +242,7 @@ def norm_panel(runs: list[dict]) -> Panel:
 
 
 def speed_panel(runs: list[dict]) -> Panel:
+    """Tokens per second over samples."""
     lines = by_run(runs, lambda run: column(run, "tokens_per_s"))
     medians = [statistics.median(y for _, y in line.points) for line in lines.values()]
     title = f"Throughput: median {', '.join(f'{m:,.0f}' for m in medians)} tokens per second"
@@ -456,6 +462,7 @@ EXAMPLES = "examples:\n" + __doc__.split("\n\n")[1]
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
     text = "Show what runs and studies measured."
     parser = argparse.ArgumentParser(
@@ -504,6 +511,7 @@ def check_words(args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str] | None = None):
+    """`python -m lab.report`."""
     args = make_parser().parse_args(argv)
     console.refuse(check_words(args))
     out, runs, studies, texts = Path(args.out), [], [], {}

@@ -281,7 +281,7 @@ def test_a_picture_has_all_its_words(matplotlib):
     assert "left" not in alone and ">other<" in alone
 
 
-def test_panels_of_one_label_share_their_scale(matplotlib):
+def test_panels_of_one_label_share_their_scale():
     """So that they can be compared: here y from 2 to 9 in both; a diagram is left alone."""
     pair = Picture(
         "t",
