@@ -75,6 +75,7 @@ from run_folder import (
     lock_folder,
     open_corpus,
     program,
+    read_log,
     read_run,
     resume_command,
     resumed,
@@ -120,8 +121,8 @@ def allocate(
     """empty_worker for training. Raises ValueError where weights, gradients and AdamW's two moments
     cannot fit into the memory."""
     layout = world.layout
-    share = layout.tp * layout.pp * (layout.dp if layout.sharded else 1)
-    need = 4 * machine.weights.itemsize * count_parameters(config) / share
+    pieces = layout.tp * layout.pp * (layout.dp if layout.sharded else 1)
+    need = 4 * machine.weights.itemsize * count_parameters(config) / pieces
     have = math.inf
     if machine.device.type == "cuda":
         have = torch.cuda.mem_get_info(machine.device)[1]
@@ -154,6 +155,16 @@ def make_optimizer(worker: Worker, s: Settings) -> torch.optim.AdamW:
     """AdamW over muP's groups of parameters, with the paper's betas (section 2.4)."""
     groups = [muP.param_groups(part, s.lr, s.weight_decay) for part in worker.parts]
     return torch.optim.AdamW(itertools.chain(*groups), betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def set_up(s: Settings, stages: list[Stage], world: World) -> tuple[Machine, World]:
+    """The machine of these settings, and the ranks in their layout. Raises ValueError where a stage
+    does not fit the layout, or the device is not there."""
+    layout = plan_layout(s, stages, world.size)
+    if s.threads:
+        torch.set_num_threads(s.threads)
+    machine = pick_machine(s.device, s.dtype, world)
+    return machine, parallel.arrange(world, layout, machine.device)
 
 
 class NonFinite(RuntimeError):
@@ -226,7 +237,7 @@ class Run:
         self.metrics = self.bar = None  # the open log and the progress bar; see train
         self.signals = []  # the numbers of those that this process has received
         self.saved, self.save_by = None, math.inf  # the newest checkpoint's step; time of the next
-        self.save_is_due = self.warned = False
+        self.warned = False  # of a utilisation that cannot be
 
     @property
     def stage(self) -> Stage:
@@ -270,21 +281,20 @@ class Run:
         start = now(self.machine.device)
 
         # This dp rank's rows, (B/dp, T) each; the number of targets in the whole batch.
-        share = dict(
-            rank=world.at("dp"), ranks=world.layout.dp, teacher_fraction=s.teacher_fraction
-        )
-        tokens, targets = self.corpus.batch(s.seed, state.samples, B, **share)
-        counts_here = world.at("tp") == world.at("pp") == 0  # so that each row counts once
-        (count,) = world.sum(counts_here * int((targets != IGNORE).sum()))
+        rows = {"rank": world.at("dp"), "ranks": world.layout.dp}
+        rows["teacher_fraction"] = s.teacher_fraction
+        tokens, targets = self.corpus.batch(s.seed, state.samples, B, **rows)
+        counted = world.at("tp") == world.at("pp") == 0  # the other ranks have the same rows
+        (count,) = world.sum(int((targets != IGNORE).sum()) if counted else 0)
 
         # Forward and backward; check, clip, AdamW.
         micro = parallel.micro_rows(world.layout, B, s.micro_batch)
-        nats = self.worker.gradients(tokens, targets, micro, max(1, count), self.stopped)
+        nats = self.worker.gradients(tokens, targets, micro, max(1, count), self.is_stopped)
         lr = learning_rate(self.stages, state.samples + B, s.min_lr)
         loss, norm = update(self.worker, self.optimizer, s.clip, lr, nats, max(1, count))
 
-        if self.is_sound(loss):  # the loss of the weights that the step began with
-            self.confirm()
+        if self.is_sound(loss):  # the weights that the step began with had this loss
+            self.remove_older_checkpoints()
         flops = training_flops(self.stages, state.samples + B)
         flops -= training_flops(self.stages, state.samples)
         state.step, state.samples = state.step + 1, state.samples + B
@@ -319,13 +329,15 @@ class Run:
             )
             self.warned = True
 
-    def stopped(self) -> bool:
-        """Whether any rank has received a signal; all ranks learn it here. They also learn whether
-        a checkpoint is due by rank 0's clock (save_is_due)."""
-        late = self.world.rank == 0 and time.monotonic() > self.save_by
-        asked, late = self.world.sum(len(self.signals), late)
-        self.save_is_due = late > 0
-        return asked > 0
+    def is_stopped(self) -> bool:
+        """Whether any rank has received a signal; all ranks learn it here."""
+        (signals,) = self.world.sum(len(self.signals))
+        return signals > 0
+
+    def is_late(self) -> bool:
+        """Whether rank 0's clock says that a checkpoint is due; all ranks learn it here."""
+        (late,) = self.world.sum(self.world.rank == 0 and time.monotonic() > self.save_by)
+        return late > 0
 
     def log(self, **values):
         """One line of metrics.jsonl."""
@@ -369,8 +381,8 @@ class Run:
         blind guess. A run that diverges may go on for long before a number is not finite."""
         return loss < 2 * math.log(self.stage.config.vocab_size)
 
-    def confirm(self):
-        """Older checkpoints may go, if there is one of this step: its weights are sound."""
+    def remove_older_checkpoints(self):
+        """Keep the newest checkpoints, if one of them is of this step, whose weights are sound."""
         if self.saved == self.state.step:
             keep = self.settings.keep
             self.world.on_rank_0(checkpoint.remove_old_checkpoints, self.folder, keep)
@@ -407,7 +419,7 @@ class Run:
         worker, _ = load_worker(path, self.machine.exact, self.world)
         return self.held_out(worker)["val_loss"]
 
-    def other_layout(self) -> str | None:
+    def next_layout(self) -> str | None:
         """The options of the layout that the next stage names, if it is neither that of this job
         nor that of this stage: then the job ends, and the next job begins the stage on it."""
         following = self.stages[self.state.stage + 1]
@@ -417,10 +429,10 @@ class Run:
                 return None
         return " ".join(f"--{k} {n}" for k, n in wanted.items())
 
-    def sound_checkpoint(self) -> str | None:
+    def set_diverged_aside(self) -> str | None:
         """The newest checkpoint whose next step had a sound loss. Newer ones get another name, and
         so are no checkpoints any more; nothing happens where none is sound."""
-        log = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        log = read_log(self.folder / "metrics.jsonl")
         losses = {line["step"] - 1: line["loss"] for line in log if "loss" in line}
         ruined = []
         for path in reversed(checkpoint.list_checkpoints(self.folder)):
@@ -434,7 +446,7 @@ class Run:
 
     def advice(self, error: NonFinite) -> str:
         """What to do about numbers that are not finite."""
-        s, sound = self.settings, self.world.on_rank_0(self.sound_checkpoint)
+        s, sound = self.settings, self.world.on_rank_0(self.set_diverged_aside)
         text = f"step {self.state.step + 1} stopped before the optimizer: {error}.\n"
         fresh = f"begin a new run with a smaller --lr (now {s.lr:g}), a longer --warmup (now "
         fresh += f"{s.warmup} samples) or --dtype float32"
@@ -478,14 +490,10 @@ def open_run(
         stages = world.raise_on_all_ranks(resumed_stages, s)
     else:
         s, stages = world.raise_on_all_ranks(resolve, s)
-    layout = plan_layout(s, stages, world.size)
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the only switch of cuBLAS
         torch.use_deterministic_algorithms(True)
-    if s.threads:
-        torch.set_num_threads(s.threads)
-    machine = pick_machine(s.device, s.dtype, world)
-    world = parallel.arrange(world, layout, machine.device)
+    machine, world = set_up(s, stages, world)
 
     if resume:
         world.on_rank_0(lock_folder, Path(s.out), stack)
@@ -593,9 +601,9 @@ def train(
         stack.enter_context(receive_signals(run.signals))
         run.bar = stack.enter_context(progress_bar(run))
         try:
-            while state.step < run.last_step and state.step != stop_at and not run.stopped():
+            while state.step < run.last_step and state.step != stop_at and not run.is_stopped():
                 if run.growth_is_due():
-                    move = run.other_layout()
+                    move = run.next_layout()
                     if move:
                         break
                     run.grow()
@@ -605,7 +613,7 @@ def train(
                 last = state.step == run.last_step
                 if last or state.step % s.eval_every == 0:
                     result = run.evaluate()
-                if last or state.step % s.save_every == 0 or run.save_is_due:
+                if last or state.step % s.save_every == 0 or run.is_late():
                     run.save()
         except parallel.Stopped:
             pass  # half a step is thrown away; the weights are those from before it
@@ -619,7 +627,7 @@ def train(
         run.save()
         finished = state.step == run.last_step
         if finished:
-            run.confirm()
+            run.remove_older_checkpoints()
         signals = {} if finished else dict(enumerate(run.world.gather(run.signals[:1])))
     return result | {
         "step": state.step,
@@ -646,16 +654,12 @@ def eval_only(source: str, given: dict, world: World = World()) -> dict:
     s = dataclasses.replace(s, **defaults | given)
     check_same_settings(world, s)
     refuse(check_settings(s))
-    if s.threads:
-        torch.set_num_threads(s.threads)
-    machine = pick_machine(s.device, s.dtype, world)
     stages = []
     if path.is_dir():  # an evaluation fills up the rows that a layout needs, so any number fits
         config = FLMConfig.from_dict(world.raise_on_all_ranks(read_info, path)["config"])
         rows = (s.dp or world.size) * s.pp * parallel.PIPELINE_SCHEDULES[s.schedule]
-        stages = [argparse.Namespace(config=config, batch_size=rows)]
-    layout = plan_layout(dataclasses.replace(s, micro_batch=1), stages, world.size)
-    world = parallel.arrange(world, layout, machine.device)
+        stages = [Stage("evaluation", config, batch_size=rows)]
+    machine, world = set_up(dataclasses.replace(s, micro_batch=1), stages, world)
     worker, info = load_worker(path, machine, world)
     text = world.on_rank_0(find_text, run, s.data)[0] if run else s.data
     tokenizer = s.tokenizer if run or "tokenizer" in given else info["tokenizer"]
@@ -697,11 +701,8 @@ def benchmark(settings: Settings, world: World = World(), rounds: int = 5) -> di
     make no sense, because the machine was busy with something else."""
     check_same_settings(world, settings)
     s, stages = world.raise_on_all_ranks(resolve, settings)
-    config, layout = stages[-1].config, plan_layout(s, stages[-1:], world.size)
-    if s.threads:
-        torch.set_num_threads(s.threads)
-    machine = pick_machine(s.device, s.dtype, world)
-    world = parallel.arrange(world, layout, machine.device)
+    config = stages[-1].config
+    machine, world = set_up(s, stages[-1:], world)
     worker = world.raise_on_all_ranks(allocate, config, machine, world, s.compile)
     worker.init_weights(s.seed)
     forward, both, optimize = time_steps(worker, make_optimizer(worker, s), s, rounds)
@@ -718,7 +719,7 @@ def benchmark(settings: Settings, world: World = World(), rounds: int = 5) -> di
         "parameters": count_parameters(config),
         "batch_size": B,
         "seq_len": T,
-        "layout": str(layout),
+        "layout": str(world.layout),
         "vocab_size": config.vocab_size,
         "dtype": name_of(machine.dtype),
         "compile": s.compile,
