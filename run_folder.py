@@ -164,9 +164,10 @@ def remove_unbegun(folder: Path, made: list[Path]):
             path.rmdir()
 
 
-def read_log(path: Path) -> list[dict]:
+def read_log(folder: Path) -> list[dict]:
     """The lines of a run's log, without a last one that a killed run cut off. Raises ValueError
     that names the line which is not JSON with a step."""
+    path = folder / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
     lines = []
     for number, line in enumerate(text.rpartition("\n")[0].splitlines(), 1):
@@ -183,12 +184,12 @@ def read_log(path: Path) -> list[dict]:
     return lines
 
 
-def cut_log(path: Path, step: int, stage: int):
+def cut_log(folder: Path, step: int, stage: int):
     """Drop the log's lines on steps and growths after the checkpoint of that step and stage: the
     run writes them again. A last line that was cut off is dropped too."""
-    lines = [line for line in read_log(path) if line["step"] <= step]
+    lines = [line for line in read_log(folder) if line["step"] <= step]
     kept = [json.dumps(line) + "\n" for line in lines if line.get("stage", 0) <= stage]
-    replace_file(path, "".join(kept))
+    replace_file(folder / "metrics.jsonl", "".join(kept))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -7,12 +7,12 @@
     python train.py --benchmark              how fast this machine trains, as one JSON object
 
 Read it from top to bottom. The options stand in settings.py, device and arithmetic in machine.py,
-the held-out loss in evaluation.py, what a run keeps on the disk in run_folder.py.
+what a run keeps on the disk in run_folder.py, the held-out loss (and --eval-only) in evaluation.py.
 
     1. The parts of a step     this rank's share of the model, the optimizer, the update
     2. The run                 RunState and Run; the whole step is Run.train_step
     3. The loop                from the settings to the last checkpoint: train
-    4. Other modes             the evaluation of a checkpoint, the benchmark
+    4. The benchmark           the times of a step
     5. The command line
 
 Letters as in flm.py: B batch, in rows of T tokens. A row is a "sample"; everything is counted in
@@ -54,15 +54,9 @@ import parallel
 import schedule
 from checkpoint import find_checkpoint, read_info
 from console import refuse
-from evaluation import describe, evaluate
-from flm import (
-    IGNORE,
-    FLMConfig,
-    count_parameters,
-    forward_flops,
-    growth_mask,
-)
-from machine import Machine, name_of, now, peak_memory, pick_machine
+from evaluation import describe, empty_worker, eval_only, evaluate, load_worker
+from flm import IGNORE, FLMConfig, count_parameters, forward_flops, growth_mask
+from machine import Machine, name_of, now, peak_memory, set_up
 from parallel import Worker, World
 from run_folder import (
     check_corpus,
@@ -71,7 +65,6 @@ from run_folder import (
     cut_log,
     find_text,
     has_checkpoint,
-    is_ours,
     lock_folder,
     open_corpus,
     program,
@@ -84,18 +77,7 @@ from run_folder import (
 )
 from sample import continue_texts
 from schedule import RECIPES, Stage, learning_rate, training_flops
-from settings import (
-    FIELDS,
-    LAYOUT,
-    MODES,
-    Settings,
-    check_same_settings,
-    check_settings,
-    flag,
-    make_parser,
-    plan_layout,
-    resolve,
-)
+from settings import FIELDS, MODES, Settings, check_same_settings, flag, make_parser, resolve
 
 # --------------------------------------------------------------------------------------------------
 # 1. The parts of a step
@@ -104,15 +86,6 @@ from settings import (
 def describe_config(config: FLMConfig) -> str:
     size = count_parameters(config)
     return f"{config.n_layers} layers of width {config.d_model}, {size:,} parameters"
-
-
-def empty_worker(
-    config: FLMConfig, machine: Machine, world: World, compiled: bool = False
-) -> Worker:
-    """This rank's share of a model, not filled yet."""
-    dtypes = machine.weights, machine.dtype
-    parts = parallel.build_parts(config, world, machine.device, *dtypes, compiled)
-    return Worker(parts, world, machine.dtype)
 
 
 def allocate(
@@ -137,34 +110,10 @@ def allocate(
     return empty_worker(config, machine, world, compiled)
 
 
-def load_worker(path: Path, machine: Machine, world: World) -> tuple[Worker, dict]:
-    """The model of a checkpoint for an evaluation, its masks in place, and its info. A step folder
-    is read in any layout, an exported file by one process."""
-    if path.is_file():
-        model, info = checkpoint.load_model(path, machine.device)
-        return Worker([model.to(machine.weights)], world, machine.dtype), info
-    info = world.raise_on_all_ranks(read_info, path)
-    worker = empty_worker(FLMConfig.from_dict(info["config"]), machine, world)
-    tensors = {"model": dict(worker.named)}
-    world.raise_on_all_ranks(checkpoint.read_tensors, path, tensors)
-    worker.set_masks(info["growth"], growth_mask(info["growth"], info["samples"]))
-    return worker, info
-
-
 def make_optimizer(worker: Worker, s: Settings) -> torch.optim.AdamW:
     """AdamW over muP's groups of parameters, with the paper's betas (section 2.4)."""
     groups = [muP.param_groups(part, s.lr, s.weight_decay) for part in worker.parts]
     return torch.optim.AdamW(itertools.chain(*groups), betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-
-def set_up(s: Settings, stages: list[Stage], world: World) -> tuple[Machine, World]:
-    """The machine of these settings, and the ranks in their layout. Raises ValueError where a stage
-    does not fit the layout, or the device is not there."""
-    layout = plan_layout(s, stages, world.size)
-    if s.threads:
-        torch.set_num_threads(s.threads)
-    machine = pick_machine(s.device, s.dtype, world)
-    return machine, parallel.arrange(world, layout, machine.device)
 
 
 class NonFinite(RuntimeError):
@@ -432,7 +381,7 @@ class Run:
     def set_diverged_aside(self) -> str | None:
         """The newest checkpoint whose next step had a sound loss. Newer ones get another name, and
         so are no checkpoints any more; nothing happens where none is sound."""
-        log = read_log(self.folder / "metrics.jsonl")
+        log = read_log(self.folder)
         losses = {line["step"] - 1: line["loss"] for line in log if "loss" in line}
         ruined = []
         for path in reversed(checkpoint.list_checkpoints(self.folder)):
@@ -448,16 +397,18 @@ class Run:
         """What to do about numbers that are not finite."""
         s, sound = self.settings, self.world.on_rank_0(self.set_diverged_aside)
         text = f"step {self.state.step + 1} stopped before the optimizer: {error}.\n"
-        fresh = f"begin a new run with a smaller --lr (now {s.lr:g}), a longer --warmup (now "
-        fresh += f"{s.warmup} samples) or --dtype float32"
+        fresh = (
+            f"begin a new run with a smaller --lr (now {s.lr:g}), a longer --warmup (now "
+            f"{s.warmup} samples) or --dtype float32"
+        )
         if not sound:
             return f"{text}No checkpoint is sound: {fresh}"
         lower = min(s.lr / 10, RECIPES[s.preset]["lr"])
         go_on = f"{resume_command(self.world, self.folder)} --lr {lower:g}"
-        text += (
-            f"The newest sound checkpoint is {sound}; newer ones are named .diverged now. Go on "
+        return (
+            f"{text}The newest sound checkpoint is {sound}; newer ones are named .diverged now. Go "
+            f"on from it with a smaller learning rate:\n  {go_on}\nor {fresh}"
         )
-        return f"{text}from it with a smaller learning rate:\n  {go_on}\nor {fresh}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -511,7 +462,7 @@ def open_run(
     run.build(path)
     if resume:
         run.saved = state.step
-        world.on_rank_0(cut_log, run.folder / "metrics.jsonl", state.step, state.stage)
+        world.on_rank_0(cut_log, run.folder, state.step, state.stage)
     world.on_rank_0(write_run, run.folder, s, stages, machine, corpus)
     print(describe_run(run, resume))
     log = run.folder / "metrics.jsonl" if world.rank == 0 else os.devnull
@@ -639,36 +590,7 @@ def train(
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Other modes
-
-
-def eval_only(source: str, given: dict, world: World = World()) -> dict:
-    """Print the held-out loss of a checkpoint, and return it. A step folder in its run is evaluated
-    like the run, a file with default settings; `given` has the options that differ."""
-    path = world.raise_on_all_ranks(find_checkpoint, source)
-    if path.is_file() and world.size > 1:
-        raise ValueError(f"{path} holds weights for one process: give a run or a step folder")
-    run = path.parent if path.is_dir() and is_ours(path.parent) else None
-    s = read_run(run)[0] if run else Settings(batch_size=16)
-    defaults = {field.name: field.default for field in FIELDS if field.name in LAYOUT}
-    s = dataclasses.replace(s, **defaults | given)
-    check_same_settings(world, s)
-    refuse(check_settings(s))
-    stages = []
-    if path.is_dir():  # an evaluation fills up the rows that a layout needs, so any number fits
-        config = FLMConfig.from_dict(world.raise_on_all_ranks(read_info, path)["config"])
-        rows = (s.dp or world.size) * s.pp * parallel.PIPELINE_SCHEDULES[s.schedule]
-        stages = [Stage("evaluation", config, batch_size=rows)]
-    machine, world = set_up(dataclasses.replace(s, micro_batch=1), stages, world)
-    worker, info = load_worker(path, machine, world)
-    text = world.on_rank_0(find_text, run, s.data)[0] if run else s.data
-    tokenizer = s.tokenizer if run or "tokenizer" in given else info["tokenizer"]
-    corpus = open_corpus(text, tokenizer, s.tokenizer_file, worker.config, world)
-    check_tokenizer(corpus, info["tokenizer"], path)
-    micro = s.eval_batch or (1 if s.pp > 1 else s.micro_batch or s.batch_size)
-    result = evaluate(worker, corpus, s.eval_rows, micro)
-    print(f"{path}, on {corpus.path}, in {name_of(machine.dtype)}: {describe(result)}")
-    return result
+# 4. The benchmark
 
 
 def timed(device: torch.device, action: Callable, *args) -> tuple[float, object]:

@@ -133,11 +133,10 @@ class FinishedRun:
 def read_finished(folder: Path) -> FinishedRun | None:
     """The run in `folder`; None where it has not ended, or not begun. Raises ValueError where the
     folder holds something else."""
-    log = folder / "metrics.jsonl"
-    if not (folder / "config.json").exists() or not log.exists():
+    if not all((folder / name).exists() for name in ("config.json", "metrics.jsonl")):
         return None
     settings, stages = read_run(folder)
-    lines = read_log(log)
+    lines = read_log(folder)
     losses = [x["val_loss"] for x in lines if x["step"] == settings.steps and "val_loss" in x]
     growths = [(x["loss_before"], x["loss_after"]) for x in lines if "loss_after" in x]
     cpu, wall = (sum(x.get(f"{k}_seconds", 0) for x in lines) for k in ("cpu", "wall"))
