@@ -20,7 +20,7 @@ Read it from top to bottom:
     2. writing                 write_checkpoint; why a write failed
     3. reading                 read_info, read_tensors
     4. training                AdamW's moments beside the weights
-    5. one model               load_model, export_weights, pick_device
+    5. one model               load_model, export_weights
 """
 
 import contextlib
@@ -425,19 +425,3 @@ def export_weights(checkpoint: str | Path, file: str | Path):
         with contextlib.suppress(NotADirectoryError):
             tmp.unlink(missing_ok=True)
     print(f"wrote {file}: python sample.py {shlex.quote(str(file))} --prompt TEXT")
-
-
-def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda or cuda:n. Raises ValueError for a device that is not there."""
-    count = torch.cuda.device_count()
-    if name == "auto":
-        name = "cuda" if count else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"unknown device {name!r}: use auto, cpu or cuda")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(
-            f"device {name!r} asked for, but PyTorch {torch.__version__} sees {count} CUDA "
-            "devices: use --device cpu, or install a CUDA build of PyTorch"
-        )
-    return device

@@ -1,17 +1,33 @@
 """evaluation.py - the held-out loss: nats per token and bits per byte on documents that the model
-has never seen, and how often the teacher signal's labels are right."""
+has never seen, and how often the teacher signal's labels are right.
+
+1. a model        its score on held-out rows
+2. a checkpoint   the same for a model on the disk: train.py --eval-only
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+from pathlib import Path
 
 import torch
 
+import checkpoint
 import data
 import parallel
-from flm import IGNORE
+from checkpoint import find_checkpoint, read_info
+from console import refuse
+from flm import IGNORE, FLMConfig, growth_mask
+from machine import Machine, name_of, set_up
 from parallel import Worker, World
+from run_folder import check_tokenizer, find_text, is_ours, open_corpus, read_run
+from schedule import Stage
+from settings import FIELDS, LAYOUT, Settings, check_same_settings, check_settings
+
+# --------------------------------------------------------------------------------------------------
+# 1. A model
 
 
 def held_out_rows(
@@ -94,3 +110,59 @@ def describe(result: dict) -> str:
         text += f"; teacher {result['teacher_loss']:.4f} nats per label token, "
         text += f"{result['teacher_accuracy']:.1%} of {result['teacher_labels']} labels right"
     return text
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. A checkpoint
+
+
+def empty_worker(
+    config: FLMConfig, machine: Machine, world: World, compiled: bool = False
+) -> Worker:
+    """This rank's share of a model, not filled yet."""
+    dtypes = machine.weights, machine.dtype
+    parts = parallel.build_parts(config, world, machine.device, *dtypes, compiled)
+    return Worker(parts, world, machine.dtype)
+
+
+def load_worker(path: Path, machine: Machine, world: World) -> tuple[Worker, dict]:
+    """The model of a checkpoint for an evaluation, its masks in place, and its info. A step folder
+    is read in any layout, an exported file by one process."""
+    if path.is_file():
+        model, info = checkpoint.load_model(path, machine.device)
+        return Worker([model.to(machine.weights)], world, machine.dtype), info
+    info = world.raise_on_all_ranks(read_info, path)
+    worker = empty_worker(FLMConfig.from_dict(info["config"]), machine, world)
+    tensors = {"model": dict(worker.named)}
+    world.raise_on_all_ranks(checkpoint.read_tensors, path, tensors)
+    worker.set_masks(info["growth"], growth_mask(info["growth"], info["samples"]))
+    return worker, info
+
+
+def eval_only(source: str, given: dict, world: World = World()) -> dict:
+    """Print the held-out loss of a checkpoint, and return it. A step folder in its run is evaluated
+    like the run, a file with default settings; `given` has the options that differ."""
+    path = world.raise_on_all_ranks(find_checkpoint, source)
+    if path.is_file() and world.size > 1:
+        raise ValueError(f"{path} holds weights for one process: give a run or a step folder")
+    run = path.parent if path.is_dir() and is_ours(path.parent) else None
+    s = read_run(run)[0] if run else Settings(batch_size=16)
+    defaults = {field.name: field.default for field in FIELDS if field.name in LAYOUT}
+    s = dataclasses.replace(s, **defaults | given)
+    check_same_settings(world, s)
+    refuse(check_settings(s))
+    stages = []
+    if path.is_dir():  # an evaluation fills up the rows that a layout needs, so any number fits
+        config = FLMConfig.from_dict(world.raise_on_all_ranks(read_info, path)["config"])
+        rows = (s.dp or world.size) * s.pp * parallel.PIPELINE_SCHEDULES[s.schedule]
+        stages = [Stage("evaluation", config, batch_size=rows)]
+    machine, world = set_up(dataclasses.replace(s, micro_batch=1), stages, world)
+    worker, info = load_worker(path, machine, world)
+    text = world.on_rank_0(find_text, run, s.data)[0] if run else s.data
+    tokenizer = s.tokenizer if run or "tokenizer" in given else info["tokenizer"]
+    corpus = open_corpus(text, tokenizer, s.tokenizer_file, worker.config, world)
+    check_tokenizer(corpus, info["tokenizer"], path)
+    micro = s.eval_batch or (1 if s.pp > 1 else s.micro_batch or s.batch_size)
+    result = evaluate(worker, corpus, s.eval_rows, micro)
+    print(f"{path}, on {corpus.path}, in {name_of(machine.dtype)}: {describe(result)}")
+    return result

@@ -53,10 +53,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import console
-from checkpoint import load_model, pick_device
-from data import EMOJI, decodable, get_tokenizer, prepare
-from flm import KVCache
-from sample import generate
+from checkpoint import load_model
+from data import EMOJI, get_tokenizer, prepare
+from machine import pick_device
+from sample import fill_cache, generate, writable
 
 # --------------------------------------------------------------------------------------------------
 # 1. Items
@@ -813,8 +813,7 @@ class CheckpointModel:
         self.context = self.model.config.max_seq_len
         end = self.tokenizer.eot_token
         self.stop = (*self.tokenizer.encode_ordinary("\n"), end)
-        self.allowed = torch.from_numpy(decodable(self.tokenizer))[: self.model.config.vocab_size]
-        self.allowed[end] = True
+        self.allowed = writable(self.tokenizer, self.model.config.vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
@@ -842,12 +841,7 @@ class CheckpointModel:
         after them."""
         device, P = self.model.xpos.device, max(map(len, prompts))
         longest = max(len(option) for row in options for option in row)
-        pads = [P - len(prompt) for prompt in prompts]
-        rows = [prompt[:1] * pad + prompt for prompt, pad in zip(prompts, pads)]
-        x = torch.tensor(rows, device=device)  # (B, P)
-        pad = torch.tensor(pads, device=device) if any(pads) else None
-        cache = KVCache(self.model, P + longest, pad)
-        first = self.model(x, cache=cache, last_only=True)  # (B, 1, V)
+        first, cache = fill_cache(self.model, prompts, P + longest)  # (B, 1, V)
         scores = []
         for column in zip(*options):  # the k-th option of every row
             ids = pad_sequence([torch.tensor(option) for option in column], True, -1)

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass
 
 import torch
 
-from checkpoint import pick_device
+import parallel
 from parallel import World
+from schedule import Stage
+from settings import Settings, plan_layout
 
 # Dense bf16 peaks in TFLOP/s, from the makers' data sheets. The longest name that is part of the
 # card's own name counts.
@@ -80,6 +83,22 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 2048) -> floa
         size = min(n, 2 * size)
 
 
+def pick_device(name: str) -> torch.device:
+    """auto, cpu, cuda or cuda:n. Raises ValueError for a device that is not there."""
+    count = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"unknown device {name!r}: use auto, cpu or cuda")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"device {name!r} asked for, but PyTorch {torch.__version__} sees {count} CUDA "
+            "devices: use --device cpu, or install a CUDA build of PyTorch"
+        )
+    return device
+
+
 def check_device(name: str, world: World) -> torch.device:
     """The device that this rank computes on. Raises ValueError where ranks would share a GPU."""
     device, cards = pick_device(name), torch.cuda.device_count()
@@ -132,6 +151,16 @@ def pick_machine(device: str, dtype: str, world: World = World()) -> Machine:
     if world.size > 1:
         why = f"{world.size} processes, rank 0 on {why}"
     return Machine(place, kind, *world.sum(rate), why, measured=not cards)
+
+
+def set_up(s: Settings, stages: list[Stage], world: World) -> tuple[Machine, World]:
+    """The machine of these settings, and the ranks in their layout. Raises ValueError where a stage
+    does not fit the layout, or the device is not there."""
+    layout = plan_layout(s, stages, world.size)
+    if s.threads:
+        torch.set_num_threads(s.threads)
+    machine = pick_machine(s.device, s.dtype, world)
+    return machine, parallel.arrange(world, layout, machine.device)
 
 
 def peak_memory(device: torch.device) -> float | None:

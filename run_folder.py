@@ -164,24 +164,32 @@ def remove_unbegun(folder: Path, made: list[Path]):
             path.rmdir()
 
 
-def cut_log(path: Path, step: int, stage: int):
-    """Drop the log's lines on steps and growths after the checkpoint of that step and stage: the
-    run writes them again. A last line that was cut off is dropped too."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = []
-    for number, line in enumerate(lines, 1):
-        if not line.endswith("\n"):
-            continue
+def read_log(folder: Path) -> list[dict]:
+    """The lines of a run's log, without a last one that a killed run cut off. Raises ValueError
+    that names the line which is not JSON with a step."""
+    path = folder / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = []
+    for number, line in enumerate(text.rpartition("\n")[0].splitlines(), 1):
         try:
-            entry = json.loads(line)
-            if entry["step"] <= step and entry.get("stage", 0) <= stage:
-                kept.append(line)
+            values = json.loads(line)
+            if not isinstance(values["step"] + values.get("stage", 0), int):
+                raise TypeError("a step is a whole number")
+            lines.append(values)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path}, line {number} is not a line of a log, which is JSON with a step "
                 f"({error!r}): remove that line"
             ) from error
-    replace_file(path, "".join(kept))
+    return lines
+
+
+def cut_log(folder: Path, step: int, stage: int):
+    """Drop the log's lines on steps and growths after the checkpoint of that step and stage: the
+    run writes them again. A last line that was cut off is dropped too."""
+    lines = [line for line in read_log(folder) if line["step"] <= step]
+    kept = [json.dumps(line) + "\n" for line in lines if line.get("stage", 0) <= stage]
+    replace_file(folder / "metrics.jsonl", "".join(kept))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,13 +21,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+import tiktoken
 import torch
 from torch import Tensor
 
 import console
-from checkpoint import load_model, pick_device
+from checkpoint import load_model
 from data import decodable, get_tokenizer
 from flm import FLM, FLMConfig, KVCache
+from machine import pick_device
 
 # --------------------------------------------------------------------------------------------------
 # 1. Tokens
@@ -94,6 +96,29 @@ def check_generation(
     console.refuse(problems, "cannot generate:")
 
 
+def writable(tokenizer: tiktoken.Encoding, vocab_size: int) -> Tensor:
+    """The tokens that may be generated: bool (at most vocab_size,). They are those that a text can
+    hold, and the end of a document."""
+    allowed = torch.from_numpy(decodable(tokenizer))
+    allowed[tokenizer.eot_token] = True
+    return allowed[:vocab_size]
+
+
+def fill_cache(
+    model: FLM, prompts: list[list[int]], capacity: int, blockwise: bool = False
+) -> tuple[Tensor, KVCache]:
+    """Let the model read prompts of any lengths. Returns the logits of what follows each, (B, 1,
+    V), and the cache of `capacity` slots for the tokens to come.
+
+    The prompts are aligned at their ends. Any token will do as padding: no other token sees it."""
+    device, longest = model.xpos.device, max(map(len, prompts))
+    pads = [longest - len(prompt) for prompt in prompts]
+    padded = [prompt[:1] * n + prompt for prompt, n in zip(prompts, pads)]
+    x = torch.tensor(padded, device=device)  # (B, longest)
+    cache = KVCache(model, capacity, torch.tensor(pads, device=device) if any(pads) else None)
+    return model(x, cache=cache, blockwise=blockwise, last_only=True), cache
+
+
 @torch.inference_mode()
 def generate(
     model: FLM,
@@ -126,18 +151,12 @@ def generate(
     capacity = model.config.max_seq_len if capacity is None else capacity
     choice = temperature, top_k, top_p
     check_generation(model.config, prompts, max_new_tokens, capacity, *choice, allowed)
-    device, longest = model.xpos.device, max(map(len, prompts))
-    # Prompts are aligned at their ends. Any token will do as padding: no other token sees it.
-    pads = [longest - len(prompt) for prompt in prompts]
-    padded = [prompt[:1] * n + prompt for prompt, n in zip(prompts, pads)]
-    x = torch.tensor(padded, device=device)  # (B, longest)
-    cache = KVCache(model, capacity, torch.tensor(pads, device=device) if any(pads) else None)
+    logits, cache = fill_cache(model, prompts, capacity, blockwise)
     rows = range(len(prompts))
     seeds = [(seed * 1_000_003 + row) % 2**63 for row in rows]
     generators = [torch.Generator().manual_seed(row_seed) for row_seed in seeds]
     new, live = [[] for _ in rows], set(rows)  # live: the rows that no stop token has ended
-    for _ in range(max_new_tokens):
-        logits = model(x, cache=cache, blockwise=blockwise, last_only=True)  # (B, 1, V)
+    for count in range(1, max_new_tokens + 1):
         logits = logits[:, -1].float().cpu()  # (B, V)
         if not logits.isfinite().all():
             raise ValueError("the model's logits are not finite numbers: the run diverged")
@@ -149,9 +168,10 @@ def generate(
         for row in sorted(live):
             new[row].append(picked[row])
             on_token(row, picked[row])
-        if not live:
+        if not live or count == max_new_tokens:
             break
-        x = torch.tensor(picked, device=device)[:, None]  # (B, 1)
+        x = torch.tensor(picked, device=model.xpos.device)[:, None]  # (B, 1)
+        logits = model(x, cache=cache, blockwise=blockwise, last_only=True)  # (B, 1, V)
     return new
 
 
@@ -177,8 +197,6 @@ def continue_texts(
     stream: a text file, to which one prompt and its continuation are written as they come.
     options: those of `generate`. Raises ValueError, as `generate` and `get_tokenizer` do."""
     tokenizer = get_tokenizer(info["tokenizer"], tokenizer_file)
-    allowed = torch.from_numpy(decodable(tokenizer))
-    allowed[tokenizer.eot_token] = True
     ids = [tokenizer.encode_ordinary(text) or [tokenizer.eot_token] for text in prompts]
     if max_new_tokens is None:
         slots = options.get("capacity") or model.config.max_seq_len
@@ -192,7 +210,7 @@ def continue_texts(
         stream.flush()
         waiting = ""
 
-    options["allowed"] = allowed[: model.config.vocab_size]
+    options["allowed"] = writable(tokenizer, model.config.vocab_size)
     if stream is not None:
         options["on_token"] = show
     new = generate(model, ids, max_new_tokens, stop=(tokenizer.eot_token,), **options)

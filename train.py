@@ -7,12 +7,12 @@
     python train.py --benchmark              how fast this machine trains, as one JSON object
 
 Read it from top to bottom. The options stand in settings.py, device and arithmetic in machine.py,
-the held-out loss in evaluation.py, what a run keeps on the disk in run_folder.py.
+what a run keeps on the disk in run_folder.py, the held-out loss (and --eval-only) in evaluation.py.
 
     1. The parts of a step     this rank's share of the model, the optimizer, the update
     2. The run                 RunState and Run; the whole step is Run.train_step
     3. The loop                from the settings to the last checkpoint: train
-    4. Other modes             the evaluation of a checkpoint, the benchmark
+    4. The benchmark           the times of a step
     5. The command line
 
 Letters as in flm.py: B batch, in rows of T tokens. A row is a "sample"; everything is counted in
@@ -54,15 +54,9 @@ import parallel
 import schedule
 from checkpoint import find_checkpoint, read_info
 from console import refuse
-from evaluation import describe, evaluate
-from flm import (
-    IGNORE,
-    FLMConfig,
-    count_parameters,
-    forward_flops,
-    growth_mask,
-)
-from machine import Machine, name_of, now, peak_memory, pick_machine
+from evaluation import describe, empty_worker, eval_only, evaluate, load_worker
+from flm import IGNORE, FLMConfig, count_parameters, forward_flops, growth_mask
+from machine import Machine, name_of, now, peak_memory, set_up
 from parallel import Worker, World
 from run_folder import (
     check_corpus,
@@ -71,10 +65,10 @@ from run_folder import (
     cut_log,
     find_text,
     has_checkpoint,
-    is_ours,
     lock_folder,
     open_corpus,
     program,
+    read_log,
     read_run,
     resume_command,
     resumed,
@@ -83,18 +77,7 @@ from run_folder import (
 )
 from sample import continue_texts
 from schedule import RECIPES, Stage, learning_rate, training_flops
-from settings import (
-    FIELDS,
-    LAYOUT,
-    MODES,
-    Settings,
-    check_same_settings,
-    check_settings,
-    flag,
-    make_parser,
-    plan_layout,
-    resolve,
-)
+from settings import FIELDS, MODES, Settings, check_same_settings, flag, make_parser, resolve
 
 # --------------------------------------------------------------------------------------------------
 # 1. The parts of a step
@@ -105,23 +88,14 @@ def describe_config(config: FLMConfig) -> str:
     return f"{config.n_layers} layers of width {config.d_model}, {size:,} parameters"
 
 
-def empty_worker(
-    config: FLMConfig, machine: Machine, world: World, compiled: bool = False
-) -> Worker:
-    """This rank's share of a model, not filled yet."""
-    dtypes = machine.weights, machine.dtype
-    parts = parallel.build_parts(config, world, machine.device, *dtypes, compiled)
-    return Worker(parts, world, machine.dtype)
-
-
 def allocate(
     config: FLMConfig, machine: Machine, world: World = World(), compiled: bool = False
 ) -> Worker:
     """empty_worker for training. Raises ValueError where weights, gradients and AdamW's two moments
     cannot fit into the memory."""
     layout = world.layout
-    share = layout.tp * layout.pp * (layout.dp if layout.sharded else 1)
-    need = 4 * machine.weights.itemsize * count_parameters(config) / share
+    pieces = layout.tp * layout.pp * (layout.dp if layout.sharded else 1)
+    need = 4 * machine.weights.itemsize * count_parameters(config) / pieces
     have = math.inf
     if machine.device.type == "cuda":
         have = torch.cuda.mem_get_info(machine.device)[1]
@@ -134,20 +108,6 @@ def allocate(
             "--model, or more processes (torchrun, --tp, --pp, --shard-optimizer)"
         )
     return empty_worker(config, machine, world, compiled)
-
-
-def load_worker(path: Path, machine: Machine, world: World) -> tuple[Worker, dict]:
-    """The model of a checkpoint for an evaluation, its masks in place, and its info. A step folder
-    is read in any layout, an exported file by one process."""
-    if path.is_file():
-        model, info = checkpoint.load_model(path, machine.device)
-        return Worker([model.to(machine.weights)], world, machine.dtype), info
-    info = world.raise_on_all_ranks(read_info, path)
-    worker = empty_worker(FLMConfig.from_dict(info["config"]), machine, world)
-    tensors = {"model": dict(worker.named)}
-    world.raise_on_all_ranks(checkpoint.read_tensors, path, tensors)
-    worker.set_masks(info["growth"], growth_mask(info["growth"], info["samples"]))
-    return worker, info
 
 
 def make_optimizer(worker: Worker, s: Settings) -> torch.optim.AdamW:
@@ -226,7 +186,7 @@ class Run:
         self.metrics = self.bar = None  # the open log and the progress bar; see train
         self.signals = []  # the numbers of those that this process has received
         self.saved, self.save_by = None, math.inf  # the newest checkpoint's step; time of the next
-        self.save_is_due = self.warned = False
+        self.warned = False  # of a utilisation that cannot be
 
     @property
     def stage(self) -> Stage:
@@ -270,21 +230,20 @@ class Run:
         start = now(self.machine.device)
 
         # This dp rank's rows, (B/dp, T) each; the number of targets in the whole batch.
-        share = dict(
-            rank=world.at("dp"), ranks=world.layout.dp, teacher_fraction=s.teacher_fraction
-        )
-        tokens, targets = self.corpus.batch(s.seed, state.samples, B, **share)
-        counts_here = world.at("tp") == world.at("pp") == 0  # so that each row counts once
-        (count,) = world.sum(counts_here * int((targets != IGNORE).sum()))
+        rows = {"rank": world.at("dp"), "ranks": world.layout.dp}
+        rows["teacher_fraction"] = s.teacher_fraction
+        tokens, targets = self.corpus.batch(s.seed, state.samples, B, **rows)
+        counted = world.at("tp") == world.at("pp") == 0  # the other ranks have the same rows
+        (count,) = world.sum(int((targets != IGNORE).sum()) if counted else 0)
 
         # Forward and backward; check, clip, AdamW.
         micro = parallel.micro_rows(world.layout, B, s.micro_batch)
-        nats = self.worker.gradients(tokens, targets, micro, max(1, count), self.stopped)
+        nats = self.worker.gradients(tokens, targets, micro, max(1, count), self.is_stopped)
         lr = learning_rate(self.stages, state.samples + B, s.min_lr)
         loss, norm = update(self.worker, self.optimizer, s.clip, lr, nats, max(1, count))
 
-        if self.is_sound(loss):  # the loss of the weights that the step began with
-            self.confirm()
+        if self.is_sound(loss):  # the weights that the step began with had this loss
+            self.remove_older_checkpoints()
         flops = training_flops(self.stages, state.samples + B)
         flops -= training_flops(self.stages, state.samples)
         state.step, state.samples = state.step + 1, state.samples + B
@@ -319,13 +278,15 @@ class Run:
             )
             self.warned = True
 
-    def stopped(self) -> bool:
-        """Whether any rank has received a signal; all ranks learn it here. They also learn whether
-        a checkpoint is due by rank 0's clock (save_is_due)."""
-        late = self.world.rank == 0 and time.monotonic() > self.save_by
-        asked, late = self.world.sum(len(self.signals), late)
-        self.save_is_due = late > 0
-        return asked > 0
+    def is_stopped(self) -> bool:
+        """Whether any rank has received a signal; all ranks learn it here."""
+        (signals,) = self.world.sum(len(self.signals))
+        return signals > 0
+
+    def is_late(self) -> bool:
+        """Whether rank 0's clock says that a checkpoint is due; all ranks learn it here."""
+        (late,) = self.world.sum(self.world.rank == 0 and time.monotonic() > self.save_by)
+        return late > 0
 
     def log(self, **values):
         """One line of metrics.jsonl."""
@@ -369,8 +330,8 @@ class Run:
         blind guess. A run that diverges may go on for long before a number is not finite."""
         return loss < 2 * math.log(self.stage.config.vocab_size)
 
-    def confirm(self):
-        """Older checkpoints may go, if there is one of this step: its weights are sound."""
+    def remove_older_checkpoints(self):
+        """Keep the newest checkpoints, if one of them is of this step, whose weights are sound."""
         if self.saved == self.state.step:
             keep = self.settings.keep
             self.world.on_rank_0(checkpoint.remove_old_checkpoints, self.folder, keep)
@@ -407,7 +368,7 @@ class Run:
         worker, _ = load_worker(path, self.machine.exact, self.world)
         return self.held_out(worker)["val_loss"]
 
-    def other_layout(self) -> str | None:
+    def next_layout(self) -> str | None:
         """The options of the layout that the next stage names, if it is neither that of this job
         nor that of this stage: then the job ends, and the next job begins the stage on it."""
         following = self.stages[self.state.stage + 1]
@@ -417,10 +378,10 @@ class Run:
                 return None
         return " ".join(f"--{k} {n}" for k, n in wanted.items())
 
-    def sound_checkpoint(self) -> str | None:
+    def set_diverged_aside(self) -> str | None:
         """The newest checkpoint whose next step had a sound loss. Newer ones get another name, and
         so are no checkpoints any more; nothing happens where none is sound."""
-        log = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        log = read_log(self.folder)
         losses = {line["step"] - 1: line["loss"] for line in log if "loss" in line}
         ruined = []
         for path in reversed(checkpoint.list_checkpoints(self.folder)):
@@ -434,18 +395,20 @@ class Run:
 
     def advice(self, error: NonFinite) -> str:
         """What to do about numbers that are not finite."""
-        s, sound = self.settings, self.world.on_rank_0(self.sound_checkpoint)
+        s, sound = self.settings, self.world.on_rank_0(self.set_diverged_aside)
         text = f"step {self.state.step + 1} stopped before the optimizer: {error}.\n"
-        fresh = f"begin a new run with a smaller --lr (now {s.lr:g}), a longer --warmup (now "
-        fresh += f"{s.warmup} samples) or --dtype float32"
+        fresh = (
+            f"begin a new run with a smaller --lr (now {s.lr:g}), a longer --warmup (now "
+            f"{s.warmup} samples) or --dtype float32"
+        )
         if not sound:
             return f"{text}No checkpoint is sound: {fresh}"
         lower = min(s.lr / 10, RECIPES[s.preset]["lr"])
         go_on = f"{resume_command(self.world, self.folder)} --lr {lower:g}"
-        text += (
-            f"The newest sound checkpoint is {sound}; newer ones are named .diverged now. Go on "
+        return (
+            f"{text}The newest sound checkpoint is {sound}; newer ones are named .diverged now. Go "
+            f"on from it with a smaller learning rate:\n  {go_on}\nor {fresh}"
         )
-        return f"{text}from it with a smaller learning rate:\n  {go_on}\nor {fresh}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -478,14 +441,10 @@ def open_run(
         stages = world.raise_on_all_ranks(resumed_stages, s)
     else:
         s, stages = world.raise_on_all_ranks(resolve, s)
-    layout = plan_layout(s, stages, world.size)
     if s.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the only switch of cuBLAS
         torch.use_deterministic_algorithms(True)
-    if s.threads:
-        torch.set_num_threads(s.threads)
-    machine = pick_machine(s.device, s.dtype, world)
-    world = parallel.arrange(world, layout, machine.device)
+    machine, world = set_up(s, stages, world)
 
     if resume:
         world.on_rank_0(lock_folder, Path(s.out), stack)
@@ -503,7 +462,7 @@ def open_run(
     run.build(path)
     if resume:
         run.saved = state.step
-        world.on_rank_0(cut_log, run.folder / "metrics.jsonl", state.step, state.stage)
+        world.on_rank_0(cut_log, run.folder, state.step, state.stage)
     world.on_rank_0(write_run, run.folder, s, stages, machine, corpus)
     print(describe_run(run, resume))
     log = run.folder / "metrics.jsonl" if world.rank == 0 else os.devnull
@@ -593,9 +552,9 @@ def train(
         stack.enter_context(receive_signals(run.signals))
         run.bar = stack.enter_context(progress_bar(run))
         try:
-            while state.step < run.last_step and state.step != stop_at and not run.stopped():
+            while state.step < run.last_step and state.step != stop_at and not run.is_stopped():
                 if run.growth_is_due():
-                    move = run.other_layout()
+                    move = run.next_layout()
                     if move:
                         break
                     run.grow()
@@ -605,7 +564,7 @@ def train(
                 last = state.step == run.last_step
                 if last or state.step % s.eval_every == 0:
                     result = run.evaluate()
-                if last or state.step % s.save_every == 0 or run.save_is_due:
+                if last or state.step % s.save_every == 0 or run.is_late():
                     run.save()
         except parallel.Stopped:
             pass  # half a step is thrown away; the weights are those from before it
@@ -619,7 +578,7 @@ def train(
         run.save()
         finished = state.step == run.last_step
         if finished:
-            run.confirm()
+            run.remove_older_checkpoints()
         signals = {} if finished else dict(enumerate(run.world.gather(run.signals[:1])))
     return result | {
         "step": state.step,
@@ -631,40 +590,7 @@ def train(
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Other modes
-
-
-def eval_only(source: str, given: dict, world: World = World()) -> dict:
-    """Print the held-out loss of a checkpoint, and return it. A step folder in its run is evaluated
-    like the run, a file with default settings; `given` has the options that differ."""
-    path = world.raise_on_all_ranks(find_checkpoint, source)
-    if path.is_file() and world.size > 1:
-        raise ValueError(f"{path} holds weights for one process: give a run or a step folder")
-    run = path.parent if path.is_dir() and is_ours(path.parent) else None
-    s = read_run(run)[0] if run else Settings(batch_size=16)
-    defaults = {field.name: field.default for field in FIELDS if field.name in LAYOUT}
-    s = dataclasses.replace(s, **defaults | given)
-    check_same_settings(world, s)
-    refuse(check_settings(s))
-    if s.threads:
-        torch.set_num_threads(s.threads)
-    machine = pick_machine(s.device, s.dtype, world)
-    stages = []
-    if path.is_dir():  # an evaluation fills up the rows that a layout needs, so any number fits
-        config = FLMConfig.from_dict(world.raise_on_all_ranks(read_info, path)["config"])
-        rows = (s.dp or world.size) * s.pp * parallel.PIPELINE_SCHEDULES[s.schedule]
-        stages = [argparse.Namespace(config=config, batch_size=rows)]
-    layout = plan_layout(dataclasses.replace(s, micro_batch=1), stages, world.size)
-    world = parallel.arrange(world, layout, machine.device)
-    worker, info = load_worker(path, machine, world)
-    text = world.on_rank_0(find_text, run, s.data)[0] if run else s.data
-    tokenizer = s.tokenizer if run or "tokenizer" in given else info["tokenizer"]
-    corpus = open_corpus(text, tokenizer, s.tokenizer_file, worker.config, world)
-    check_tokenizer(corpus, info["tokenizer"], path)
-    micro = s.eval_batch or (1 if s.pp > 1 else s.micro_batch or s.batch_size)
-    result = evaluate(worker, corpus, s.eval_rows, micro)
-    print(f"{path}, on {corpus.path}, in {name_of(machine.dtype)}: {describe(result)}")
-    return result
+# 4. The benchmark
 
 
 def timed(device: torch.device, action: Callable, *args) -> tuple[float, object]:
@@ -697,11 +623,8 @@ def benchmark(settings: Settings, world: World = World(), rounds: int = 5) -> di
     make no sense, because the machine was busy with something else."""
     check_same_settings(world, settings)
     s, stages = world.raise_on_all_ranks(resolve, settings)
-    config, layout = stages[-1].config, plan_layout(s, stages[-1:], world.size)
-    if s.threads:
-        torch.set_num_threads(s.threads)
-    machine = pick_machine(s.device, s.dtype, world)
-    world = parallel.arrange(world, layout, machine.device)
+    config = stages[-1].config
+    machine, world = set_up(s, stages[-1:], world)
     worker = world.raise_on_all_ranks(allocate, config, machine, world, s.compile)
     worker.init_weights(s.seed)
     forward, both, optimize = time_steps(worker, make_optimizer(worker, s), s, rounds)
@@ -718,7 +641,7 @@ def benchmark(settings: Settings, world: World = World(), rounds: int = 5) -> di
         "parameters": count_parameters(config),
         "batch_size": B,
         "seq_len": T,
-        "layout": str(layout),
+        "layout": str(world.layout),
         "vocab_size": config.vocab_size,
         "dtype": name_of(machine.dtype),
         "compile": s.compile,

@@ -35,7 +35,7 @@ import console
 import train
 from checkpoint import list_checkpoints, read_info
 from flm import FLMConfig, count_parameters
-from run_folder import open_corpus, read_run, resumed
+from run_folder import open_corpus, read_log, read_run, resumed
 from schedule import Stage, training_flops
 from settings import Settings, flag, make_parser, resolve
 
@@ -133,18 +133,13 @@ class FinishedRun:
 def read_finished(folder: Path) -> FinishedRun | None:
     """The run in `folder`; None where it has not ended, or not begun. Raises ValueError where the
     folder holds something else."""
-    log = folder / "metrics.jsonl"
-    if not (folder / "config.json").exists() or not log.exists():
+    if not all((folder / name).exists() for name in ("config.json", "metrics.jsonl")):
         return None
     settings, stages = read_run(folder)
-    whole_lines = log.read_text().rpartition("\n")[0]  # a run that is killed cuts the last one
-    try:
-        lines = [json.loads(line) for line in whole_lines.splitlines()]
-        losses = [x["val_loss"] for x in lines if x["step"] == settings.steps and "val_loss" in x]
-        growths = [(x["loss_before"], x["loss_after"]) for x in lines if "grown" in x]
-        cpu, wall = (sum(x.get(f"{k}_seconds", 0) for x in lines) for k in ("cpu", "wall"))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{log} is not the log of a run, or was edited ({error!r})") from error
+    lines = read_log(folder)
+    losses = [x["val_loss"] for x in lines if x["step"] == settings.steps and "val_loss" in x]
+    growths = [(x["loss_before"], x["loss_after"]) for x in lines if "loss_after" in x]
+    cpu, wall = (sum(x.get(f"{k}_seconds", 0) for x in lines) for k in ("cpu", "wall"))
     if (folder / DIVERGED).exists():
         losses = [None]
     if not losses:

@@ -28,7 +28,7 @@ import sample
 import train
 from checkpoint import find_checkpoint, load_model
 from flm import FLM, PRESETS
-from machine import matmul_rate
+from machine import matmul_rate, pick_machine
 from train import main
 
 # --------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def test_the_dtype_is_chosen_by_instructions(monkeypatch, instructions, chosen, 
     known = dict.fromkeys(instructions, True) | {"amx_fp16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
     monkeypatch.setattr("machine.matmul_rate", lambda device, dtype, n=0: rate)
-    machine = train.pick_machine("cpu", "auto")
+    machine = pick_machine("cpu", "auto")
     assert str(machine.dtype) == f"torch.{chosen}" and machine.weights == torch.float32
     assert machine.why.startswith(f"cpu with 1 threads, {chosen} ({reason});")
     assert machine.peak == rate and f"{rate / 1e9:,.0f} GFLOP/s" in machine.why
@@ -63,7 +63,7 @@ def test_only_the_chosen_dtype_is_timed(monkeypatch):
     monkeypatch.setattr(
         "machine.matmul_rate", lambda device, dtype, n=0: timed.append(dtype) or 1.0
     )
-    train.pick_machine("cpu", "auto")
+    pick_machine("cpu", "auto")
     assert timed == [torch.float32]
 
 
@@ -79,7 +79,7 @@ def test_the_dtype_of_a_gpu(monkeypatch, major, native, chosen):
     }
     for name, value in cuda.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    machine = train.pick_machine("cuda", "auto")
+    machine = pick_machine("cuda", "auto")
     assert machine.why.startswith(f"NVIDIA H100 PCIe, {chosen} (compute capability {major}.0);")
     assert machine.peak == (756e12 if native else 1e12)
 
@@ -89,7 +89,7 @@ def test_the_dtype_of_a_gpu(monkeypatch, major, native, chosen):
 )
 def test_the_dtype_that_is_asked_for(dtype, weights):
     """A dtype that is asked for is taken, without a reason, and fixes that of the weights."""
-    machine = train.pick_machine("auto" if not torch.cuda.is_available() else "cpu", dtype)
+    machine = pick_machine("auto" if not torch.cuda.is_available() else "cpu", dtype)
     assert str(machine.dtype) == f"torch.{dtype}" and str(machine.weights) == f"torch.{weights}"
     assert f"{dtype}; utilisation" in machine.why and machine.device.type == "cpu"
 
