@@ -1,8 +1,9 @@
 """Run what the documents show: python .ci/run_documents.py README.md tutorials/*.md
 
 Works in a scratch copy of the repository, on one file after the other. The lines of a ```sh block
-are commands (a block with a here-document is one command); all ```python blocks of a file are one
-program. A comment on the line above a block says what runs in its place:
+are commands (a block with a here-document is one command). All ```python blocks of a file are
+pasted into one interactive Python (`python -i`), with an empty line after each block: a traceback
+is a failure, and so is a line that only a file may hold. A comment on the line above a block says what runs in its place:
 
     <!-- ci: python train.py --steps 20 -->      a shorter form (several commands: joined by &&)
     <!-- ci: skip, needs a GPU -->               nothing, and why
@@ -27,24 +28,30 @@ LEFT_OUT = shutil.ignore_patterns(
 )
 
 
-def run(command: str | list[str], place: str, folder: Path):
-    """Run one command in `folder` and print a line; after a failure print its output and exit."""
+ERROR = re.compile(r"^Traceback \(most recent call last\):|^\w*(Syntax|Indentation)Error:", re.M)
+
+
+def run(command: str | list[str], place: str, folder: Path, pasted: str | None = None):
+    """Run one command in `folder` and print a line; after a failure print its output and exit.
+
+    pasted: what an interactive Python reads. Its exit code is 0 after an error, too."""
     start = time.time()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         command,
         cwd=folder,
         env=os.environ | {"PATH": path},
-        stdin=subprocess.DEVNULL,
+        input=pasted or "",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         shell=isinstance(command, str),
     )
-    verdict = "ok" if done.returncode == 0 else "FAILED"
+    failed = done.returncode or (pasted and ERROR.search(done.stdout))
+    verdict = "FAILED" if failed else "ok"
     shown = command.splitlines()[0] if isinstance(command, str) else "its python blocks"
     print(f"{verdict} {time.time() - start:6.1f} s  {place}: {shown}", flush=True)
-    if done.returncode:
+    if failed:
         print(done.stdout[-5000:])
         sys.exit(1)
 
@@ -73,8 +80,7 @@ def run_file(file: str, folder: Path) -> int:
                 run(command, place, folder)
                 ran += 1
     if program:
-        (folder / "_snippets.py").write_text("\n".join(program))
-        run([sys.executable, "_snippets.py"], file, folder)
+        run([sys.executable, "-i", "-q"], file, folder, pasted="\n".join(program) + "\n")
         ran += 1
     return ran
 
