@@ -175,7 +175,7 @@ class Wide:
 
 @contextmanager
 def in_float64(module):
-    """transformers computes norms and rotary angles in fp32, whatever the model is in. Here `module`
+    """transformers computes norms and angles in fp32, whatever the model is in. Here `module`
     of it computes them in float64, so that a wrong formula is not taken for rounding."""
     widened = mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
     with mock.patch.object(module, "torch", Wide()), widened:

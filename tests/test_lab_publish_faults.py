@@ -1,4 +1,4 @@
-"""What lab/publish.py refuses: one screen that says what is wrong and what to type, and nothing half
+"""What lab/publish.py refuses: one screen that says what is wrong and what to type; nothing half
 written. And that what it makes is a checkpoint like any other."""
 
 import json
