@@ -319,9 +319,11 @@ def training_tensors(named: Named, optimizer: torch.optim.AdamW) -> dict[str, di
 @torch.no_grad()
 def read_training(named: Named, optimizer: torch.optim.AdamW, path: Path):
     """Read weights and moments of a checkpoint, written in any layout, into these parameters and
-    this optimizer. Raises ValueError as read_tensors does."""
+    this optimizer. A checkpoint without moments (lab/publish.py) leaves them at zero. Raises
+    ValueError as read_tensors does."""
     tensors = training_tensors(named, optimizer)
-    read_tensors(path, tensors)
+    has_moments = any(key.startswith("optimizer.") for key in stored_tensors(path))
+    read_tensors(path, tensors if has_moments else {"model": tensors["model"]})
     for name, parameter in named:
         first = tensors["model"][name]
         if first is not parameter:  # the other end of a tied embedding

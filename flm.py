@@ -4,8 +4,8 @@ FLM-101B is arXiv 2309.03852; the model is in its sections 2.1 and 2.4. Read fro
 
     1. FLMConfig, PRESETS     every number that defines a model
     2. xPos                   rotary positions with an exponential decay (arXiv 2212.10554)
-    3. LayerNorm ... Block    the pre-LayerNorm GPT block
-    4. FLM                    embedding, blocks, final LayerNorm, head; the growth masks
+    3. Norm ... Block         the pre-norm GPT block
+    4. FLM                    embedding, blocks, final norm, head; the growth masks
     5. the loss               a sum over tokens, and the same without holding all logits
     6. KVCache                for texts that grow token by token (sample.py): nothing is computed
                               twice. A first reading may leave it out
@@ -25,6 +25,9 @@ data.py turns both signals into (tokens, targets), and one loss serves both.
 
 The model knows nothing of processes, devices or optimizers. All its state is in parameters and
 buffers.
+
+FLM-101B's successor, Tele-FLM (arXiv 2404.16645), is the same decoder with other values of the
+fields norm, activation, rotary and bias.
 """
 
 from __future__ import annotations
@@ -55,6 +58,11 @@ MUST_BE = {  # {type of a field: what its value must be}
     "int": "a whole number above 0",
     "float": "a finite number above 0",
 }
+CHOICES = {  # {field: its values}, FLM-101B's first
+    "norm": ("layernorm", "rmsnorm"),
+    "activation": ("gelu", "gelu_tanh", "swiglu"),
+    "rotary": ("xpos", "rope"),
+}
 
 
 def fits(kind: str, value: object) -> bool:
@@ -70,7 +78,7 @@ class FLMConfig:
     """Every number that defines a model (FLM-101B, sections 2.1, 2.4 and 3).
 
     All fields are plain JSON values. `n_heads * head_dim` need not equal `d_model`: growth adds
-    heads and keeps `head_dim`, on which the rotary frequencies depend. The last five fields are
+    heads and keeps `head_dim`, on which the rotary frequencies depend. The last six fields are
     explained in muP.py; a "proxy" is a narrow model on which hyper-parameters are searched. Raises
     ValueError that names every field out of range.
     """
@@ -83,11 +91,16 @@ class FLMConfig:
     vocab_size: int
     max_seq_len: int  # the trained length; xPos measures positions from its middle
     tie_embeddings: bool = True  # inferred: the report on FLM-101B's successor "unties" them
-    layer_norm_eps: float = 1e-5
-    xpos_theta: float = 10000.0  # rotary base
+    norm: str = "layernorm"
+    activation: str = "gelu"
+    rotary: str = "xpos"  # "rope" is xPos without its decay
+    bias: bool = True  # False: no linear layer or LayerNorm has a bias
+    norm_eps: float = 1e-5
+    rotary_theta: float = 10000.0  # rotary base
     xpos_scale_base: float = 512.0  # positions for one factor zeta of decay (section 2)
     mup: bool = True  # False: every width ratio m is 1 (the standard parametrization)
     mup_base_width: int = 256  # the proxy's width, where every width ratio m is 1
+    mup_ff_ratio: float = 4.0  # the proxy's F / C
     init_std: float = 0.016  # found by the paper's search on the proxy
     input_mult: float = 1.0
     output_mult: float = 2.0  # the paper's "softmax temperature 2.0"
@@ -97,11 +110,16 @@ class FLMConfig:
 
     def check(self) -> list[str]:
         """Every violated constraint, with its numbers."""
-        fields = dataclasses.fields(self)  # f.type is a text here, such as "int"
+        fields = [f for f in dataclasses.fields(self) if f.name not in CHOICES]
+        # f.type is a text here, such as "int"
         bad = {f.name: f.type for f in fields if not fits(f.type, getattr(self, f.name))}
         problems = [f"{k} = {getattr(self, k)!r}: must be {MUST_BE[t]}" for k, t in bad.items()]
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                given = getattr(self, name)
+                problems.append(f"{name} = {given!r}: must be one of {', '.join(allowed)}")
         if "head_dim" not in bad and self.head_dim % 2:
-            problems.append(f"head_dim = {self.head_dim}: must be even, xPos rotates pairs")
+            problems.append(f"head_dim = {self.head_dim}: must be even, pairs are rotated")
         if bad.keys().isdisjoint(("max_seq_len", "xpos_scale_base")):
             limit = self.xpos_limit()
             if self.max_seq_len > limit:
@@ -113,24 +131,26 @@ class FLMConfig:
 
     @property
     def xpos_origin(self) -> int:
-        """The position whose scale is 1: a constant of the model.
+        """The position whose scale is 1: a constant of the model. RoPE, without scales, has 0.
 
         It must not follow the current length: a key that was rotated and cached at one length
         must still be right at another."""
-        return self.max_seq_len // 2
+        return self.max_seq_len // 2 if self.rotary == "xpos" else 0
 
     def xpos_limit(self) -> int:
         """The largest number of positions for which every key's scale stays in fp32.
 
         xpos_tables (section 2) multiplies a key by at most (0.4 / 1.4)^(-n/512), where n counts
         from xpos_origin. At the limit that is 2^110. fp32 ends at 2^128, so the key itself may be
-        as large as 2^16."""
+        as large as 2^16. RoPE has no limit."""
+        if self.rotary == "rope":
+            return sys.maxsize
         positions = self.xpos_scale_base * (110 * math.log(2)) / -math.log(0.4 / 1.4)
         return self.xpos_origin + int(min(positions, 2.0**53))
 
     @property
     def m_width(self) -> float:
-        """m of what reads the residual stream: q, k, v, up and the logits."""
+        """m of what reads the residual stream: q, k, v, up, gate and the logits."""
         return self.d_model / self.mup_base_width if self.mup else 1.0
 
     @property
@@ -140,8 +160,8 @@ class FLMConfig:
 
     @property
     def m_ff(self) -> float:
-        """m of the down projection, whose fan-in is F. At the base width F is four widths."""
-        return self.d_ff / (4 * self.mup_base_width) if self.mup else 1.0
+        """m of the down projection, whose fan-in is F."""
+        return self.d_ff / (self.mup_ff_ratio * self.mup_base_width) if self.mup else 1.0
 
     @property
     def logit_mult(self) -> float:
@@ -174,6 +194,13 @@ def _flm(L: int, C: int, H: int, V: int = 100352, T: int = 2048, D: int = 128) -
     return FLMConfig(L, C, H, D, 4 * C, V, T)
 
 
+def _tele(L: int, C: int, H: int, F: int, V: int = 80384, **changes) -> FLMConfig:
+    variant = {"norm": "rmsnorm", "activation": "swiglu", "rotary": "rope", "bias": False}
+    proxy = {"mup_base_width": 512, "mup_ff_ratio": 1344 / 512, "init_std": 4e-3}
+    values = {"tie_embeddings": False, **variant, **proxy, "output_mult": 0.5}
+    return _flm(L, C, H, V, T=4096).replace(d_ff=F, **values | changes)
+
+
 PRESETS = {
     # For a laptop: bytes (256 and the end-of-text token, padded to a multiple of 32).
     "demo": _flm(6, 256, 4, V=288, T=256, D=64),
@@ -189,6 +216,15 @@ PRESETS = {
     # cl100k_base's merges. The published weights have 100,352 rows: these hold the special tokens
     # too, and divide by 512.
     "flm-101b": _flm(80, 10240, 80),
+    # Tele-FLM. Printed: all of proxy, 52B and 1T, where the logits' multiplier is 0.5, 1/32, 1/40.
+    # The reports print no shape for 102B: it is OURS, and so is the model for a laptop.
+    "tele-demo": _tele(
+        *(6, 256, 4, 672, 288), max_seq_len=256, head_dim=64, mup_base_width=256, init_std=0.016
+    ),
+    "tele-flm-proxy": _tele(64, 512, 4, 1344),
+    "tele-flm-52b": _tele(64, 8192, 64, 21824),
+    "tele-flm-102b": _tele(80, 10240, 80, 27264),
+    "tele-flm-1t": _tele(140, 20480, 160, 98304, 81920, output_mult=1.0),
 }
 
 
@@ -215,6 +251,8 @@ def parse_fields(words: Iterable[str]) -> tuple[dict, list[str]]:
             problems.append(f"{word}: not FIELD=VALUE")
         elif name not in names:
             problems.append(f"{word}: there is no field {name!r}; there are {', '.join(names)}")
+        elif name in CHOICES:
+            changes[name] = value.lower()
         else:
             try:
                 changes[name] = json.loads(value.lower())
@@ -239,7 +277,8 @@ def xpos_tables(
         key   at position n    k * zeta_i^(-n/512) * exp(j n theta_i)    zeta_i = (2i/D + 0.4) / 1.4
 
     so a score depends on the distance n_query - n_key alone, and decays with it (fastest for pair
-    0). n counts from config.xpos_origin. 10000 is config.xpos_theta, 512 is xpos_scale_base.
+    0). n counts from config.xpos_origin. 10000 is config.rotary_theta, 512 is xpos_scale_base.
+    RoPE is the same with every zeta_i = 1.
     `dtype` is that of the real parts, float32 or float64; the computation is in float64. Raises
     ValueError for a length past config.xpos_limit().
     """
@@ -251,8 +290,8 @@ def xpos_tables(
     D = config.head_dim
     two_i = torch.arange(0, D, 2, dtype=torch.float64)  # (D/2,)
     n = torch.arange(length, dtype=torch.float64)[:, None, None] - config.xpos_origin
-    theta = config.xpos_theta ** (-two_i / D)  # (D/2,)
-    zeta = (two_i / D + 0.4) / 1.4  # (D/2,)
+    theta = config.rotary_theta ** (-two_i / D)  # (D/2,)
+    zeta = (two_i / D + 0.4) / 1.4 if config.rotary == "xpos" else torch.ones_like(two_i)  # (D/2,)
     sign = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)  # (2, 1): query, key
     size = zeta ** (sign * n / config.xpos_scale_base)  # (length, 2, D/2)
     tables = torch.polar(size, (n * theta).expand(-1, 2, -1))
@@ -277,24 +316,29 @@ def rotate(x: Tensor, tables: Tensor) -> Tensor:
 # outside the state dict: a growth changes none of its keys.
 
 
-class LayerNorm(nn.LayerNorm):
+class Norm(nn.LayerNorm):
     """LayerNorm (B, T, C) -> (B, T, C), in which a channel counts as much as its mask (MSG).
 
+    kind: "rmsnorm" is a LayerNorm with a mean of 0 and no bias (arXiv 1910.07467).
     The mask weighs the mean and the variance, and multiplies the output. So nothing reads the
     new channels of the residual stream while c = 0."""
 
-    def __init__(self, C: int, eps: float):
-        super().__init__(C, eps)
+    def __init__(self, C: int, eps: float, kind: str = "layernorm", bias: bool = True):
+        self.rms = kind == "rmsnorm"
+        super().__init__(C, eps, bias=bias and not self.rms)
         self.register_buffer("mask", None, persistent=False)  # (C,)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.mask is None:
+            if self.rms:
+                return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
             return super().forward(x)
         c = self.mask.to(x.dtype)
         total = c.sum()  # how many channels count: C once every c is 1
-        mean = (x * c).sum(-1, keepdim=True) / total
+        mean = 0 if self.rms else (x * c).sum(-1, keepdim=True) / total
         var = ((x - mean).square() * c).sum(-1, keepdim=True) / total
-        return ((x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias) * c
+        y = (x - mean) * torch.rsqrt(var + self.eps) * self.weight
+        return (y if self.bias is None else y + self.bias) * c
 
 
 class Attention(nn.Module):
@@ -307,8 +351,8 @@ class Attention(nn.Module):
         super().__init__()
         self.D = config.head_dim
         HD = config.n_heads * config.head_dim
-        self.qkv = nn.Linear(config.d_model, 3 * HD)
-        self.o = nn.Linear(HD, config.d_model)
+        self.qkv = nn.Linear(config.d_model, 3 * HD, bias=config.bias)
+        self.o = nn.Linear(HD, config.d_model, bias=config.bias)
         self.register_buffer("mask", None, persistent=False)  # (H,)
 
     def forward(
@@ -343,30 +387,39 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """down(GELU(up(x))): (B, T, C) -> (B, T, C), with F hidden units.
 
+    SwiGLU is down(SiLU(gate(x)) * up(x)) (arXiv 2002.05202).
     The published configuration's "gelu_fast" is an approximation by tanh. The exact GELU here is
-    2 to 5 times faster on a CPU."""
+    2 to 5 times faster on a CPU; "gelu_tanh" is theirs."""
 
     def __init__(self, config: FLMConfig):
         super().__init__()
-        self.up = nn.Linear(config.d_model, config.d_ff)
-        self.down = nn.Linear(config.d_ff, config.d_model)
+        C, hidden, bias = config.d_model, config.d_ff, config.bias
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.up = nn.Linear(C, hidden, bias=bias)
+        self.gate = nn.Linear(C, hidden, bias=bias) if config.activation == "swiglu" else None
+        self.down = nn.Linear(hidden, C, bias=bias)
         self.register_buffer("mask", None, persistent=False)  # (F,)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.gelu(self.up(x))  # (B, T, F)
+        y = self.up(x)  # (B, T, F)
+        if self.gate is None:
+            y = F.gelu(y, approximate=self.approximate)
+        else:
+            y = F.silu(self.gate(x)) * y
         if self.mask is not None:
             y = y * self.mask.to(y.dtype)
         return self.down(y)
 
 
 class Block(nn.Module):
-    """Pre-LayerNorm GPT block with biases (section 2.1)."""
+    """Pre-norm GPT block (section 2.1)."""
 
     def __init__(self, config: FLMConfig):
         super().__init__()
-        self.attn_norm = LayerNorm(config.d_model, config.layer_norm_eps)
+        norm = (config.d_model, config.norm_eps, config.norm, config.bias)
+        self.attn_norm = Norm(*norm)
         self.attn = Attention(config)
-        self.ff_norm = LayerNorm(config.d_model, config.layer_norm_eps)
+        self.ff_norm = Norm(*norm)
         self.ff = FeedForward(config)
         self.register_buffer("mask", None, persistent=False)  # (), for a block that is new
 
@@ -393,7 +446,7 @@ class FLM(nn.Module):
     """The decoder: tokens (B, T) int64 -> logits (B, T, V).
 
     layers: the numbers of the blocks to build (by default all: 0 .. L-1).
-    embed, head: whether the embedding, and the final LayerNorm with the head, are here.
+    embed, head: whether the embedding, and the final norm with the head, are here.
     A pipeline stage (parallel.py) is this class with parts left out: hidden states (B, T, C) go in
     or come out.
     The constructor only allocates; muP.init_weights(model, seed) fills the parameters.
@@ -412,7 +465,7 @@ class FLM(nn.Module):
         numbers = range(config.n_layers) if layers is None else layers
         self.embedding = nn.Embedding(V, C) if embed else None
         self.layers = nn.ModuleDict({str(i): Block(config) for i in numbers})
-        self.norm = LayerNorm(C, config.layer_norm_eps) if head else None
+        self.norm = Norm(C, config.norm_eps, config.norm, config.bias) if head else None
         self.head = nn.Linear(C, V, bias=False) if head else None
         self.register_buffer("xpos", None, persistent=False)  # (max_seq_len, 2, D/2), complex
         self._derive()
@@ -553,7 +606,8 @@ def forward_flops(config: FLMConfig, T: int) -> int:
     72 B T L C^2 (1 + T/6C) + 6 B T V C.
     """
     HD = config.n_heads * config.head_dim
-    layer = 2 * (config.d_model * 4 * HD + config.d_model * 2 * config.d_ff) + 4 * T * HD
+    ff = 3 if config.activation == "swiglu" else 2  # matrices
+    layer = 2 * (config.d_model * 4 * HD + config.d_model * ff * config.d_ff) + 4 * T * HD
     return config.n_layers * layer + 2 * config.vocab_size * config.d_model
 
 

@@ -16,7 +16,7 @@ new is multiplied by a mask c:
                         +-----------+
 
 At c = 0 the grown model computes exactly what the old model did. At c = 1 there is no mask left.
-The masks themselves are in flm.py (LayerNorm, Attention, FeedForward, Block, FLM.set_masks).
+The masks themselves are in flm.py (Norm, Attention, FeedForward, Block, FLM.set_masks).
 
 Read it from top to bottom:
 
@@ -62,7 +62,11 @@ REASONS = {  # why another value of a field would change what the model computes
     "vocab_size": "a new token would take its share of every softmax",
     "max_seq_len": "xPos measures positions from its middle",
     "tie_embeddings": "two matrices would become one, or one two",
-    "xpos_theta": "it is the base of xPos's frequencies",
+    "norm": "every layer would read other numbers",
+    "activation": "every hidden unit would compute another function",
+    "rotary": "attention would see positions in another way",
+    "bias": "a bias would appear or go",
+    "rotary_theta": "it is the base of the rotary frequencies",
     "xpos_scale_base": "it is the base of xPos's decay",
     "mup": "it sets the multiplier of the logits",
     "mup_base_width": "it sets the multiplier of the logits",
@@ -109,6 +113,7 @@ MATRICES = {  # matrix: (rows, columns)
     "attn.qkv": ("3HD", "C"),
     "attn.o": ("C", "HD"),
     "ff.up": ("F", "C"),
+    "ff.gate": ("F", "C"),
     "ff.down": ("C", "F"),
 }
 

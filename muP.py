@@ -8,7 +8,7 @@ layers, s = init_std, n = the learning rate, wd = the weight decay:
 
     parameter                     init std         AdamW lr   weight decay   forward
     embedding (tied or not)       s                n          wd             x input_mult
-    q, k, v, up                   s / sqrt(m)      n / m      wd * m         1
+    q, k, v, up, gate             s / sqrt(m)      n / m      wd * m         1
     o, down                       s / sqrt(2L m)   n / m      wd * m         1
     LayerNorm gain, bias; biases  1, 0; 0          n          0              1
     logits (untied head)          s                n          wd             x output_mult / m
@@ -56,7 +56,7 @@ from flm import FLM, FLMConfig, loss_sum, parse_fields, preset
 
 
 def kind(name: str) -> str:
-    """The row of a parameter in the table above: vector, embedding, head, qkv, o, up or down.
+    """The row of a parameter in the table above: vector, embedding, head, qkv, o, up, gate or down.
 
     "vector" is a bias, or the gain or bias of a LayerNorm; qkv is q, k and v in one matrix.
 
@@ -74,7 +74,7 @@ def width_mult(config: FLMConfig, name: str) -> float:
     40.0
     """
     m = config.m_width
-    ratios = {"qkv": m, "up": m, "o": config.m_attn, "down": config.m_ff}
+    ratios = {"qkv": m, "up": m, "gate": m, "o": config.m_attn, "down": config.m_ff}
     return ratios.get(kind(name), 1.0)
 
 
@@ -162,8 +162,8 @@ def model_config(words: Iterable[str]) -> FLMConfig:
 def at_widths(config: FLMConfig, widths: Iterable[int]) -> dict[int, FLMConfig]:
     """{width: the same model at that width}, narrowest first.
 
-    A wider model has more heads of the same head_dim, d_ff four times the width, and the same
-    depth. Raises ValueError with every width that is not a whole number of heads."""
+    A wider model has more heads of the same head_dim, d_ff in the proxy's ratio to the width,
+    and the same depth. Raises ValueError with every width that is not a whole number of heads."""
     D, widths = config.head_dim, sorted(set(widths))
     console.refuse(
         f"width {w} does not fit heads of {D}: choose a multiple of head_dim, such as "
@@ -171,7 +171,8 @@ def at_widths(config: FLMConfig, widths: Iterable[int]) -> dict[int, FLMConfig]:
         for w in widths
         if w < 1 or w % D
     )
-    return {w: config.replace(d_model=w, n_heads=w // D, d_ff=4 * w) for w in widths}
+    ratio = config.mup_ff_ratio
+    return {w: config.replace(d_model=w, n_heads=w // D, d_ff=round(ratio * w)) for w in widths}
 
 
 def text_batch(B: int, T: int, vocab_size: int) -> tuple[Tensor, Tensor]:

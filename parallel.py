@@ -371,7 +371,8 @@ def tensor_parallel(part: FLM, mesh: DeviceMesh, sequence_parallel: bool):
         ),
     }
     for i in part.layers:
-        table[f"layers.{i}.attn.qkv"] = table[f"layers.{i}.ff.up"] = into_block
+        into = ("attn.qkv", "ff.up") + ("ff.gate",) * (part.layers[i].ff.gate is not None)
+        table.update({f"layers.{i}.{name}": into_block for name in into})
         table[f"layers.{i}.attn.o"] = table[f"layers.{i}.ff.down"] = out_of_block
     modules = dict(part.named_modules())
     for name, module in modules.items():

@@ -15,7 +15,7 @@ def slow_score(q, k, distance: int, config: FLMConfig) -> float:
     `distance` is the position of the query less that of the key."""
     D, total = config.head_dim, 0.0
     for i in range(D // 2):
-        theta, zeta = config.xpos_theta ** (-2 * i / D), (2 * i / D + 0.4) / 1.4
+        theta, zeta = config.rotary_theta ** (-2 * i / D), (2 * i / D + 0.4) / 1.4
         product = complex(q[2 * i], q[2 * i + 1]) * complex(k[2 * i], -k[2 * i + 1])
         angle = complex(math.cos(distance * theta), math.sin(distance * theta))
         total += (product * angle).real * zeta ** (distance / config.xpos_scale_base)
@@ -48,7 +48,7 @@ class SlowModel:
         c = self.live.channels
         mean = (x * c).sum(1, keepdims=True) / c.sum()
         variance = ((x - mean) ** 2 * c).sum(1, keepdims=True) / c.sum()
-        x = (x - mean) / np.sqrt(variance + self.config.layer_norm_eps)
+        x = (x - mean) / np.sqrt(variance + self.config.norm_eps)
         return (x * self.w[name + ".weight"] + self.w[name + ".bias"]) * c
 
     def head(self, q, k, v):

@@ -88,6 +88,7 @@ def test_from_dict_refuses_what_is_no_dictionary(values):
 
 
 BAD = {
+    str: ["relu", "", 3, None],
     int: [0, -3, 2.0, True, "12", None],
     float: [0, -1.5, math.nan, math.inf, True, "1", None],
     bool: [0, 1, "yes", None],

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import grow
 import muP
-from flm import FLM, FLMConfig, LayerNorm, forward_flops, preset
+from flm import FLM, FLMConfig, Norm, forward_flops, preset
 from lab.plan import PAPER_SCRATCH_DAYS
 from schedule import PAPER_STAGES
 
@@ -25,7 +25,7 @@ def test_03_exercise_1_zeros_are_not_enough():
     assert torch.allclose(ratio, torch.full_like(ratio, (40 / 16) ** 0.5), rtol=1e-12)
     assert round((40 / 16) ** 0.5, 2) == 1.58
 
-    norm = LayerNorm(40, 0.0).double()
+    norm = Norm(40, 0.0).double()
     norm.mask = torch.tensor([1.0] * 16 + [0.0] * 24)
     wide[:, 16:] = 100.0  # anything at all
     assert torch.allclose(norm(wide)[:, :16], expected, rtol=1e-12)

@@ -20,6 +20,9 @@ from flm import FLM
 from parallel import PIPELINE_SCHEDULES, Layout
 
 UNTIED = CONFIG.replace(tie_embeddings=False)
+TELE = UNTIED.replace(
+    norm="rmsnorm", activation="swiglu", rotary="rope", bias=False
+)  # all fields of the variant
 STANDARD = CONFIG.replace(mup=False)
 SHALLOW = CONFIG.replace(n_layers=2)
 INTERLEAVED = "Interleaved1F1B"
@@ -32,7 +35,7 @@ CASES = {
     "dp2-shard-ckpt": (
         2,
         Layout(dp=2, shard_optimizer=True, activation_checkpointing=True),
-        dict(config=UNTIED, growth=GROWTH),
+        dict(config=TELE, growth=GROWTH),
     ),
     "tp2": (2, Layout(tp=2), dict(teacher=True, micro=8)),
     "tp2-untied": (
@@ -40,6 +43,7 @@ CASES = {
         Layout(tp=2, activation_checkpointing=True),
         dict(config=UNTIED, growth=GROWTH),
     ),
+    "tp2-tele": (2, Layout(tp=2), dict(config=TELE, growth=GROWTH, micro=8)),
     "tp2-seq": (2, Layout(tp=2, sequence_parallel=True), dict(growth=GROWTH, teacher=True)),
     "tp2-seq-ckpt": (
         2,
@@ -60,7 +64,7 @@ CASES = {
     "dp2-pp2-inter": (
         4,
         Layout(dp=2, pp=2, schedule=INTERLEAVED),
-        dict(config=UNTIED, growth=GROWTH, micro=1),
+        dict(config=TELE, growth=GROWTH, micro=1),
     ),
     "tp2-pp2": (4, Layout(tp=2, pp=2), dict(micro=4, growth=GROWTH)),
     "tp2-pp2-seq-inter": (
@@ -73,7 +77,7 @@ CASES = {
     "dp2-tp2-pp2-all": (
         8,
         Layout(dp=2, tp=2, pp=2, sequence_parallel=True, activation_checkpointing=True),
-        dict(config=UNTIED, micro=4),
+        dict(config=TELE, micro=4),
     ),
     "tp2-pp2-fp32": (
         4,
