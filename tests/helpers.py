@@ -44,11 +44,16 @@ def configs(draw, **fixed) -> FLMConfig:
         vocab_size=st.integers(5, 30),
         max_seq_len=st.integers(2, 16),
         tie_embeddings=st.booleans(),
+        norm=st.sampled_from(["layernorm", "rmsnorm"]),
+        activation=st.sampled_from(["gelu", "gelu_tanh", "swiglu"]),
+        rotary=st.sampled_from(["xpos", "rope"]),
+        bias=st.booleans(),
         norm_eps=st.sampled_from([1e-5, 0.1]),
         rotary_theta=st.sampled_from([100.0, 10000.0]),
         xpos_scale_base=st.sampled_from([20.0, 512.0]),
         mup=st.booleans(),
         mup_base_width=st.sampled_from([4, 8]),
+        mup_ff_ratio=st.sampled_from([4.0, 2.625]),
         input_mult=st.sampled_from([1.0, 1.7]),
         output_mult=st.sampled_from([1.0, 2.0]),
     )
@@ -100,10 +105,11 @@ def save_model(folder: Path, model: FLM, **info) -> Path:
 
 
 def difference(ours, exact) -> float:
-    """The largest difference of two tensors of one shape, relative to the largest number."""
+    """The largest difference of two tensors of one shape, relative to the largest number (if all
+    are 0, the difference itself)."""
     ours, exact = torch.as_tensor(ours).detach(), torch.as_tensor(exact).detach()
     assert ours.shape == exact.shape
-    return ((ours - exact).abs().max() / exact.abs().max()).item()
+    return (ours - exact).abs().max().item() / (exact.abs().max().item() or 1.0)
 
 
 def error(action: Callable, *arguments, **options) -> str:

@@ -15,7 +15,8 @@ def slow_score(q, k, distance: int, config: FLMConfig) -> float:
     `distance` is the position of the query less that of the key."""
     D, total = config.head_dim, 0.0
     for i in range(D // 2):
-        theta, zeta = config.rotary_theta ** (-2 * i / D), (2 * i / D + 0.4) / 1.4
+        theta = config.rotary_theta ** (-2 * i / D)
+        zeta = (2 * i / D + 0.4) / 1.4 if config.rotary == "xpos" else 1.0
         product = complex(q[2 * i], q[2 * i + 1]) * complex(k[2 * i], -k[2 * i + 1])
         angle = complex(math.cos(distance * theta), math.sin(distance * theta))
         total += (product * angle).real * zeta ** (distance / config.xpos_scale_base)
@@ -42,14 +43,16 @@ class SlowModel:
         self.live = SimpleNamespace(**live)
 
     def linear(self, x, name):
-        return x @ self.w[name + ".weight"].T + self.w[name + ".bias"]
+        return x @ self.w[name + ".weight"].T + self.w.get(name + ".bias", 0.0)
 
     def norm(self, x, name):
         c = self.live.channels
         mean = (x * c).sum(1, keepdims=True) / c.sum()
+        if self.config.norm == "rmsnorm":
+            mean = 0.0
         variance = ((x - mean) ** 2 * c).sum(1, keepdims=True) / c.sum()
         x = (x - mean) / np.sqrt(variance + self.config.norm_eps)
-        return (x * self.w[name + ".weight"] + self.w[name + ".bias"]) * c
+        return (x * self.w[name + ".weight"] + self.w.get(name + ".bias", 0.0)) * c
 
     def head(self, q, k, v):
         """One head: q, k, v (T, D) -> (T, D)."""
@@ -71,8 +74,14 @@ class SlowModel:
 
     def feed_forward(self, x, name):
         y = self.linear(x, name + ".up")
-        gelu = y * 0.5 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
-        return self.linear(gelu * self.live.hidden, name + ".down")
+        if self.config.activation == "swiglu":
+            gate = self.linear(x, name + ".gate")
+            y = gate / (1 + np.exp(-gate)) * y
+        elif self.config.activation == "gelu_tanh":
+            y = y / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+        else:
+            y = y / 2 * (1 + np.vectorize(math.erf)(y / math.sqrt(2)))
+        return self.linear(y * self.live.hidden, name + ".down")
 
     def logits(self, tokens):
         """tokens (T,) -> logits (T, V)."""

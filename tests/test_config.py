@@ -125,12 +125,12 @@ def test_config_survives_huge_numbers(broken):
 @few
 @given(configs())
 def test_width_ratios(config):
-    """m is C/base, H*D/base and F/(4 base); without muP all are 1. Logits: output_mult/m."""
+    """m is C/base, H*D/base and F/(ratio base); without muP all are 1. Logits: output_mult/m."""
     base = config.mup_base_width
     on, off = config.replace(mup=True), config.replace(mup=False)
     assert on.m_width == config.d_model / base
     assert on.m_attn == config.n_heads * config.head_dim / base
-    assert on.m_ff == config.d_ff / (4 * base)
+    assert on.m_ff == config.d_ff / (config.mup_ff_ratio * base)
     assert on.logit_mult == config.output_mult / (config.d_model / base)
     assert (off.m_width, off.m_attn, off.m_ff, off.logit_mult) == (1, 1, 1, config.output_mult)
 
@@ -144,7 +144,11 @@ def test_width_ratios(config):
 def test_words_are_the_fields(config):
     """A configuration written as words FIELD=VALUE, as Python or as JSON, is read back equal."""
     fields = config.to_dict()
-    for write in (json.dumps, str):
+    for as_json in (json.dumps, str):
+
+        def write(value):
+            return value if isinstance(value, str) else as_json(value)
+
         assert parse_fields(f"{k}={write(v)}" for k, v in fields.items()) == (fields, [])
 
 

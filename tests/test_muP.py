@@ -30,9 +30,9 @@ def table(config: FLMConfig) -> dict[str, tuple[str, float, float]]:
     s, base, branches = config.init_std, config.mup_base_width, 2 * config.n_layers
     m_width = config.d_model / base if config.mup else 1.0
     m_attention = config.n_heads * config.head_dim / base if config.mup else 1.0
-    m_hidden = config.d_ff / (4 * base) if config.mup else 1.0
+    m_hidden = config.d_ff / (config.mup_ff_ratio * base) if config.mup else 1.0
     rows = {"embedding.weight": ("embedding", 1.0, s)}
-    rows |= {"norm.weight": ("vector", 1.0, 0.0), "norm.bias": ("vector", 1.0, 0.0)}
+    norms = ["norm"]
     if not config.tie_embeddings:
         rows["head.weight"] = ("head", 1.0, s)
     for i in range(config.n_layers):
@@ -41,11 +41,14 @@ def table(config: FLMConfig) -> dict[str, tuple[str, float, float]]:
         rows[layer + "attn.o.weight"] = ("o", m_attention, s / math.sqrt(branches * m_attention))
         rows[layer + "ff.up.weight"] = ("up", m_width, s / math.sqrt(m_width))
         rows[layer + "ff.down.weight"] = ("down", m_hidden, s / math.sqrt(branches * m_hidden))
-        gains = ("attn_norm.weight", "ff_norm.weight")
-        biases = ("attn_norm", "ff_norm", "attn.qkv", "attn.o", "ff.up", "ff.down")
-        for vector in (*gains, *(f"{name}.bias" for name in biases)):
-            rows[layer + vector] = ("vector", 1.0, 0.0)
-    return rows
+        if config.activation == "swiglu":
+            rows[layer + "ff.gate.weight"] = ("gate", m_width, s / math.sqrt(m_width))
+        norms += [layer + "attn_norm", layer + "ff_norm"]
+    matrices = [name.removesuffix(".weight") for name in rows if name.startswith("layers.")]
+    biased = matrices + (norms if config.norm == "layernorm" else [])
+    vectors = [f"{name}.weight" for name in norms]
+    vectors += [f"{name}.bias" for name in biased if config.bias]
+    return rows | dict.fromkeys(vectors, ("vector", 1.0, 0.0))
 
 
 def weights(model: FLM) -> dict[str, torch.Tensor]:
