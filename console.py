@@ -31,7 +31,8 @@ def refuse(problems: Iterable[str], heading: str = ""):
 def program_name() -> str:
     """What the user typed after `python`: train.py, or lab.growth for `python -m lab.growth`."""
     path = Path(sys.argv[0])
-    return f"lab.{path.stem}" if path.parent.name == "lab" else path.name
+    folder = path.parent.name
+    return f"{folder}.{path.stem}" if folder in ("lab", "course") else path.name
 
 
 def prepare_streams():

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 import types
+from collections.abc import Callable
 
 from torch.distributed.pipelining.schedules import get_schedule_class
 
@@ -106,8 +107,22 @@ def timetable(
     UNITS. bubble: the idle share of all ranks' time. Raises ValueError with every reason why there
     is no such pipeline."""
     refuse(check_pipeline(pp, micro_batches, schedule), "this pipeline cannot be drawn:")
-    waiting, last = order_of_work(pp, micro_batches, schedule), pp * SCHEDULES[schedule] - 1
-    rows, clock = [[] for _ in range(pp)], [0] * pp
+    last = pp * SCHEDULES[schedule] - 1
+    rows = start_times(order_of_work(pp, micro_batches, schedule), last)
+    return rows, idle_share(rows)
+
+
+def start_times(
+    orders: list[list[tuple]], last: int, length: Callable = lambda task: UNITS[task[0]]
+) -> list[list[tuple]]:
+    """When each rank starts its work: for each rank (start, kind, pipeline stage, micro-batch), as
+    early as its order allows.
+
+    orders: as order_of_work returns them. last: the number of the last pipeline stage.
+    length(task): the units of time that a task takes. Raises ValueError where the ranks wait for
+    each other."""
+    waiting = [list(order) for order in orders]
+    rows, clock = [[] for _ in orders], [0] * len(orders)
     done = {None: 0}  # (kind, pipeline stage, micro-batch) -> the time at which it is done
     while any(waiting):
         before = len(done)
@@ -116,12 +131,23 @@ def timetable(
                 kind, stage, micro = task = work.pop(0)
                 start = max(clock[rank], done[requirement(*task, last)])
                 rows[rank].append((start, *task))
-                clock[rank] = done[task] = start + UNITS[kind]
+                clock[rank] = done[task] = start + length(task)
                 if kind == "I":  # the stage before waits for no more than this
                     done["B", stage, micro] = clock[rank]
-        assert len(done) > before, "the ranks wait for each other"
-    busy = sum(UNITS[kind] for row in rows for _, kind, _, _ in row)
-    return rows, 1 - busy / (pp * max(clock))
+        if len(done) == before:
+            raise ValueError(f"the ranks wait for each other: {[w[0] for w in waiting if w]}")
+    return rows
+
+
+def idle_share(rows: list[list[tuple]], length: Callable = lambda task: UNITS[task[0]]) -> float:
+    """The bubble: the idle share of all ranks' time. rows, length: as in start_times."""
+    busy = sum(length(tuple(task)) for row in rows for _, *task in row)
+    return 1 - busy / (len(rows) * end_of(rows, length))
+
+
+def end_of(rows: list[list[tuple]], length: Callable = lambda task: UNITS[task[0]]) -> int:
+    """The units of time until all work is done. rows, length: as in start_times."""
+    return max(start + length(tuple(task)) for row in rows for start, *task in row)
 
 
 def closed_bubble(pp: int, micro_batches: int, schedule: str) -> tuple[str, float] | None:
@@ -144,19 +170,34 @@ LEGENDS = {  # number of pipeline stages on a rank -> what the letters mean
 }
 
 
+def picture(
+    rows: list[list[tuple]],
+    name: Callable,
+    length: Callable = lambda task: UNITS[task[0]],
+    gap: str = " ",
+) -> list[str]:
+    """A line for each rank, a column for each unit of time, with `gap` between columns.
+
+    rows, length: as in start_times. name(kind, stage, micro): the text of a task."""
+    end, grid = end_of(rows, length), []
+    for row in rows:
+        cells = ["."] * end
+        for start, *task in row:
+            units = length(tuple(task))
+            cells[start : start + units] = [name(*task)] + ["-"] * (units - 1)
+        grid.append(cells)
+    width = max(len(cell) for cells in grid for cell in cells)
+    return [gap.join(cell.ljust(width) for cell in cells).rstrip() for cells in grid]
+
+
 def draw(pp: int, micro_batches: int, schedule: str = "1F1B") -> str:
     """The timetable as text: a row for each rank, a column for each unit of time."""
     rows, bubble = timetable(pp, micro_batches, schedule)
-    end = max(start + UNITS[kind] for row in rows for start, kind, _, _ in row)
-    stages_per_rank, grid = SCHEDULES[schedule], []
-    for row in rows:
-        cells = ["."] * end
-        for start, kind, stage, micro in row:
-            name = f"{kind}{micro}" if stages_per_rank == 1 else f"{kind}{micro}:{stage}"
-            cells[start : start + UNITS[kind]] = [name] + ["-"] * (UNITS[kind] - 1)
-        grid.append(cells)
-    width = max(len(cell) for cells in grid for cell in cells)
-    lines = [" ".join(cell.ljust(width) for cell in cells).rstrip() for cells in grid]
+    stages_per_rank, end = SCHEDULES[schedule], end_of(rows)
+    if stages_per_rank == 1:
+        lines = picture(rows, lambda kind, stage, micro: f"{kind}{micro}")
+    else:
+        lines = picture(rows, lambda kind, stage, micro: f"{kind}{micro}:{stage}")
     closed = closed_bubble(pp, micro_batches, schedule)
     formula = f"{closed[0]} = {closed[1]:.1%}" if closed else "no closed formula"
     return "\n".join(

@@ -5,22 +5,17 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from course.oracles import xpos_score
 from flm import FLM, FLMConfig
 
 
 def slow_score(q, k, distance: int, config: FLMConfig) -> float:
     """xPos's score of a query and a key (D,), as the paper has it.
 
-    The sum over pairs of Re[q_i conj(k_i) exp(j distance theta_i)] zeta_i ** (distance / 512);
     `distance` is the position of the query less that of the key."""
-    D, total = config.head_dim, 0.0
-    for i in range(D // 2):
-        theta = config.rotary_theta ** (-2 * i / D)
-        zeta = (2 * i / D + 0.4) / 1.4 if config.rotary == "xpos" else 1.0
-        product = complex(q[2 * i], q[2 * i + 1]) * complex(k[2 * i], -k[2 * i + 1])
-        angle = complex(math.cos(distance * theta), math.sin(distance * theta))
-        total += (product * angle).real * zeta ** (distance / config.xpos_scale_base)
-    return total
+    # An infinite base is RoPE: no decay.
+    scale_base = config.xpos_scale_base if config.rotary == "xpos" else math.inf
+    return xpos_score(q, k, distance, config.rotary_theta, scale_base)
 
 
 def causal(n: int, m: int) -> bool:

@@ -144,6 +144,10 @@ def test_refuse_lists_each_problem_once():
 
 def test_the_program_is_named_as_it_was_called(monkeypatch):
     """`python train.py` is train.py, `python -m lab.growth` is lab.growth."""
-    for path, name in (("train.py", "train.py"), ("/a/lab/growth.py", "lab.growth")):
+    for path, name in (
+        ("train.py", "train.py"),
+        ("/a/lab/growth.py", "lab.growth"),
+        ("/a/course/grade.py", "course.grade"),
+    ):
         monkeypatch.setattr(sys, "argv", [path])
         assert console.program_name() == name

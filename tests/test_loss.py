@@ -1,4 +1,5 @@
-"""Tests of the loss and its gradient."""
+"""Tests of the loss and its gradient. That HeadLoss is the plain loss, however many rows it takes at
+a time, is a check of the course (tests/test_course_ours.py)."""
 
 import math
 from unittest import mock
@@ -41,37 +42,6 @@ def test_loss_of_a_batch_is_the_sum_over_its_tokens(config, seed):
     scale = max(1.0, logits.abs().max().item()) * 15  # a sum of 15 numbers of at most this size
     assert abs(loss_sum(logits, targets).item() - exact) < 1e-13 * scale
     assert abs(model(tokens, targets).item() - exact) < 1e-13 * scale
-
-
-@few
-@given(
-    st.integers(1, 12),
-    st.integers(1, 6),
-    st.integers(2, 9),
-    st.sampled_from([1, 9, 31, 2**25]),
-    seeds,
-)
-def test_head_loss_equals_loss_sum(N, C, V, piece, seed):
-    """HeadLoss has loss_sum's value and gradients, however many rows it takes at a time."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(N, C, dtype=torch.float64, generator=generator, requires_grad=True)
-    weight = torch.randn(V, C, dtype=torch.float64, generator=generator, requires_grad=True)
-    targets = some_targets(tiny(vocab_size=V), N, seed=seed)
-    exact = loss_sum(hidden @ weight.T, targets)
-    with mock.patch.object(HeadLoss, "PIECE", piece):
-        ours = HeadLoss.apply(hidden, weight, targets, True)
-    assert ours.item() == pytest.approx(exact.item(), rel=1e-12, abs=1e-12)
-    for a, b in zip(
-        torch.autograd.grad(0.3 * ours, (hidden, weight)),
-        torch.autograd.grad(0.3 * exact, (hidden, weight)),
-    ):
-        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
-
-
-def test_head_loss_of_large_logits():
-    """Logits of a thousand overflow no exponential: the loss is finite and right."""
-    hidden, weight = torch.tensor([[1000.0], [-1000.0]]), torch.tensor([[1.0], [0.0], [-1.0]])
-    assert HeadLoss.apply(hidden, weight, torch.tensor([0, 1]), False).item() == 1000.0
 
 
 def test_nothing_supervised():

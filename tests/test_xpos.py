@@ -1,14 +1,14 @@
-"""Tests of xPos: scores, their decay, the tables and their limits."""
+"""Tests of xPos: the decay of scores, the tables and their limits. That a score is the paper's and
+depends on the distance alone is a check of the course (tests/test_course_ours.py)."""
 
 import math
 import warnings
 
 import pytest
 import torch
-from helpers import build, difference, few, seeds, some_tokens, tiny
+from helpers import build, few, some_tokens, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slow_model import slow_score
 
 from flm import FLM, KVCache, rotate, xpos_tables
 
@@ -23,36 +23,6 @@ def our_score(config, q, k, n, m, length) -> float:
     return (y[0, n, 0, 0] @ y[0, m, 0, 1]).item()
 
 
-def query_and_key(D, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, D, dtype=torch.float64, generator=generator).unbind(0)
-
-
-positions = st.integers(0, 3000)
-
-
-@settings(max_examples=50)
-@given(st.sampled_from([2, 6, 64, 128]), positions, positions, st.integers(1, 4096), seeds)
-def test_xpos_scores_are_the_papers(D, n, m, max_seq_len, seed):
-    """A score is the paper's, for positions in any order and a model of any trained length."""
-    config, (q, k) = tiny(head_dim=D, max_seq_len=max_seq_len), query_and_key(D, seed)
-    exact = slow_score(q.tolist(), k.tolist(), n - m, config)
-    size = (q.norm() * k.norm()).item() * max(1.0, (0.4 / 1.4) ** ((n - m) / 512))
-    # Angles reach 3000 and are rounded to 3000 * 1e-16: 1e-11 leaves a factor of 30.
-    assert abs(our_score(config, q, k, n, m, max(n, m) + 1) - exact) < 1e-11 * size
-
-
-@settings(max_examples=50)
-@given(st.integers(0, 500), st.integers(0, 500), st.integers(1, 1500), st.integers(0, 700), seeds)
-def test_xpos_scores_depend_on_distance_alone(m, distance, shift, extra, seed):
-    """Moving query and key by one offset, in tables of another length, keeps their score."""
-    config, (q, k) = tiny(head_dim=16), query_and_key(16, seed)
-    here = our_score(config, q, k, m + distance, m, m + distance + 1)
-    n, m = m + distance + shift, m + shift
-    there = our_score(config, q, k, n, m, n + 1 + extra)
-    assert abs(here - there) < 1e-11 * (q.norm() * k.norm()).item()  # rounded angles, as above
-
-
 @few
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 512))
 def test_xpos_positions_do_not_move_with_the_length(a, b, max_seq_len):
@@ -62,12 +32,6 @@ def test_xpos_positions_do_not_move_with_the_length(a, b, max_seq_len):
     implementations centre positions on the current length: there the tables differ.)"""
     config, common = tiny(max_seq_len=max_seq_len), min(a, b)
     assert torch.equal(xpos_tables(config, a)[:common], xpos_tables(config, b)[:common])
-
-
-def test_xpos_scale_is_one_at_the_middle_of_the_trained_length():
-    """At position max_seq_len // 2 both scales are 1: the factors there only rotate."""
-    tables = xpos_tables(tiny(max_seq_len=40), 40, dtype=torch.float64)
-    assert difference(tables[20].abs(), torch.ones(2, 3, dtype=torch.float64)) < 1e-15
 
 
 def test_xpos_scores_decay():

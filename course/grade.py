@@ -1,0 +1,291 @@
+"""course/grade.py - holds a student's functions against the checks, and prints a table.
+
+    python -m course.grade                           all starter files, as they stand
+    python -m course.grade xpos                      one assignment, in course/starters/xpos.py
+    python -m course.grade xpos --file mine.py       one assignment, in another file
+    python -m course.grade --file submissions/*      every submission: files, or folders of files
+
+A file may hold the functions of several assignments; a folder has a file NAME.py for each. The
+student's code runs in processes of its own (course/worker.py); the checks and the result are here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import random
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import console
+from course.assignments import ASSIGNMENTS, Assignment, find_assignment
+from course.checking import CHECKS, first_failure, shown_case
+from course.checks.puzzles import PICTURES
+from course.student import (
+    ROOT,
+    NotWritten,
+    Refused,
+    Stopped,
+    Student,
+    Wrong,
+    forbidden_imports,
+)
+
+STARTERS = ROOT / "course/starters"
+
+# --------------------------------------------------------------------------------------------------
+# 1. One assignment of one submission
+
+
+@dataclass
+class Verdict:
+    """What became of one check, or of a file that could not be checked at all."""
+
+    says: str
+    result: str  # "passed", "failed" or "not written"
+    text: str = ""  # why not
+    counterexample: str = ""
+
+
+@dataclass
+class Grade:
+    """What became of an assignment."""
+
+    assignment: Assignment
+    file: str
+    verdicts: list[Verdict] = field(default_factory=list)
+    picture: str = ""
+    seconds: float = 0.0
+
+    @property
+    def result(self) -> str:
+        """ "passed" or "not written" if every check is; "unfinished" if some are; else "failed"."""
+        results = {verdict.result for verdict in self.verdicts}
+        if "failed" in results:
+            return "failed"
+        return results.pop() if len(results) == 1 else "unfinished"
+
+    @property
+    def passed(self) -> int:
+        """The number of checks that passed."""
+        return sum(verdict.result == "passed" for verdict in self.verdicts)
+
+    def to_dict(self) -> dict:
+        """Plain JSON values."""
+        return {
+            "assignment": self.assignment.name,
+            "chapter": self.assignment.chapter,
+            "file": self.file,
+            "result": self.result,
+            "passed": self.passed,
+            "checks": [vars(verdict) for verdict in self.verdicts],
+            "picture": self.picture,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def grade(student: Student, assignment: Assignment, file: Path, seed: int) -> Grade:
+    """Hold the functions in `file` against the assignment's checks. seed: chooses the inputs."""
+    result, checks = Grade(assignment, str(file)), CHECKS[assignment.name]
+    if not file.is_file():
+        result.verdicts = [Verdict(c.says, "not written", "there is no such file") for c in checks]
+        return result
+    try:
+        source = read_source(file, assignment)
+        student.open(
+            file.resolve(), source, assignment.seconds, assignment.ranks, assignment.measure
+        )
+        for check in checks:
+            result.verdicts.append(judge(student, check, seed))
+        if assignment.name in PICTURES:
+            result.picture = draw(student, assignment)
+    except Refused as refused:
+        result.verdicts = [Verdict("the file keeps to the rules", "failed", str(refused))]
+    except (Stopped, NotWritten, Wrong) as ended:
+        result.verdicts.append(Verdict("the file answers", "failed", str(ended)))
+    result.seconds = student.spent
+    return result
+
+
+def read_source(file: Path, assignment: Assignment) -> str:
+    """The text of a student's file. Raises Wrong where it is no Python, and Refused where it
+    imports what it must not."""
+    try:
+        source = file.read_text(encoding="utf-8")
+        found = forbidden_imports(source, assignment.not_allowed)
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        raise Wrong(f"{file.name} cannot be read: {error}") from None
+    if found:
+        reason = "write it yourself: no module of this repository"
+        also = ", ".join(assignment.not_allowed)
+        raise Refused(f"{'; '.join(found)}; {reason}{also and f', and not {also}'}")
+    return source
+
+
+def judge(student: Student, check, seed: int) -> Verdict:
+    """What becomes of one check."""
+    try:
+        failure = first_failure(check, student, seed)
+    except NotWritten as missing:
+        return Verdict(check.says, "not written", str(missing))
+    if failure is None:
+        return Verdict(check.says, "passed")
+    return Verdict(check.says, "failed", failure.text, shown_case(failure.case))
+
+
+def draw(student: Student, assignment: Assignment) -> str:
+    """The picture of a puzzle's plan; empty where the plan cannot be drawn."""
+    try:
+        return PICTURES[assignment.name](student)
+    except (NotWritten, Wrong, TypeError, ValueError, KeyError, IndexError, AttributeError):
+        return ""
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Submissions: which file is graded as what
+
+
+def functions_in(file: Path) -> set[str]:
+    """The names of the functions that a file defines; none where it is no Python."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def assigned(path: Path, name: str | None) -> list[tuple[Assignment, Path]]:
+    """The assignments of a submission, each with its file.
+
+    path: a file, or a folder of files NAME.py. name: only this assignment. Without it a folder
+    stands for all assignments, and a file for those whose name it has, or else whose functions it
+    defines. Raises ValueError where there are none."""
+    if path.is_dir():
+        names = [name] if name else list(ASSIGNMENTS)
+        return [(find_assignment(n), path / f"{n}.py") for n in names]
+    if not path.is_file():
+        raise ValueError(f"--file {path}: there is no such file or folder")
+    if name or path.stem in ASSIGNMENTS:
+        return [(find_assignment(name or path.stem), path)]
+    there = functions_in(path)
+    chosen = [a for a in ASSIGNMENTS.values() if there.issuperset(a.functions)]
+    # Several puzzles have a function of the same name: a file of its own for each.
+    unique = [a for a in chosen if not a.name.startswith("puzzle")]
+    if not unique:
+        raise ValueError(
+            f"--file {path}: it has the functions of no assignment; name one, as in\n"
+            f"  python -m course.grade xpos --file {path}"
+        )
+    return [(a, path) for a in unique]
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. What is printed
+
+
+def table(grades: Iterable[Grade]) -> str:
+    """A line for each assignment."""
+    lines = [f"{'assignment':<20}{'chapter':>7}  {'result':<13}{'checks':>6}{'seconds':>9}"]
+    for g in grades:
+        shown_result = g.result.upper() if g.result == "failed" else g.result
+        checks = f"{g.passed}/{len(g.verdicts)}"
+        row = f"{g.assignment.name:<20}{g.assignment.chapter:>7}  {shown_result:<13}"
+        lines.append(f"{row}{checks:>6}{g.seconds:>9.1f}")
+    return "\n".join(lines)
+
+
+def details(g: Grade) -> str:
+    """What failed, with the smallest input that was found, and a puzzle's picture."""
+    lines = []
+    for verdict in g.verdicts:
+        if verdict.result == "failed":
+            lines += [f"\n{g.assignment.name} FAILED: {verdict.says}"]
+            if verdict.counterexample:
+                lines.append(f"  smallest input: {verdict.counterexample}")
+            lines += [f"  {line}" for line in verdict.text.splitlines()]
+    if g.picture:
+        lines += [f"\n{g.assignment.name}: {g.assignment.title}", g.picture]
+    return "\n".join(lines)
+
+
+def summary(submissions: dict[str, list[Grade]]) -> str:
+    """A line for each submission: how many assignments passed, and which did not."""
+    width = max(len(name) for name in submissions) + 2
+    lines = ["", f"{'submission':<{width}}passed  not passed"]
+    for name, grades in submissions.items():
+        open_ones = [g.assignment.name for g in grades if g.result != "passed"]
+        passed = f"{len(grades) - len(open_ones)}/{len(grades)}"
+        lines.append(f"{name:<{width}}{passed:>6}  {' '.join(open_ones)}".rstrip())
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. The command line
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="course.grade",
+        description="Hold your functions against the properties that this repository's own must "
+        "have. Exit code 0: all pass. 1: something does not, or is not written. 2: a mistake in "
+        "the command.",
+        epilog=f"assignments: {', '.join(ASSIGNMENTS)}",
+    )
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="one assignment (default: all)")
+    files = "your file, or a folder with a file NAME.py for each assignment; several for a class"
+    add("--file", nargs="+", metavar="PATH", help=f"{files} (default: course/starters)")
+    seed = "of the random inputs: the same seed gives the same inputs (default: a new one)"
+    add("--seed", type=int, metavar="N", help=seed)
+    add("--json", action="store_true", help="print JSON in place of the table")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m course.grade`; returns the exit code."""
+    args = parse_args(argv)
+    torch.set_num_threads(1)
+    seed = random.randrange(10**6) if args.seed is None else args.seed
+    if args.name:
+        find_assignment(args.name)
+    paths = [Path(path) for path in args.file or [STARTERS]]
+    work = {str(path): assigned(path, args.name) for path in paths}
+    submissions = {}
+    for path, pairs in work.items():
+        if len(work) > 1:
+            print(f"grading {path}", file=sys.stderr)
+        with Student() as student:  # processes of its own: no submission reaches another
+            submissions[path] = [grade(student, *pair, seed) for pair in pairs]
+    passed = all(g.result == "passed" for grades in submissions.values() for g in grades)
+    if args.json:
+        found = [
+            {"submission": path, "assignments": [g.to_dict() for g in grades]}
+            for path, grades in submissions.items()
+        ]
+        print(json.dumps({"seed": seed, "passed": passed, "submissions": found}, indent=1))
+    else:
+        report(submissions, seed)
+    return 0 if passed else 1
+
+
+def report(submissions: dict[str, list[Grade]], seed: int):
+    """Print what people read."""
+    for path, grades in submissions.items():
+        if len(submissions) > 1:
+            print(f"\n== {path}")
+        print(table(grades))
+        for text in filter(None, map(details, grades)):
+            print(text)
+    if len(submissions) > 1:
+        print(summary(submissions))
+    print(f"\ninputs of seed {seed}: --seed {seed} gives the same ones again")
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -1,0 +1,276 @@
+"""The grader: what it says of files that are empty, half done, forbidden, endless or hostile."""
+
+import dataclasses
+import json
+import textwrap
+
+import pytest
+from helpers import ROOT, error, run_command
+
+from course import grade as grader
+from course.assignments import ASSIGNMENTS
+from course.checking import CHECKS, first_failure
+from course.grade import grade
+from course.student import Local, Student, forbidden_imports
+
+SOLUTIONS = ROOT / "tests/course_solutions"
+RIGHT = (SOLUTIONS / "xpos.py").read_text()
+
+
+@pytest.fixture(scope="module")
+def student():
+    """The processes in which the files run."""
+    with Student() as found:
+        yield found
+
+
+@pytest.fixture
+def graded(student, tmp_path):
+    """graded(source, name): the grade of a file with that text."""
+
+    def run(source: str, name: str = "xpos", **changes):
+        file = tmp_path / "mine.py"
+        file.write_text(textwrap.dedent(source))
+        return grade(student, dataclasses.replace(ASSIGNMENTS[name], **changes), file, seed=0)
+
+    return run
+
+
+def reasons(found) -> str:
+    """What the grade says, in one text."""
+    return " ".join(v.text for v in found.verdicts)
+
+
+# --------------------------------------------------------------------------------------------------
+# What it says
+
+
+def test_an_untouched_checkout_is_not_written(capsys):
+    """Without arguments the starter files are graded: nothing is written, and the exit code is 1.
+    The JSON holds every check of every assignment."""
+    assert grader.main(["--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    (submission,) = found["submissions"]
+    assert not found["passed"] and submission["submission"].endswith("starters")
+    assert [a["assignment"] for a in submission["assignments"]] == list(ASSIGNMENTS)
+    for a in submission["assignments"]:
+        assert a["result"] == "not written" and len(a["checks"]) == len(CHECKS[a["assignment"]])
+
+
+def test_the_command(tmp_path):
+    """In a process of its own: exit code 0 when all passes, and what the student prints is not in
+    the JSON."""
+    file = tmp_path / "mine.py"
+    file.write_text("print('hello')\n" + RIGHT)
+    code, out, err = run_command("course.grade", "xpos", "--file", file, "--json", cwd=ROOT)
+    assert code == 0 and json.loads(out)["passed"] and "hello" in err
+
+
+def test_a_class_has_a_line_for_each_submission(tmp_path, capsys):
+    """Several files or folders: a table for each, and a summary. A file is graded by its name, or
+    as what it defines."""
+    (tmp_path / "ann").mkdir()
+    (tmp_path / "ann" / "grow_tensor.py").write_text((SOLUTIONS / "grow_tensor.py").read_text())
+    both = [(SOLUTIONS / f"{name}.py").read_text() for name in ("masked_norm", "grow_moments")]
+    (tmp_path / "bob.py").write_text("\n".join(both))
+    words = ["--file", str(tmp_path / "ann"), str(tmp_path / "bob.py"), "--seed", "7"]
+    assert grader.main(words) == 1
+    *_, ann, bob, _, seed = capsys.readouterr().out.splitlines()
+    assert ann.split()[1] == f"1/{len(ASSIGNMENTS)}" and bob.split()[1:] == ["2/2"]
+    assert "--seed 7" in seed
+
+
+def test_mistakes_of_use(tmp_path):
+    """An unknown name, a file that is not there, or has the functions of no assignment, is named:
+    ValueError, for which console.run exits with 2."""
+    assert "unknown assignment 'xpoz': did you mean xpos?" in error(grader.main, ["xpoz"])
+    assert "no such file or folder" in error(grader.main, ["--file", str(tmp_path / "none")])
+    (tmp_path / "mine.py").write_text("def something(): pass\n")
+    message = error(grader.main, ["--file", str(tmp_path / "mine.py")])
+    assert "functions of no assignment" in message and "course.grade xpos --file" in message
+
+
+def test_a_half_done_assignment_is_unfinished(graded):
+    """Of two functions one is written: its checks pass, the others are not written."""
+    source = (SOLUTIONS / "sampler.py").read_text().partition("def noise")[0]
+    found = graded(
+        source + "def shuffled(sample, n, seed):\n    raise NotImplementedError\n", "sampler"
+    )
+    assert found.result == "unfinished" and found.passed == 1
+
+
+def test_the_smallest_counterexample_is_told(graded):
+    """A rotation that forgets the origin is wrong from position 1 on, and the smallest input that
+    shows it is a single pair near the start."""
+    found = graded(RIGHT.replace("zeta ** (-n / scale_base)", "zeta ** (n / scale_base)"))
+    (worst, *_) = [v for v in found.verdicts if v.result == "failed"]
+    assert "q_and_k = ([" in worst.counterexample and "the paper's formula gives" in worst.text
+    numbers = worst.counterexample.partition("q_and_k = (")[2].partition("])")[0]
+    assert numbers.count(",") <= 3, "a pair of two channels is enough"
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        ("None", "does not have the form"),
+        ("object()", "holds a object"),
+        ("(q, k[:, :1])", "shape"),
+        ("(q + float('nan'), k)", "nan"),
+        ("1 / 0", "ZeroDivisionError (line 2)"),
+        ("missing", "NameError (line 2)"),
+        ("rotate(q, k, start, origin, theta, scale_base)", "RecursionError"),
+    ],
+)
+def test_an_answer_of_another_kind_is_wrong(graded, answer, said):
+    """No answer, an object, a shape, NaN, an error with its line: each fails and is told."""
+    source = f"def rotate(q, k, start, origin, theta, scale_base):\n    return {answer}\n"
+    found = graded(source)
+    assert found.result == "failed" and said in reasons(found)
+
+
+def test_a_file_that_is_no_python(graded):
+    """A syntax error is told with its line."""
+    found = graded("def rotate(q, k:\n    pass\n")
+    assert found.result == "failed" and "line 1" in reasons(found)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is not allowed
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import flm", "from flm import rotate", "import lab.timetable as t", "import numpy, muP"],
+)
+def test_our_modules_are_seen_in_the_text(graded, line):
+    """An import of this repository's modules is refused before anything runs, with its line."""
+    found = graded(f"{line}\n{RIGHT}")
+    assert found.result == "failed" and "line 1 imports" in reasons(found)
+    assert "no module of this repository" in reasons(found)
+
+
+def test_other_modules_are_allowed():
+    """Libraries are allowed, but for those that would do an assignment's work."""
+    source = "import torch.nn\nimport numpy as np\nfrom torch.distributed import pipelining\n"
+    assert forbidden_imports(source) == []
+    found = forbidden_imports(source, ("torch.distributed.pipelining",))
+    assert found == ["line 3 imports torch.distributed.pipelining"]
+
+
+TRICKS = {
+    "importlib": "import sys, importlib; sys.path.insert(0, ROOT); importlib.import_module('flm')",
+    "a text that is run": "import sys; sys.path.insert(0, ROOT); exec('import ' + 'flm')",
+    "our source": "from pathlib import Path; exec(Path(ROOT, 'flm.py').read_text())",
+    "a solution": "open(ROOT + '/tests/course_solutions/xpos.py').read()",
+    "a link": "import os; os.symlink(ROOT + '/flm.py', __import__('tempfile').mkdtemp() + '/x.py')",
+    "another program": "import subprocess; subprocess.run(['true'])",
+    "a shell": "import os; os.system('true')",
+    "the grader": "import os; os.kill(os.getppid(), 0)",
+}
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+@pytest.mark.parametrize("inside", [False, True], ids=["at the start", "in a call"])
+def test_our_modules_are_refused_at_run_time(graded, trick, inside):
+    """To read or import our files by another way, or to start a program, is refused and told, also
+    where the file catches the error and goes on with a right answer."""
+    lines = [f"    ROOT = {str(ROOT)!r}", "    try:", f"        {TRICKS[trick]}"]
+    lines += ["    except Exception:", "        pass"]
+    body = "\n".join(lines)
+    if inside:
+        source = RIGHT.replace("    T, D = q.shape\n", f"{body}\n    T, D = q.shape\n")
+    else:
+        source = f"def look():\n{body}\n\n\nlook()\n{RIGHT}"
+    found = graded(source)
+    assert found.result == "failed" and not found.passed
+    assert any(word in reasons(found) for word in ("it reads", "it imports", "it starts"))
+
+
+def test_a_loop_without_end_is_stopped(graded):
+    """At the start of a file or in a function: the process is ended after the assignment's seconds,
+    and the next file is graded by a new one."""
+    for source in (
+        "while True:\n    pass\n",
+        RIGHT.replace("    T, D", "    while True: pass\n    T, D"),
+    ):
+        found = graded(source, seconds=1.5)
+        assert found.result == "failed" and "loop without end" in reasons(found)
+    assert graded(RIGHT).result == "passed"
+
+
+HOSTILE = {
+    "os._exit": "import os\nos._exit(0)\n",
+    "sys.exit": "import sys\nsys.exit(0)\n",
+    "SystemExit in a call": "def rotate(*arguments):\n    raise SystemExit(0)\n",
+    "os._exit in a call": "import os\n\ndef rotate(*arguments):\n    os._exit(0)\n",
+    "a comparison that is always true": """
+        import hypothesis, torch
+        torch.allclose = torch.equal = lambda *a, **k: True
+        torch.Tensor.__le__ = torch.Tensor.__eq__ = lambda *a: torch.tensor(True)
+        hypothesis.given = lambda *a, **k: lambda f: lambda: None
+        def rotate(q, k, *rest):
+            return q, k
+        """,
+    "a tensor that equals all": """
+        import torch
+        class Equal(torch.Tensor):
+            def __eq__(self, other): return True
+        def rotate(q, k, *rest):
+            return q.as_subclass(Equal), k.as_subclass(Equal)
+        """,
+    "bytes into every pipe": """
+        import os
+        def rotate(q, k, *rest):
+            for number in range(3, 64):
+                try:
+                    os.write(number, b"passed" * 100)
+                except OSError:
+                    pass
+            return q, k
+        """,
+    "an answer that is run when it is read": """
+        class Run:
+            def __reduce__(self):
+                return print, ("run in the grader",)
+        def rotate(q, k, *rest):
+            return Run(), k
+        """,
+    "a save of its own": """
+        import torch
+        class Run:
+            def __reduce__(self):
+                return print, ("run in the grader",)
+        save = torch.save
+        torch.save = lambda value, buffer: save(Run(), buffer)
+        def rotate(q, k, *rest):
+            return q, k
+        """,
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_the_process_of_a_file_does_not_reach_the_result(graded, capsys, what):
+    """Whatever a file does to its own process, to PyTorch or to hypothesis there: it does not pass,
+    and nothing of it runs in the grader."""
+    found = graded(HOSTILE[what])
+    assert found.result in ("failed", "not written")
+    assert "run in the grader" not in capsys.readouterr().out
+
+
+def test_answers_learned_by_heart_fail():
+    """A file that knows the answers to one seed's inputs has wrong ones for another's: the inputs
+    follow from the seed, which is new each time."""
+    check = CHECKS["mup"][0]
+    right, known = {}, {}
+
+    def learn(kind, config):
+        known[kind, str(config)] = right["std"](kind, config)
+        return known[kind, str(config)]
+
+    space = {}
+    exec((SOLUTIONS / "mup.py").read_text(), space)
+    right["std"] = space["initial_std"]
+    assert first_failure(check, Local(initial_std=learn), seed=1) is None
+    by_heart = Local(initial_std=lambda kind, config: known.get((kind, str(config)), 0.016))
+    assert first_failure(check, by_heart, seed=1) is None
+    assert first_failure(check, by_heart, seed=2) is not None
