@@ -428,12 +428,16 @@ def export_weights(checkpoint: str | Path, file: str | Path):
 
 
 def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda or cuda:n. Raises ValueError for a device that is not there."""
+    """auto, cpu, cuda, cuda:n or mps. Raises ValueError for a device that is not there.
+
+    auto never takes mps: it has no float64, and nothing was tried on it."""
     count = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if count else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"unknown device {name!r}: use auto, cpu or cuda")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
+        raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' asked for, but PyTorch sees no Apple GPU: use --device cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(
