@@ -1234,7 +1234,7 @@ def run_options(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--tokenizer-file", metavar="PATH", help="cl100k_base.tiktoken, if it cannot be downloaded"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default %(default)s)")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -64,6 +64,8 @@ def now(device: torch.device) -> float:
     """Seconds, after all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 
@@ -84,12 +86,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 2048) -> floa
 
 
 def pick_device(name: str) -> torch.device:
-    """auto, cpu, cuda or cuda:n. Raises ValueError for a device that is not there."""
+    """auto, cpu, cuda, cuda:n or mps. Raises ValueError for a device that is not there.
+
+    auto never takes mps: it has no float64, and nothing was tried on it."""
     count = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if count else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ValueError(f"unknown device {name!r}: use auto, cpu or cuda")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", name):
+        raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' asked for, but PyTorch sees no Apple GPU: use --device cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(
@@ -120,8 +126,12 @@ def pick_dtype(device: torch.device, dtype: str) -> tuple[str, str]:
     """The arithmetic of a run, and the reason in brackets. `auto` decides by what the processor
     can do and never by a stopwatch, so machines of one kind choose alike. bf16 has the range of
     fp32 with fewer digits, so it needs no loss scaling (section 3)."""
+    if device.type == "mps" and dtype == "float64":
+        raise ValueError("--dtype float64: an Apple GPU has no float64: use --device cpu")
     if dtype != "auto":
         return dtype, ""
+    if device.type == "mps":
+        return "float32", " (bf16 was not tried on it)"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -141,6 +151,8 @@ def pick_machine(device: str, dtype: str, world: World = World()) -> Machine:
     kind, name = getattr(torch, dtype), f"cpu with {torch.get_num_threads()} threads"
     if place.type == "cuda":
         name = torch.cuda.get_device_name(place)
+    if place.type == "mps":
+        name = "Apple GPU"
     cards = [card for card in PEAKS if card in name and kind == torch.bfloat16]
     if cards:
         rate, source = 1e12 * PEAKS[max(cards, key=len)], "its dense peak"

@@ -704,6 +704,8 @@ def connect(timeout_minutes: float = 10) -> World:
     timeout_minutes: how long a rank waits for another one, here and in every collective. Raises
     ValueError where torchrun could not restart the ranks, TimeoutError where a rank is missing.
     """
+    if sys.platform == "win32":
+        raise ValueError("several processes need Linux or macOS: on Windows, use WSL")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = datetime.timedelta(minutes=timeout_minutes)
     # With fewer GPUs than ranks, --device cpu still works.

@@ -245,7 +245,7 @@ def make_parser() -> argparse.ArgumentParser:
     blockwise = "blockwise causal attention, for texts past the trained length"
     add("--blockwise", action="store_true", help=blockwise)
     add("--tokenizer-file", metavar="FILE", help="cl100k_base.tiktoken, if no download is possible")
-    add("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default auto)")
     return parser
 
 

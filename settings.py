@@ -135,7 +135,7 @@ class Settings:
         "is sound)", valid=COUNT, resume=True)
 
     device: str = option(
-        "auto", "auto, cpu or cuda", group="on which machine", resume=True, modes=BOTH)
+        "auto", "auto, cpu, cuda or mps", group="on which machine", resume=True, modes=BOTH)
     threads: int | None = option(
         None, "CPU threads (not given: PyTorch decides, one per core)",
         valid=COUNT, resume=True, modes=BOTH)

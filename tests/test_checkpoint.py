@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import resource
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -411,6 +410,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
 def no_file_past(size):
     """The operating system refuses to let any file grow past `size` bytes: as near to a full disk
     as a test can get."""
+    resource = pytest.importorskip("resource", reason="Windows limits no file")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

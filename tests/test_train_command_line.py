@@ -205,7 +205,7 @@ def test_config_json_describes_the_run(corpus):
             ["--device", "cuda"],
             ["device 'cuda' asked for, but PyTorch", "sees 0 CUDA", "use --device cpu"],
         ),
-        (["--device", "tpu9"], ["unknown device 'tpu9': use auto, cpu or cuda"]),
+        (["--device", "tpu9"], ["unknown device 'tpu9': use auto, cpu, cuda or mps"]),
         (
             ["--data", "nowhere"],
             ["nowhere does not exist", "python data.py prepare INPUT... --out nowhere"],
