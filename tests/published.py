@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
-from safetensors.torch import load_file
+
+pytest.importorskip("transformers")  # optional for users; .ci/run installs it
+from safetensors.torch import load_file  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------
 # FLM-101B's code base, one head and one position at a time where it matters
