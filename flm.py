@@ -251,12 +251,13 @@ def parse_fields(words: Iterable[str]) -> tuple[dict, list[str]]:
             problems.append(f"{word}: not FIELD=VALUE")
         elif name not in names:
             problems.append(f"{word}: there is no field {name!r}; there are {', '.join(names)}")
-        elif name in CHOICES:
-            changes[name] = value.lower()
         else:
             try:
                 changes[name] = json.loads(value.lower())
             except ValueError:
+                if name in CHOICES:
+                    changes[name] = value.lower()
+                    continue
                 problems.append(f"{word}: {value!r} is no number, true or false")
     return changes, problems
 

@@ -1,6 +1,7 @@
 """What does a run cost that grows? Tokens, FLOPs, days, GPU-hours and dollars of each stage.
 
     python -m lab.plan                      what growth saved the paper
+    python -m lab.plan --stages tele-flm    what its successor's growth from 52B to 1T costs
     python -m lab.plan --stages mine.json   what stages of your own cost
 
 A *plan* is a list of stages with their costs. Every number is arithmetic on the stages
@@ -19,6 +20,22 @@ from schedule import PAPER_STAGES, Stage, read_stages
 PAPER_BUDGET = 100_000  # dollars: the paper's title
 PAPER_SCRATCH_DAYS = 76.74  # the paper's own estimate of 101B throughout (section 2.3)
 PAPER_ZETTAFLOP = 52.76  # of the whole run, by the paper's count
+# Tele-FLM's growth (arXiv 2407.02783). Printed: three stages of about 2.3e12 tokens in all; of the
+# first 2e12 tokens and 896 GPUs for about two months (arXiv 2404.16645). OURS: the shape of 102B,
+# how the later tokens are divided, their GPUs, their rate (what the first stage had), and one
+# vocabulary and one output multiplier throughout, because a growth keeps them.
+TELE_STAGES = [
+    {"name": "52B", "preset": "tele-flm-52b", "tokens": 2e12, "days": 60, "gpus": 896},
+    {
+        **{"name": "102B*", "preset": "tele-flm-102b", "layers": "stack"},
+        **{"tokens": 0.28e12, "tflops": 146, "gpus": 896},
+    },
+    {
+        **{"name": "1T*", "preset": "tele-flm-1t", "layers": "stack"},
+        **{"tokens": 0.02e12, "tflops": 146, "gpus": 896},
+        "config": {"vocab_size": 80384, "output_mult": 0.5},
+    },
+]
 
 
 def narayanan_flops(L: int, C: int, V: int, T: int, tokens: float, factor: float = 72) -> float:
@@ -82,6 +99,10 @@ def cost_plan(given: list[dict] | None = None, price: float | None = None) -> di
 COLUMNS = "{:{}}{:>13}{:>12}{:>9}{:>7}{:>13}{:>12}{:>13}{:>18}"
 HEADS = ("parameters*", "tokens", "days", "GPUs", "GPU-hours*", "dollars*", "zettaFLOP*")
 HEADS += ("TFLOP/s per GPU*",)
+TELE_NOTES = """
+Where the numbers come from. The reports: tokens and GPUs of 52B, about two months, 2.3e12 tokens in
+all, the shapes of 52B and 1T. Ours: all that is marked *, so every other number of these two stages,
+and the dollars, by FLM-101B's price of a GPU-hour."""
 PAPER_NOTES = """
 Where the numbers come from. The paper: days and tokens (Table 1), GPUs (Table 2), the shape of the
 101B model. Ours: the shapes of the 16B and 51B models, and all that is marked *: parameters and
@@ -138,15 +159,22 @@ def main(argv: list[str] | None = None) -> int:
         "by default of the paper's.",
         epilog="example: python -m lab.plan --stages mine.json --price 2",
     )
-    stages = "a JSON list of stages (see read_stages), each with tokens, gpus, and days or tflops"
+    stages = (
+        "tele-flm, or a JSON list of stages (see schedule.read_stages), each with tokens, gpus, and "
+        "days or tflops"
+    )
     parser.add_argument("--stages", metavar="FILE", help=stages)
     price = "of a GPU-hour (default: what makes the paper's budget of $100K)"
     parser.add_argument("--price", type=float, metavar="DOLLARS", help=price)
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     args = parser.parse_args(argv)
-    plan = cost_plan(args.stages and read_json("--stages", args.stages), args.price)
+    tele = args.stages == "tele-flm"
+    given = TELE_STAGES if tele else args.stages and read_json("--stages", args.stages)
+    plan = cost_plan(given, args.price)
     print(json.dumps(plan, indent=1) if args.json else describe_cost_plan(plan))
-    if not args.stages and not args.json:
+    if not args.json and tele:
+        print(TELE_NOTES)
+    if not args.json and not args.stages:
         print(describe_paper(plan))
     return 0
 

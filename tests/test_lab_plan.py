@@ -32,6 +32,17 @@ def test_the_papers_schedule():
     assert p["stages"][2]["parameters"] == largest == count_parameters(preset("flm-101b"))
 
 
+def test_the_successors_growth(capsys):
+    """Its stages grow into each other; printed are 2.3e12 tokens, and two months for the first; the
+    two stages of which the reports print little are marked."""
+    p = cost_plan(plan.TELE_STAGES)
+    assert p["total"]["tokens"] == pytest.approx(2.3e12) and p["stages"][0]["days"] == 60
+    assert p["stages"][1]["tflops"] == pytest.approx(p["stages"][0]["tflops"], rel=0.01)
+    assert plan.main(["--stages", "tele-flm"]) == 0
+    out = capsys.readouterr().out
+    assert "102B*" in out and "1T*" in out and "marked *" in out
+
+
 @pytest.mark.parametrize(
     "L, C, V, T, tokens, factor, zetta, half",
     [
@@ -55,7 +66,7 @@ def test_the_formula_gives_the_papers_flops(L, C, V, T, tokens, factor, zetta, h
 def test_the_formula_and_the_count_differ_by_the_head(config, k):
     """Where d_ff = 4C and H*D = C, three forward passes are the 72-form and 1.5 VC a token: the
     part of the head that the form leaves out."""
-    c = config.replace(d_model=4 * k, n_heads=k, head_dim=4, d_ff=16 * k)
+    c = config.replace(d_model=4 * k, n_heads=k, head_dim=4, d_ff=16 * k, activation="gelu")
     T = c.max_seq_len
     form = narayanan_flops(c.n_layers, c.d_model, c.vocab_size, T, 1)
     expected = form + 1.5 * c.vocab_size * c.d_model
