@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import glob
 import json
 import random
 import sys
@@ -254,7 +255,9 @@ def main(argv: list[str] | None = None) -> int:
     seed = random.randrange(10**6) if args.seed is None else args.seed
     if args.name:
         find_assignment(args.name)
-    paths = [Path(path) for path in args.file or [STARTERS]]
+    # PowerShell hands submissions/* on as it is.
+    words = args.file or [str(STARTERS)]
+    paths = [Path(path) for word in words for path in sorted(glob.glob(word)) or [word]]
     work = {str(path): assigned(path, args.name) for path in paths}
     submissions = {}
     for path, pairs in work.items():
