@@ -5,7 +5,7 @@ import torch
 
 import machine
 import parallel
-from checkpoint import pick_device
+from machine import pick_device
 
 pytestmark = pytest.mark.quick
 
