@@ -419,7 +419,7 @@ def page(runs: list[dict], texts: dict[str, dict[str, str]], studies: list[Pictu
 # --------------------------------------------------------------------------------------------------
 # 4. The command line
 
-COMPUTED = ("rotary", "masks", "ranks", "timetable")
+COMPUTED = ("rotary", "masks", "permutation", "ranks", "timetable")
 
 
 def read_file(file: Path) -> tuple[dict | None, Picture | None]:
@@ -449,7 +449,7 @@ def computed(word: str, args: argparse.Namespace) -> Picture:
         return pictures.timetables(args.pp or 4, args.micro_batches or 8, args.schedule or ["1F1B"])
     if word == "ranks":
         return pictures.ranks(Layout(dp=args.dp or 2, tp=args.tp or 2, pp=args.pp or 2))
-    return {"rotary": pictures.rotary, "masks": pictures.masks}[word]()
+    return getattr(pictures, word)()
 
 
 def join(found: list[Picture]) -> Picture:
