@@ -739,7 +739,7 @@ LAZY = {
 # fmt: on
 
 # fmt: off
-TASKS = {task.name: replace(task, lazy=LAZY[task.name]) for task in (
+TASKS = {task.name: replace(task, lazy=LAZY.get(task.name, ("", None))) for task in (
     symbolic_task("entailment-en", entailment, "en", chain=Knob(1, 1, 20)),
     symbolic_task("entailment-zh", entailment, "zh", chain=Knob(1, 1, 20)),
     symbolic_task("comparison-en", comparison, "en", people=Knob(5, 5, 8)),
@@ -1154,7 +1154,8 @@ def list_tasks() -> str:
             if task.kind == kind:
                 knobs = " ".join(f"{name}={knob.default}" for name, knob in task.knobs.items())
                 about = f"{task.name:<25}{task.shots:<13}{task.count:>5}  {task.metric:<11}"
-                lines.append(f"{about}{100 * task.chance:>6.1f}{task.lazy[1]:>6.1f}  {knobs}")
+                lazy = "-" if task.lazy[1] is None else f"{task.lazy[1]:.1f}"
+                lines.append(f"{about}{100 * task.chance:>6.1f}{lazy:>6}  {knobs}")
     return "\n".join(lines)
 
 
@@ -1234,7 +1235,9 @@ def run_options(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--tokenizer-file", metavar="PATH", help="cl100k_base.tiktoken, if it cannot be downloaded"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default %(default)s)")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or mps (default %(default)s)"
+    )
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

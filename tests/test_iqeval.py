@@ -29,10 +29,12 @@ def test_the_examples_in_docstrings():
 
 def test_every_task_has_a_solver():
     """A new task needs a solver in tests/iq_oracles.py, which reads its printed prompt."""
+    missing = sorted(set(TASKS) - set(SOLVERS))
+    assert not missing, f"write a solver for {', '.join(missing)} in tests/iq_oracles.py"
     assert set(TASKS) == set(SOLVERS)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if name in SOLVERS])
 def test_answers_are_those_of_an_independent_solver(name):
     """Each answer follows from the printed prompt alone; a choice is one of two different
     labels."""

@@ -9,17 +9,28 @@ from iq_oracles import CLAIMS, SYMBOLIC
 from iqeval import TASKS
 from lab import lazy
 
+KNOWN = [name for name, task in TASKS.items() if task.lazy[1] is not None]
 MEASURED = Path(__file__).resolve().parent.parent / "tutorials/measurements/iq-lazy.json"
 
 
-@pytest.mark.parametrize("name", TASKS)
+def test_every_task_has_a_lazy_score():
+    """A new task needs a line in iqeval.LAZY: the best strategy that does not do the task."""
+    missing = [name for name in TASKS if name not in KNOWN]
+    hint = f"python -m lab.lazy --out {MEASURED.relative_to(MEASURED.parents[2])} prints them: put them into iqeval.LAZY"
+    assert not missing, f"no lazy score for {', '.join(missing)}: {hint}, and keep the file"
+
+
+@pytest.mark.parametrize("name", KNOWN)
 def test_the_table_states_what_was_measured(name):
     """Each task's lazy strategy and its score are those of the file that lab.lazy wrote."""
-    found = json.loads(MEASURED.read_text())["tasks"][name]["best"]
-    assert list(TASKS[name].lazy) == found
+    measured = json.loads(MEASURED.read_text())["tasks"]
+    assert name in measured, (
+        f"python -m lab.lazy --out {MEASURED.relative_to(MEASURED.parents[2])} measures it: keep the file"
+    )
+    assert list(TASKS[name].lazy) == measured[name]["best"]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", KNOWN)
 def test_no_lazy_strategy_is_far_above_the_stated_one(name):
     """On 300 items of other seeds, the stated strategy gets the stated score, and none of the
     others is clearly better: within four standard errors, for there are up to 100 others."""
@@ -33,7 +44,8 @@ def test_no_lazy_strategy_is_far_above_the_stated_one(name):
 def test_laziness_is_not_far_above_chance():
     """The goals that the tasks are built for: a task with two labels leaves a single strategy at
     most 72%, a story 50%, a key a third, and a text that is rewritten a quarter."""
-    for name, task in TASKS.items():
+    for name in KNOWN:
+        task = TASKS[name]
         limit = 25 if task.kind in ("rules", "patterns") else 50
         limit = {
             "key-retrieval": 36,
