@@ -7,6 +7,7 @@ A test is in the quick tier if it, or its file (`pytestmark = pytest.mark.quick`
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 from unittest import mock
@@ -34,6 +35,8 @@ hypothesis.settings.load_profile("repository")
 # The models are tiny. More threads would be slower, and tests that run side by side would fight.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell's job in the background ignores Ctrl-C, and so would every program that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NEEDS_CL100K = "cl100k_base.tiktoken is not here: set FLM_CL100K_FILE to its path (README.md)"
 
