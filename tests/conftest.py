@@ -35,8 +35,11 @@ hypothesis.settings.load_profile("repository")
 # The models are tiny. More threads would be slower, and tests that run side by side would fight.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-# A shell's job in the background ignores Ctrl-C, and so would every program that a test starts.
+# A shell's job in the background ignores Ctrl-C, and under nohup a hang-up, too. So would every
+# program that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 NEEDS_CL100K = "cl100k_base.tiktoken is not here: set FLM_CL100K_FILE to its path (README.md)"
 
