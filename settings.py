@@ -17,7 +17,7 @@ import parallel
 import schedule
 from checkpoint import find_checkpoint, read_info
 from console import refuse
-from flm import FLMConfig, parse_fields, preset
+from flm import PRESETS, FLMConfig, parse_fields, preset
 from parallel import Layout, World
 from schedule import RECIPES, Stage
 
@@ -67,7 +67,7 @@ class Settings:
     """Every option of a run, as plain JSON values. None: the preset's recipe decides (RECIPES)."""
 
     preset: str = option(
-        "demo", "the model: demo, iq-demo, flm-proxy, flm-16b, flm-51b or flm-101b",
+        "demo", f"the model: {', '.join(PRESETS)}",
         group="what to train", modes=BENCH)
     model: tuple[str, ...] = option(
         (), "change fields of the model: --model d_model=384 n_heads=6",
