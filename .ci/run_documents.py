@@ -3,7 +3,8 @@
 Works in a scratch copy of the repository, on one file after the other. The lines of a ```sh block
 are commands (a block with a here-document is one command). All ```python blocks of a file are
 pasted into one interactive Python (`python -i`), with an empty line after each block: a traceback
-is a failure, and so is a line that only a file may hold. A comment on the line above a block says what runs in its place:
+is a failure, and so is a line that only a file may hold. A comment on the line above a block says
+what runs in its place:
 
     <!-- ci: python train.py --steps 20 -->      a shorter form (several commands: joined by &&)
     <!-- ci: skip, needs a GPU -->               nothing, and why

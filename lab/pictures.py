@@ -365,9 +365,15 @@ def permutation(D: int = 8) -> Picture:
     order = pairs_from_halves(torch.arange(3 * D), D)[:D].tolist()
     for place, old in enumerate(order):
         fill = FILLS[old % (D // 2) % len(FILLS)]
-        boxes += [Box(old, 1.6, 0.94, 0.5, f"{old}", fill), Box(place, 0, 0.94, 0.5, f"{old}", fill)]
+        boxes += [
+            Box(old, 1.6, 0.94, 0.5, f"{old}", fill),
+            Box(place, 0, 0.94, 0.5, f"{old}", fill),
+        ]
         arrows.append(((old + 0.47, 1.6), (place + 0.47, 0.5)))
-    words = [(0, 2.2, "theirs: a pair is i and i + D/2"), (0, -0.35, "here: a pair is 2i and 2i + 1")]
+    words = [
+        (0, 2.2, "theirs: a pair is i and i + D/2"),
+        (0, -0.35, "here: a pair is 2i and 2i + 1"),
+    ]
     panel = Panel("", boxes=boxes, arrows=arrows, words=words)
     title = f"The channels of a head of {D}: what turns together has one color"
     return Picture(title, [panel], 1, 2.4)
