@@ -217,7 +217,8 @@ RECIPES = {  # of each preset; those of the demos are ours, by trying
     "iq-demo": {"steps": 4000, "batch_size": 8, "lr": 2e-3, "warmup": 1000},
     "flm-proxy": paper_recipe(PAPER_STAGES[0]),  # the paper's search on the proxy was for its 16B
     **{given["preset"]: paper_recipe(given) for given in PAPER_STAGES},
-    "tele-demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800},  # the demo's, not tuned
+    # the demo's, not tuned
+    "tele-demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800},
     **{f"tele-flm-{size}": TELE_RECIPE for size in ("proxy", "52b", "102b", "1t")},
 }
 

@@ -101,8 +101,8 @@ HEADS = ("parameters*", "tokens", "days", "GPUs", "GPU-hours*", "dollars*", "zet
 HEADS += ("TFLOP/s per GPU*",)
 TELE_NOTES = """
 Where the numbers come from. The reports: tokens and GPUs of 52B, about two months, 2.3e12 tokens in
-all, the shapes of 52B and 1T. Ours: all that is marked *, so every other number of these two stages,
-and the dollars, by FLM-101B's price of a GPU-hour."""
+all, the shapes of 52B and 1T. Ours: all that is marked *, so every other number of the last two
+stages, and the dollars, by FLM-101B's price of a GPU-hour."""
 PAPER_NOTES = """
 Where the numbers come from. The paper: days and tokens (Table 1), GPUs (Table 2), the shape of the
 101B model. Ours: the shapes of the 16B and 51B models, and all that is marked *: parameters and
@@ -160,8 +160,8 @@ def main(argv: list[str] | None = None) -> int:
         epilog="example: python -m lab.plan --stages mine.json --price 2",
     )
     stages = (
-        "tele-flm, or a JSON list of stages (see schedule.read_stages), each with tokens, gpus, and "
-        "days or tflops"
+        "tele-flm, or a JSON list of stages (see schedule.read_stages), each with tokens, gpus, "
+        "and days or tflops"
     )
     parser.add_argument("--stages", metavar="FILE", help=stages)
     price = "of a GPU-hour (default: what makes the paper's budget of $100K)"

@@ -30,7 +30,7 @@ from flm import count_parameters, growth_mask
 from lab import pictures
 from lab.pictures import GREY, Line, Panel, Picture
 from parallel import Layout
-from run_folder import has_checkpoint, read_run
+from run_folder import has_checkpoint, read_log, read_run
 from sample import continue_texts
 from schedule import Stage, training_flops
 
@@ -48,17 +48,6 @@ def write_json(path: str | Path, value):
 COLUMNS = ("step", "samples", "loss", "grad_norm", "lr", "tokens_per_s", "utilisation")
 POINTS = 240  # of a line: a longer log is cut into so many parts, and each part has its mean
 LARGEST = 10**9  # parameters of a model that writes a text for the page
-
-
-def read_log(file: Path) -> list[dict]:
-    """The whole lines of a run's log. Raises ValueError where it cannot be one."""
-    whole, _, _ = file.read_text().rpartition("\n")  # a run that is under way cuts the last one
-    try:
-        entries = [json.loads(line) for line in whole.splitlines()]
-        assert all(entry["samples"] >= 0 for entry in entries)
-        return entries
-    except (ValueError, TypeError, KeyError, AssertionError) as error:
-        raise ValueError(f"{file} is not the log of a run, or was edited ({error!r})") from error
 
 
 def thin(rows: list[list[float]], most: int = POINTS) -> list[list[float]]:
@@ -79,7 +68,12 @@ def read_numbers(folder: Path) -> dict:
     step yet."""
     settings, stages = read_run(folder)
     config = json.loads((folder / "config.json").read_text())
-    log = read_log(folder / "metrics.jsonl")
+    log = read_log(folder)
+    for entry in log:
+        missing = {"samples", *(COLUMNS if "loss" in entry else ())} - entry.keys()
+        if missing:
+            words = ", ".join(sorted(missing))
+            raise ValueError(f"{folder}/metrics.jsonl, step {entry['step']}: {words} is missing")
     steps = [[entry[name] for name in COLUMNS] for entry in log if "loss" in entry]
     if not steps:
         raise ValueError(f"{folder} has no step yet: there is nothing to draw")

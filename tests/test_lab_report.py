@@ -148,7 +148,7 @@ def test_a_run_that_is_under_way(run, tmp_path, drawn):
     log.write_text(log.read_text() + '{"step": 31, "samp')
     assert report.read_numbers(copy) == whole
     log.write_text("not JSON\n")
-    assert error(report.read_numbers, copy).startswith(f"{log} is not the log of a run")
+    assert error(report.read_numbers, copy).startswith(f"{log}, line 1 is not a line of a log")
     log.write_text("")
     assert error(report.read_numbers, copy).endswith("has no step yet: there is nothing to draw")
     assert "config.json" in error(report.main, [str(tmp_path), "--out", str(tmp_path / "a.svg")])
