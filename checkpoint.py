@@ -123,11 +123,13 @@ def remove_parts(folder: Path):
         folder.rmdir()
 
 
-def remove_old_checkpoints(run: str | Path, keep: int):
-    """Keep the `keep` newest whole checkpoints of a run, at least one, and remove the older ones,
-    and what a killed process left half written. Nothing else in the run is touched."""
+def remove_old_checkpoints(run: str | Path, keep: int, spare: int | None = None):
+    """Keep the `keep` newest whole checkpoints of a run, at least one, and that of the step
+    `spare`. Remove the older ones, and what a killed process left half written. Nothing else in the
+    run is touched."""
     for folder in list_checkpoints(run)[: -max(1, keep)]:
-        remove_parts(folder)
+        if step_of(folder.name) != spare:
+            remove_parts(folder)
     for folder in Path(run).glob("step-*.tmp"):
         if LEFTOVER.fullmatch(folder.name):
             remove_parts(folder)

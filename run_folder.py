@@ -20,7 +20,7 @@ import torch
 
 import data
 import schedule
-from checkpoint import find_checkpoint, read_info
+from checkpoint import find_checkpoint, list_checkpoints, read_info
 from console import refuse
 from flm import FLMConfig
 from machine import Machine
@@ -203,6 +203,30 @@ def resumed_stages(s: Settings) -> list[Stage]:
     return schedule.extend_stages(stages, s.steps - old.steps, s.lr / old.lr)
 
 
+def check_decay(s: Settings, samples: int):
+    """Raises ValueError where another end, or another decay, would make the learning rate of a run
+    with wsd jump: where the run is inside the old decay or the new one."""
+    old, stages = read_run(s.out)
+    before, now = (stages, old.lr_decay), (resumed_stages(s), s.lr_decay)
+    starts = schedule.decay_start(*before), schedule.decay_start(*now)
+    if samples <= min(starts):
+        return
+    paths = list_checkpoints(s.out)
+    newer = [path for path in paths if read_info(path)["samples"] > min(starts)]
+    advice = "no checkpoint from before it is left: begin a new run (--out)"
+    if len(newer) < len(paths):
+        names = " ".join(shlex.quote(str(path)) for path in newer)
+        advice = (
+            f"go back to {paths[-len(newer) - 1]}, which is from before it: remove the newer "
+            f"checkpoints, and give the same command again\n  rm -r {names}"
+        )
+    raise ValueError(
+        f"{s.out} is at sample {samples:,}. Its learning rate falls from sample {starts[0]:,} on; "
+        f"with --steps {s.steps} --lr-decay {s.lr_decay:g} it would from sample {starts[1]:,} on. "
+        f"So it would jump: {advice}"
+    )
+
+
 def program(world: World) -> str:
     return "python train.py" if world.size == 1 else "torchrun ... train.py"
 
@@ -230,7 +254,9 @@ def resumed(folder: str, given: dict) -> Settings:
     if not schedule.total_steps(resumed_stages(s), info["samples"]):
         more = f"ask for more, as in --resume {where} --steps {2 * info['step']}"
         raise ValueError(f"{folder} has done its {info['step']} steps: {more}")
-    for name in {"steps", "lr", "min_lr"} & set(changed):
+    if s.lr_schedule == "wsd" and changed.keys() & {"steps", "lr_decay"}:
+        check_decay(s, info["samples"])
+    for name in {"steps", "lr", "min_lr", "lr_decay"} & set(changed):
         follows = "the learning rate follows the new schedule from here on"
         print(f"{flag(name)} is now {changed[name]}: {follows}")
     return s

@@ -376,9 +376,37 @@ def cosine(stages: list[Stage], samples: int, min_lr: float) -> float:
     return peak * (min_lr + (1 - min_lr) * (1 + math.cos(angle)) / 2)
 
 
-def learning_rate(stages: list[Stage], samples: int, min_lr: float) -> float:
+def decay_start(stages: list[Stage], decay: float) -> int:
+    """The sample at which the last `decay` (a share) of the run begins."""
+    begin, end = stages[0].start, stages[-1].end
+    return end - round(decay * (end - begin))
+
+
+def wsd(stages: list[Stage], samples: int, min_lr: float, decay: float) -> float:
+    """Warm-up, stable, decay, without the warm-ups: constant, then a straight line down.
+
+    The constant is the lr of the newest stage that has one. The line takes the last `decay` of the
+    run, whatever its stages, and ends at min_lr of the peak. So a run that stops before the line
+    can go on to any other end, and many runs can share what comes before it.
+
+    >>> stages = fit_stages([{}], preset("demo"), steps=100, batch_size=1, lr=0.5, warmup=0)
+    >>> [round(wsd(stages, samples, 0.2, decay=0.5), 9) for samples in (1, 50, 75, 100)]
+    [0.5, 0.5, 0.3, 0.1]
+    """
+    with_lr = [stage for stage in stages if stage.lr is not None]
+    held = [stage.lr for stage in with_lr if stage.start < samples][-1]
+    floor = min(held, min_lr * max(stage.lr for stage in with_lr))
+    start = decay_start(stages, decay)
+    share = (samples - start) / max(1, stages[-1].end - start)
+    return held + (floor - held) * min(1.0, max(0.0, share))
+
+
+def learning_rate(
+    stages: list[Stage], samples: int, min_lr: float, decay: float | None = None
+) -> float:
     """The learning rate of the step that brings the run to `samples`: a straight warm-up to the
-    peak, then half a cosine that ends with the last sample, at min_lr (a share) of the peak.
+    peak, then half a cosine that ends with the last sample, at min_lr (a share) of the peak. With
+    `decay` it is not the paper's cosine, but wsd.
 
     The paper's stages "approximately inherit the previous learning rate and adhere to the same
     schedule" (section 2.4). A stage without an lr leaves the cosine alone. A lower lr than before
@@ -399,7 +427,9 @@ def learning_rate(stages: list[Stage], samples: int, min_lr: float) -> float:
     """
     stage = [stage for stage in stages if stage.start < samples][-1]
     warm = min(1.0, (samples - stage.start) / max(1, stage.warmup))
-    return cosine(stages, samples, min_lr) * warm
+    if decay is None:
+        return cosine(stages, samples, min_lr) * warm
+    return wsd(stages, samples, min_lr, decay) * warm
 
 
 def training_flops(stages: list[Stage], samples: int) -> int:

@@ -182,6 +182,10 @@ class Run:
         self.machine, self.corpus, self.state = machine, corpus, state
         self.folder = Path(settings.out)
         self.last_step = state.step + schedule.total_steps(stages, state.samples)
+        self.decay_step = None  # the last one before wsd's decay; its checkpoint is kept
+        if settings.lr_decay is not None:
+            decay = schedule.decay_start(stages, settings.lr_decay)
+            self.decay_step = self.last_step - schedule.total_steps(stages, decay)
         self.worker = self.optimizer = None  # see build
         self.metrics = self.bar = None  # the open log and the progress bar; see train
         self.signals = []  # the numbers of those that this process has received
@@ -239,7 +243,7 @@ class Run:
         # Forward and backward; check, clip, AdamW.
         micro = parallel.micro_rows(world.layout, B, s.micro_batch)
         nats = self.worker.gradients(tokens, targets, micro, max(1, count), self.is_stopped)
-        lr = learning_rate(self.stages, state.samples + B, s.min_lr)
+        lr = learning_rate(self.stages, state.samples + B, s.min_lr, s.lr_decay)
         loss, norm = update(self.worker, self.optimizer, s.clip, lr, nats, max(1, count))
 
         if self.is_sound(loss):  # the weights that the step began with had this loss
@@ -333,8 +337,8 @@ class Run:
     def remove_older_checkpoints(self):
         """Keep the newest checkpoints, if one of them is of this step, whose weights are sound."""
         if self.saved == self.state.step:
-            keep = self.settings.keep
-            self.world.on_rank_0(checkpoint.remove_old_checkpoints, self.folder, keep)
+            options = self.folder, self.settings.keep, self.decay_step
+            self.world.on_rank_0(checkpoint.remove_old_checkpoints, *options)
 
     def growth_is_due(self) -> bool:
         following = self.stages[self.state.stage + 1 :]
@@ -564,7 +568,8 @@ def train(
                 last = state.step == run.last_step
                 if last or state.step % s.eval_every == 0:
                     result = run.evaluate()
-                if last or state.step % s.save_every == 0 or run.is_late():
+                due = last or state.step % s.save_every == 0 or state.step == run.decay_step
+                if due or run.is_late():
                     run.save()
         except parallel.Stopped:
             pass  # half a step is thrown away; the weights are those from before it
@@ -724,10 +729,11 @@ def tell(result: dict, s: Settings, world: World, seconds: float) -> int:
         print_sample(result["folder"], s)
     room = read_run(result["folder"])[1][-1].config.max_seq_len
     words = ' --prompt "def "' if room > 4 else ""  # at most 4 tokens, and one to write
+    longer = f"  train it twice as long          {go_on} --steps {2 * step}\n"
     print(
         f"\nWhat next?\n"
         f"  let it continue your words      python sample.py {folder}{words}\n"
-        f"  train it twice as long          {go_on} --steps {2 * step}\n"
+        f"{longer if s.lr_schedule == 'cosine' else ''}"
         f"  train on your own text          python data.py prepare mine.txt --out corpora/mine\n"
         f"                                  {program(world)} --data corpora/mine"
     )
