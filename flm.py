@@ -57,7 +57,9 @@ MUST_BE = {  # {type of a field: what its value must be}
     "bool": "true or false",
     "int": "a whole number above 0",
     "float": "a finite number above 0",
+    "Share": "a number from 0 to 1",
 }
+Share = float
 CHOICES = {  # {field: its values}, FLM-101B's first
     "norm": ("layernorm", "rmsnorm"),
     "activation": ("gelu", "gelu_tanh", "swiglu"),
@@ -70,7 +72,9 @@ def fits(kind: str, value: object) -> bool:
     if kind == "bool" or isinstance(value, bool):
         return kind == type(value).__name__
     number = int if kind == "int" else (int, float)
-    return isinstance(value, number) and 0 < value <= sys.float_info.max
+    if not isinstance(value, number):
+        return False
+    return 0 <= value <= 1 if kind == "Share" else 0 < value <= sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class FLMConfig:
     """Every number that defines a model (FLM-101B, sections 2.1, 2.4 and 3).
 
     All fields are plain JSON values. `n_heads * head_dim` need not equal `d_model`: growth adds
-    heads and keeps `head_dim`, on which the rotary frequencies depend. The last six fields are
+    heads and keeps `head_dim`, on which the rotary frequencies depend. The last eight fields are
     explained in muP.py; a "proxy" is a narrow model on which hyper-parameters are searched. Raises
     ValueError that names every field out of range.
     """
@@ -104,6 +108,8 @@ class FLMConfig:
     init_std: float = 0.016  # found by the paper's search on the proxy
     input_mult: float = 1.0
     output_mult: float = 2.0  # the paper's "softmax temperature 2.0"
+    depth_alpha: Share = 0.0  # 1: CompleteP; 0: nothing is multiplied by a power of the depth
+    base_layers: int = 6  # of the proxy: CompleteP leaves a model of this depth as it is
 
     def __post_init__(self):
         refuse(self.check(), "this model configuration does not fit together:")
@@ -167,6 +173,11 @@ class FLMConfig:
     def logit_mult(self) -> float:
         """What muP multiplies the logits by."""
         return self.output_mult / self.m_width
+
+    @property
+    def branch_mult(self) -> float:
+        """What CompleteP multiplies every branch of a block by; 1 at depth_alpha = 0."""
+        return (self.base_layers / self.n_layers) ** self.depth_alpha
 
     def replace(self, **changes) -> FLMConfig:
         """The same configuration with some fields changed."""
@@ -422,7 +433,8 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ff_norm = Norm(*norm)
         self.ff = FeedForward(config)
-        self.register_buffer("mask", None, persistent=False)  # (), for a block that is new
+        self.branch_mult = config.branch_mult
+        self.register_buffer("mask", None, persistent=False)  # (), see FLM.set_masks
 
     def forward(
         self,
@@ -433,10 +445,13 @@ class Block(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C). All other arguments are the attention's: see there."""
-        y = self.attn(self.attn_norm(x), tables, visible, cache, layer)
-        x = x + (y if self.mask is None else y * self.mask.to(y.dtype))
-        y = self.ff(self.ff_norm(x))
-        return x + (y if self.mask is None else y * self.mask.to(y.dtype))
+        x = self.add(x, self.attn(self.attn_norm(x), tables, visible, cache, layer))
+        return self.add(x, self.ff(self.ff_norm(x)))
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """The residual stream x (B, T, C) with the output y of a branch added to it."""
+        y = y if self.mask is None else y * self.mask.to(y.dtype)
+        return torch.add(x, y, alpha=self.branch_mult)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -547,6 +562,9 @@ class FLM(nn.Module):
         "layer_map": for each layer the old layer that it continues, or None for a new one,
         "start" and "ramp" in samples}. At c = 1, or without a record, no mask is left: this is an
         ordinary model. Raises ValueError for a c outside [0, 1].
+
+        A new block's mask is c. With CompleteP an old block has one too: branch_mult is smaller in
+        the deeper model, by a factor r, and the mask goes from r down to 1 (ours).
         """
         if not 0 <= c <= 1:
             raise ValueError(f"a growth mask of {c}: must lie in [0, 1]")
@@ -557,11 +575,13 @@ class FLM(nn.Module):
         names = ("d_model", "n_heads", "d_ff")
         channels, heads, hidden = (self._mask(old[k], getattr(config, k), c) for k in names)
         new_layer = self._mask(0, 1, c).squeeze()  # ()
+        r = (config.n_layers / old["n_layers"]) ** config.depth_alpha
+        old_layer = None if r == 1 else new_layer + (1 - c) * r
         for number, block in self.layers.items():
             block.attn_norm.mask = block.ff_norm.mask = channels
             block.attn.mask = heads
             block.ff.mask = hidden
-            block.mask = new_layer if layer_map[int(number)] is None else None
+            block.mask = new_layer if layer_map[int(number)] is None else old_layer
         if self.norm is not None:
             self.norm.mask = channels
 

@@ -70,6 +70,8 @@ REASONS = {  # why another value of a field would change what the model computes
     "xpos_scale_base": "it is the base of xPos's decay",
     "mup": "it sets the multiplier of the logits",
     "mup_base_width": "it sets the multiplier of the logits",
+    "depth_alpha": "it sets the multiplier of every branch",
+    "base_layers": "it sets the multiplier of every branch",
 }
 
 
@@ -103,7 +105,9 @@ def check_growth(old: FLMConfig, new: FLMConfig):
 #     H    on the outputs of the new heads. Heads are added whole, after the old ones: the rows of
 #          qkv are laid out (H, 3, D).
 #     F    on the activations of the new hidden units
-#     L    on both branches of a new layer
+#     L    on both branches of a new layer. With CompleteP (muP.py) the multiplier of all branches
+#          falls by a factor r when L grows. Then an old layer has a mask too, which goes from r to
+#          1: at c = 0 its branches are what they were, with the same weights, gradients and moments
 #
 # All other parameters are vectors: a bias has the rows of its matrix, a LayerNorm has C.
 
@@ -396,15 +400,16 @@ def larger_optimizer(optimizer: torch.optim.AdamW, grown: FLM) -> torch.optim.Ad
     """The AdamW of a grown model, still without its state. Raises ValueError for an optimizer whose
     state is not known here."""
     groups = optimizer.param_groups
-    known = all("lr_scale" in group and not group["amsgrad"] for group in groups)
+    known = all("eps_scale" in group and not group["amsgrad"] for group in groups)
     if type(optimizer) is not torch.optim.AdamW or not known:
         raise ValueError(
             "the optimizer must be an AdamW (without amsgrad) over muP.param_groups(model, ...): "
             "other state is not known here"
         )
-    base = [group for group in groups if group["lr_scale"] == 1]  # the groups where m = 1
+    # the groups that muP leaves as they are, the embedding's among them
+    base = [group for group in groups if group["lr_scale"] == group["eps_scale"] == 1]
     weight_decay = max(group["weight_decay"] for group in base)
-    new_groups = muP.param_groups(grown, base[0]["lr"], weight_decay)
+    new_groups = muP.param_groups(grown, base[0]["lr"], weight_decay, base[0]["eps"])
     return torch.optim.AdamW([{**base[0], **group} for group in new_groups])  # betas, eps, ...
 
 

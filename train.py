@@ -113,7 +113,7 @@ def allocate(
 def make_optimizer(worker: Worker, s: Settings) -> torch.optim.AdamW:
     """AdamW over muP's groups of parameters, with the paper's betas (section 2.4)."""
     groups = [muP.param_groups(part, s.lr, s.weight_decay) for part in worker.parts]
-    return torch.optim.AdamW(itertools.chain(*groups), betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return torch.optim.AdamW(itertools.chain(*groups), betas=(0.9, 0.95), fused=True)
 
 
 class NonFinite(RuntimeError):

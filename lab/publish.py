@@ -257,7 +257,7 @@ WITHOUT_EFFECT = re.compile(
     r"_.*|summary_.*|.*_token_id|.*_pdrop|attention_dropout|architectures|auto_map|model_type|"
     r"transformers_version|torch_dtype|dtype|tokenizer_class|use_cache|enable_flash_attn|"
     r"reorder_and_upcast_attn|scale_attn_by_inverse_layer_idx|mup_base_width|mup_ff_ratio|"
-    r"pretraining_tp"
+    r"pretraining_tp|depth_alpha|base_layers"
 )
 
 
@@ -299,9 +299,10 @@ def read_config(values: dict) -> FLMConfig:
     fields["d_ff"] = fields["d_ff"] or 4 * fields["d_model"]
     switches, problems = (flm_switches if layout == "flm" else granite_switches)(v, fields)
     multipliers, more = read_multipliers(v, fields)
+    depth, other = read_depth(v, fields["n_layers"])
     heading = "config.json asks for what this repository's model does not compute:"
-    console.refuse(problems + more, heading)
-    return FLMConfig(**{**fields, **switches, **multipliers})
+    console.refuse(problems + more + other, heading)
+    return FLMConfig(**{**fields, **switches, **multipliers, **depth})
 
 
 def only(values: dict, allowed: dict) -> list[str]:
@@ -344,7 +345,6 @@ def granite_switches(v: dict, fields: dict) -> tuple[dict, list[str]]:
             "hidden_act": ["silu"],
             "num_key_value_heads": [None, v["num_attention_heads"]],
             "mlp_bias": [v["attention_bias"]],
-            "residual_multiplier": [1.0],
             "rope_type": ["default"],
         },
     )
@@ -355,6 +355,25 @@ def granite_switches(v: dict, fields: dict) -> tuple[dict, list[str]]:
         problems.append(f"attention_multiplier = {scale}: must be 1/sqrt(head_dim) = {exact}")
     switches = {"norm": "rmsnorm", "activation": "swiglu", "rotary": "rope"}
     return {**switches, "rotary_theta": rope["rope_theta"]}, problems
+
+
+def read_depth(v: dict, L: int) -> tuple[dict, list[str]]:
+    """(the fields of FLMConfig that have to do with CompleteP, problems), of L layers. A
+    config.json of ours names the fields. In another one Granite's multiplier of the branches says
+    all, with alpha = 1."""
+    given = v.get("residual_multiplier", 1.0)
+    if not fits("float", given):
+        return {}, [f"residual_multiplier = {given!r}: must be {MUST_BE['float']}"]
+    alpha, base = float(given != 1), max(1, round(given * L))
+    if given == 1:
+        base = FLMConfig.base_layers
+    alpha, base = v.get("depth_alpha", alpha), v.get("base_layers", base)
+    if not fits("Share", alpha) or not fits("int", base):
+        return {}, [f"depth_alpha = {alpha!r}, base_layers = {base!r}: a share, a whole number"]
+    if not math.isclose((base / L) ** alpha, given, rel_tol=1e-9):
+        rule = f"(base_layers / {L})^depth_alpha, here ({base} / {L})^{alpha}"
+        return {}, [f"residual_multiplier = {given!r}: must be {rule}"]
+    return {"depth_alpha": alpha, "base_layers": base}, []
 
 
 def read_multipliers(v: dict, fields: dict) -> tuple[dict, list[str]]:
@@ -384,7 +403,8 @@ def read_multipliers(v: dict, fields: dict) -> tuple[dict, list[str]]:
 
 
 def their_keys(config: FLMConfig, layout: str) -> dict:
-    """What config.json says in both layouts: the sizes, and what read_multipliers reads."""
+    """What config.json says in both layouts: the sizes, and what read_multipliers and read_depth
+    read."""
     return {
         **{theirs: getattr(config, ours) for ours, theirs in KEYS[layout].items()},
         "use_mup": config.mup,
@@ -393,6 +413,8 @@ def their_keys(config: FLMConfig, layout: str) -> dict:
         "mup_ff_ratio": config.mup_ff_ratio,
         "input_mult": config.input_mult,
         "output_mult": config.output_mult,
+        "depth_alpha": config.depth_alpha,
+        "base_layers": config.base_layers,
     }
 
 
@@ -407,6 +429,8 @@ def flm_config(config: FLMConfig) -> dict:
         problems.append("input_mult, output_mult: their code has none without muP")
     if config.norm == "layernorm" and not config.bias:
         problems.append("bias = False: their LayerNorm always has one")
+    if config.branch_mult != 1:
+        problems.append(f"depth_alpha = {config.depth_alpha}: their code multiplies no branch")
     console.refuse(problems, "this model does not fit the layout flm:")
     activations = {"gelu": "gelu", "gelu_tanh": "gelu_fast", "swiglu": "silu"}
     return {
@@ -446,7 +470,7 @@ def granite_config(config: FLMConfig) -> dict:
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_theta},
         "embedding_multiplier": config.input_mult,
         "attention_multiplier": config.head_dim**-0.5,
-        "residual_multiplier": 1.0,
+        "residual_multiplier": config.branch_mult,
         "logits_scaling": 1 / config.logit_mult,
     }
 

@@ -36,7 +36,8 @@ CONFIG = FLMConfig(
     max_seq_len=16,
     mup_base_width=16,
 )
-BIGGER = CONFIG.replace(n_layers=6, d_model=36, n_heads=6, d_ff=64)
+DEEP = CONFIG.replace(depth_alpha=0.5, base_layers=2)  # CompleteP
+BIGGER = DEEP.replace(n_layers=6, d_model=36, n_heads=6, d_ff=64)
 ROWS, STEPS, CLIP = 16, 3, 0.05
 # A growth in mid-ramp, at MID_RAMP samples, so that its mask is at 0.4.
 MID_RAMP = 40

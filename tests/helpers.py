@@ -56,6 +56,8 @@ def configs(draw, **fixed) -> FLMConfig:
         mup_ff_ratio=st.sampled_from([4.0, 2.625]),
         input_mult=st.sampled_from([1.0, 1.7]),
         output_mult=st.sampled_from([1.0, 2.0]),
+        depth_alpha=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
+        base_layers=st.integers(1, 4),
     )
     drawn = {name: draw(values) for name, values in fields.items() if name not in fixed}
     return FLMConfig(**drawn, **fixed)

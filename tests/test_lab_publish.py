@@ -130,6 +130,7 @@ def tele(**changes) -> FLMConfig:
 
 
 GRANITE = [{}, {"bias": True}, {"tie_embeddings": True}, {"mup": False, "rotary_theta": 100.0}]
+GRANITE += [{"depth_alpha": 0.5, "base_layers": 5}]  # their residual_multiplier
 
 
 @pytest.mark.parametrize("changes", GRANITE, ids=str)
