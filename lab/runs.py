@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser, out: str):
     command line goes into `train`, for common_settings."""
     add, cores = parser.add_argument, torch.get_num_threads()
     add("--out", default=out, metavar="DIR", help="where runs and numbers go (default %(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default 0")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default %(default)s")
     add("--jobs", type=int, default=cores, metavar="N", help="runs at a time (default %(default)s)")
     add("train", nargs="*", metavar="-- OPTION", help="options of train.py, for all runs")
 
@@ -447,14 +447,15 @@ def jobs_to_do(runs: list[Settings]) -> list[Job]:
     return sorted(make_jobs(planned), key=lambda job: job.total - job.done)
 
 
-def run_all(runs: list[Settings], at_a_time: int) -> list[FinishedRun]:
-    """Train what is not finished; a run that was stopped goes on. Raises ValueError before anything
-    runs, see jobs_to_do, and later where a run fails."""
+def run_all(runs: list[Settings], at_a_time: int, later: int = 0) -> list[FinishedRun]:
+    """Train what is not finished; a run that was stopped goes on. later: FLOPs that the study still
+    has to do after these runs; the time left that is shown counts them. Raises ValueError before
+    anything runs, see jobs_to_do, and later where a run fails."""
     console.refuse([f"--jobs {at_a_time}: must be at least 1"] * (at_a_time < 1))
     jobs = jobs_to_do(runs)
     if jobs:
         jobs[0].folder.parent.mkdir(parents=True, exist_ok=True)
-        left = sum(job.total - job.done for job in jobs)
+        left = later + sum(job.total - job.done for job in jobs)
         before = signal.signal(signal.SIGTERM, stop)
         try:
             with tqdm(total=left, unit="FLOP", unit_scale=True, smoothing=0) as bar:
