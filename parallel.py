@@ -35,6 +35,7 @@ Neighbours in rank are neighbours along tp, where the traffic is heaviest. Lette
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -59,6 +60,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.distributed.tensor import (
     DTensor,
+    Partial,
     Replicate,
     Shard,
     distribute_module,
@@ -74,7 +76,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import muP
-from flm import FLM, FLMConfig, loss_sum
+from flm import FLM, IGNORE, FLMConfig, head_loss, loss_sum
 
 # --------------------------------------------------------------------------------------------------
 # 1. Layouts
@@ -237,13 +239,23 @@ class World:
         """Whether this rank has the last pipeline stage, which computes the loss."""
         return self.at("pp") == self.layout.pp - 1
 
+    def begin_sum(self, *numbers: float) -> Callable[[], list[float]]:
+        """Begin to sum each number over all ranks, in float64. Returns a function that waits for
+        the sums; until it is called, this rank can do something else."""
+        if self.control is None:
+            return lambda: list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64)
+        work = dist.all_reduce(total, group=self.control, async_op=True)
+
+        def wait() -> list[float]:
+            work.wait()
+            return total.tolist()
+
+        return wait
+
     def sum(self, *numbers: float) -> list[float]:
         """Each number summed over all ranks, in float64."""
-        if self.control is None:
-            return list(numbers)
-        total = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(total, group=self.control)
-        return total.tolist()
+        return self.begin_sum(*numbers)()
 
     def gather(self, value) -> list:
         """Every rank's value, in the order of ranks, on every rank."""
@@ -279,38 +291,42 @@ class World:
         raise ValueError("\n".join(f"rank {rank}: {text}" for text, rank in first_rank.items()))
 
     def on_rank_0(self, action: Callable, *args, **options):
-        """Run action(*args, **options) on rank 0 alone; its result, or its ValueError or OSError,
-        on every rank.
-
-        This may take hours (to grow a checkpoint): the others wait as long as rank 0 lives."""
+        """Run action(*args, **options) on rank 0 alone, which may take hours; its result, or its
+        ValueError or OSError, on every rank."""
         outcome = None
-        if self.rank == 0:
-            with self.others_wait():
+        with self.all_wait():
+            if self.rank == 0:
                 outcome = attempt(action, *args, **options)
-            self.broadcast_from_rank_0(outcome)
-        while outcome is None:
-            outcome = self.broadcast_from_rank_0(None)
-        result, failure = outcome
+        result, failure = self.broadcast_from_rank_0(outcome)
         if failure:
             raise failure
         return result
 
     @contextlib.contextmanager
-    def others_wait(self):
-        """Rank 0 is busy: a thread sends None to the other ranks, four times in each timeout."""
+    def all_wait(self):
+        """What stands inside may take hours on some ranks (to prepare a corpus, to grow a
+        checkpoint): no rank leaves before all are done, and each waits as long as the others live.
+
+        A thread tells the others that this rank lives, four times in each timeout. Inside, no
+        collective of `control` is possible."""
+        if self.control is None:
+            yield
+            return
         done = threading.Event()
 
-        def send():
-            while not done.wait(self.timeout.total_seconds() / 4):
-                self.broadcast_from_rank_0(None)
+        def tell():
+            while True:
+                done.wait(self.timeout.total_seconds() / 4)
+                if all(self.gather(done.is_set())):
+                    return
 
-        thread = threading.Thread(target=send, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            told = pool.submit(tell)
+            try:
+                yield
+            finally:
+                done.set()
+            told.result()  # raises what a lost rank causes
 
 
 def attempt(action: Callable, *args, **options) -> tuple:
@@ -363,8 +379,6 @@ def tensor_parallel(part: FLM, mesh: DeviceMesh, sequence_parallel: bool):
     # all-gather.
     out_of_block = RowwiseParallel(output_layouts=stream)
     table = {
-        # Each rank looks up the words that it holds, 0 for others. Forward: their sum, as above.
-        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
         # As into_block; each rank keeps the logits of V/tp words, for loss_parallel.
         "head": ColwiseParallel(
             input_layouts=stream, output_layouts=Shard(-1), use_local_output=False
@@ -381,8 +395,70 @@ def tensor_parallel(part: FLM, mesh: DeviceMesh, sequence_parallel: bool):
     present = {name: style for name, style in table.items() if modules.get(name) is not None}
     parallelize_module(part, mesh, present, src_data_rank=None)
     if part.embedding is not None:
-        # A compiled block drops the gradient of a tensor whose collective is not finished.
-        part.embedding.register_forward_hook(lambda module, x, y: y.clone())
+        cut_embedding(part.embedding, mesh, stream)
+    if part.head is not None:
+        part.head_loss = functools.partial(cut_head_loss, part.head, mesh, stream)
+
+
+@dataclass
+class Words:
+    """The words that a tp rank holds of the embedding or the head: V/tp rows from `first` on."""
+
+    first: int
+    count: int
+    group: dist.ProcessGroup
+
+    @staticmethod
+    def of(weight: DTensor) -> Words:
+        mesh, count = weight.device_mesh, len(local(weight))
+        return Words(mesh.get_local_rank() * count, count, mesh.get_group())
+
+    def find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which row each id is here (0 for those of other ranks), and whether it is here."""
+        rows = ids - self.first
+        here = (rows >= 0) & (rows < self.count)
+        return rows.masked_fill(~here, 0), here
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """x, in place, summed over the ranks that share the words."""
+        dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
+        return x
+
+    def max(self, x: torch.Tensor) -> torch.Tensor:
+        """The largest of each entry of x, in place, over the ranks that share the words."""
+        dist.all_reduce(x, dist.ReduceOp.MAX, self.group)
+        return x
+
+
+def cut_embedding(embedding: torch.nn.Embedding, mesh: DeviceMesh, stream: Shard | Replicate):
+    """Cut an embedding by words. Each rank looks up those that it holds, 0 for others. Forward:
+    their sum, as out_of_block. Its gradient has the rows of this rank alone; that of DTensor's own
+    embedding had all V."""
+    weight = distribute_tensor(embedding.weight, mesh, [Shard(0)], src_data_rank=None)
+    embedding.weight = torch.nn.Parameter(weight)
+
+    def forward(tokens):
+        rows, here = Words.of(embedding.weight).find(tokens)
+        y = torch.nn.functional.embedding(rows, local(embedding.weight)) * here[..., None]
+        y = DTensor.from_local(y, mesh, [Partial()], run_check=False)
+        # A compiled block drops the gradient of a tensor whose collective is not finished: clone.
+        return y.redistribute(placements=[stream]).to_local().clone()
+
+    embedding.forward = forward
+
+
+def cut_head_loss(
+    head: torch.nn.Linear,
+    mesh: DeviceMesh,
+    stream: Shard | Replicate,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+) -> torch.Tensor:
+    """FLM.head_loss where the head is cut by words: the same HeadLoss on each rank's words.
+    Forward: under Shard(1) an all-gather of the positions. Backward: as into_block."""
+    hidden = DTensor.from_local(hidden, mesh, [stream], run_check=False)
+    hidden = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    return head_loss(hidden, local(head.weight), targets, Words.of(head.weight))
 
 
 def replicate_norm(norm: torch.nn.Module, mesh: DeviceMesh, stream: Shard | Replicate):
@@ -473,6 +549,52 @@ def build_parts(
 # 5. The worker
 
 
+class Stage(PipelineStage):
+    """A pipeline stage that holds a buffer for what it receives as long as it is in use. PyTorch's
+    own allocates one for every micro-batch before the first, and keeps all of them, and the
+    gradients that autograd puts into them."""
+
+    empty = False  # whether PyTorch's own buffers are gone
+
+    def make_empty(self):
+        if not self.empty:
+            for received in (*self.args_recv_info.values(), *self.grad_recv_info.values()):
+                drop(received)
+            self.empty = True
+
+    def get_fwd_recv_ops(self, micro: int):
+        self.make_empty()
+        allocate(self.args_recv_info[micro])
+        return super().get_fwd_recv_ops(micro)
+
+    def get_bwd_recv_ops(self, micro: int):
+        allocate(self.grad_recv_info.get(micro, ()))  # none in an evaluation
+        return super().get_bwd_recv_ops(micro)
+
+    def forward_one_chunk(self, micro: int, *args, **options):
+        self.make_empty()
+        return super().forward_one_chunk(micro, *args, **options)
+
+    def backward_one_chunk(self, micro: int, *args, **options):
+        super().backward_one_chunk(micro, *args, **options)
+        drop(self.args_recv_info[micro])
+        drop(self.grad_recv_info.get(micro, ()))
+
+
+def drop(received: tuple):
+    """Put a tensor of one number in the place of each buffer of a message: it keeps the shape."""
+    for info in received:
+        if info.buffer is not None:
+            info.buffer = info.buffer.new_empty(()).expand(info.buffer.shape)
+
+
+def allocate(received: tuple):
+    """A buffer for each tensor of a message."""
+    for info in received:
+        if info.buffer is not None:
+            info.buffer = torch.empty_like(info.buffer, memory_format=torch.contiguous_format)
+
+
 class Stopped(Exception):
     """Worker.gradients was asked to stop between two micro-batches: the step is not complete."""
 
@@ -557,28 +679,34 @@ class Worker:
         tokens: torch.Tensor,
         targets: torch.Tensor,
         micro: int,
-        count: float,
-        stop: Callable[[], bool] | None = None,
-    ) -> float:
-        """Add to .grad the gradient of the whole batch's loss: nats / `count`.
+        stop: Callable[[], Callable[[], bool]] | None = None,
+    ) -> tuple[float, int]:
+        """Add to .grad the gradient of the whole batch's loss: nats per supervised token.
 
-        tokens, targets: (b, T), the rows of this dp rank; micro: rows of one forward pass; count:
-        the supervised tokens of the whole batch. Returns the loss of these rows in nats, summed, on
-        one rank of each dp rank, and 0 on its other ranks.
+        tokens, targets: (b, T), the rows of this dp rank; micro: rows of one forward pass. Returns
+        the loss of these rows in nats, summed, on one rank of each dp rank, and 0 on its other
+        ranks; and the supervised tokens of the whole batch.
 
-        stop: asked between two micro-batches, not in a pipeline; where it says True, Stopped is
-        raised, and what .grad holds is worthless."""
+        stop: called in each micro-batch, not in a pipeline. The function that it returns is called
+        before the next one; where that says True, Stopped is raised, and what .grad holds is
+        worthless."""
+        first = self.world.at("tp") == self.world.at("pp") == 0  # the others have the same rows
+        supervised = self.world.begin_sum(int((targets != IGNORE).sum()) if first else 0)
         x = tokens.to(self.device, non_blocking=True)
         y = targets.to(self.device, non_blocking=True)
-        self.scale = self.world.layout.dp / count  # PyTorch's engines average over dp
+
+        def scale() -> float:  # PyTorch's engines average over dp
+            return self.world.layout.dp / max(1, supervised()[0])
+
+        self.scale = scale
         with self.loss_over_shards():
             if self.world.layout.pp > 1:
-                nats = self.run_pipeline(x, y, micro, loss_sum, self.scale)
+                nats = self.run_pipeline(x, y, micro, loss_sum, scale)
             else:
-                nats = self.run_micro_batches(x, y, micro, loss_sum, self.scale, stop)
+                nats = self.run_micro_batches(x, y, micro, loss_sum, scale, stop)
         if self.tied_end is not None:  # both ends get the sum of their gradients
             dist.all_reduce(local(self.tied_end.grad), group=self.tie)
-        return nats.item() if self.world.at("tp") == 0 else 0.0
+        return nats.item() if self.world.at("tp") == 0 else 0.0, int(supervised()[0])
 
     def loss_over_shards(self):
         """The context in which a loss is computed, and its backward pass run.
@@ -589,21 +717,21 @@ class Worker:
 
     def run_micro_batches(self, x, y, micro, score, scale=None, stop=None) -> torch.Tensor:
         """Without a pipeline: forward passes of `micro` rows and, with `scale`, backward passes of
-        scale * loss. Returns score(logits, targets), summed over the micro-batches."""
+        scale() * loss. Returns score(logits, targets), summed over the micro-batches."""
         model = self.parts[0] if scale is None or self.ddp is None else self.ddp
-        # The model itself computes the loss without a tensor of all logits.
-        by_model = score is loss_sum and self.world.layout.tp == 1
+        by_model = score is loss_sum  # without a tensor of all logits
         autocast = self.arithmetic == torch.bfloat16 and not self.world.layout.sharded
-        total = 0
+        total, stopped = 0, None
         for i in range(0, len(x), micro):
-            if stop is not None and i > 0 and stop():
+            if stopped is not None and stopped():
                 raise Stopped
             rows, targets = x[i : i + micro], y[i : i + micro]
             with self.gradient_exchange(model, scale is not None, last=i + micro >= len(x)):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
                     value = model(rows, targets) if by_model else score(model(rows), targets)
+                stopped = stop and stop()  # the ranks tell each other during the backward pass
                 if scale is not None:
-                    (value * scale).backward()
+                    (value * scale()).backward()
             total = total + local(value.detach())
         return total
 
@@ -622,36 +750,37 @@ class Worker:
 
         Along pp, hidden states (micro, T, C) are sent forward and their gradients back. The
         schedule of training is kept; that of an evaluation holds activations, and goes."""
-        n = len(x) // micro
+        n, by_model = len(x) // micro, score is loss_sum
         if scale is None:
-            pipeline, stages = self.make_pipeline(n, score)
+            pipeline, stages = self.make_pipeline(n, last_output if by_model else score)
         else:
             if n not in self.pipelines:
-                self.pipelines[n] = self.make_pipeline(n, self.scaled_loss)
+                self.pipelines[n] = self.make_pipeline(n, self.scaled)
             pipeline, stages = self.pipelines[n]
         inputs = [x] if self.world.at("pp") == 0 else []
-        losses = [] if self.world.last else None
-        target = y if self.world.last else None
+        losses, options = [], {}
+        if self.world.last:
+            options = {"target": y, "losses": losses} | ({"targets": y} if by_model else {})
         run = pipeline.eval if scale is None else pipeline.step
-        run(*inputs, target=target, losses=losses, return_outputs=False)
+        run(*inputs, return_outputs=False, **options)
         if scale is None:
             for stage in stages:
                 stage.clear_runtime_states()
         if not self.world.last:
             return torch.zeros((), device=self.device)
         total = sum(local(value.detach()) for value in losses)
-        return total if scale is None else total / scale
+        return total if scale is None else total / scale()
 
-    def scaled_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The loss that a training step of the pipeline differentiates."""
-        return loss_sum(logits, targets) * self.scale
+    def scaled(self, nats: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """What a training step of the pipeline differentiates; nats: the last part's output."""
+        return nats * self.scale()
 
     def make_pipeline(self, n: int, loss: Callable) -> tuple:
         """PyTorch's pipeline schedule for n micro-batches, and its stages: this rank's parts."""
         layout, group = self.world.layout, self.world.mesh.get_group("pp")
         ids = layout.stage_ids(self.world.at("pp"))
         stages = [
-            PipelineStage(part, i, layout.pipeline_stages, self.device, group=group)
+            Stage(part, i, layout.pipeline_stages, self.device, group=group)
             for i, part in zip(ids, self.parts)
         ]
         held = stages if len(stages) > 1 else stages[0]
@@ -679,6 +808,10 @@ class Worker:
             by_copies.setdefault(copies, []).append(local(p.grad))
         norms = {n: torch.nn.utils.get_total_norm(grads).item() for n, grads in by_copies.items()}
         return sum(norm**2 / n for n, norm in norms.items())
+
+
+def last_output(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return output
 
 
 def data_parallel(part: FLM, mesh: DeviceMesh) -> DistributedDataParallel:
