@@ -691,7 +691,7 @@ class Worker:
         before the next one; where that says True, Stopped is raised, and what .grad holds is
         worthless."""
         first = self.world.at("tp") == self.world.at("pp") == 0  # the others have the same rows
-        supervised = self.world.begin_sum(int((targets != IGNORE).sum()) if first else 0)
+        supervised = self.world.begin_sum((targets != IGNORE).sum().item() if first else 0)
         x = tokens.to(self.device, non_blocking=True)
         y = targets.to(self.device, non_blocking=True)
 
