@@ -278,7 +278,16 @@ class World:
 
         A ValueError or OSError of any rank is raised on all ranks, so that no rank waits for one
         that has left. ValueError, with the number of each rank, where the ranks' errors differ."""
-        result, failure = attempt(action, *args, **options)
+        return self.settle(*attempt(action, *args, **options))
+
+    def on_all_ranks(self, action: Callable, *args, **options):
+        """raise_on_all_ranks for what may take hours, and uses no collective."""
+        with self.all_wait():
+            outcome = attempt(action, *args, **options)
+        return self.settle(*outcome)
+
+    def settle(self, result, failure: Exception | None):
+        """This rank's result where no rank has a failure, else what raise_on_all_ranks raises."""
         failures = self.gather(failure)
         if not any(failures):
             return result
@@ -637,17 +646,33 @@ class Worker:
                 self.tied_end = parts[-1].head.weight
 
     def init_weights(self, seed: int):
-        """muP.init_weights for a share: each rank draws the whole of each of its parameters and
-        keeps its shard, so all layouts start from the same numbers."""
-        with torch.no_grad():
-            for name, p in self.named:
-                value = muP.initial_value(self.config, name, p.shape, seed)
-                if isinstance(p, DTensor):
-                    value = value.to(self.device, p.dtype)
-                    value = distribute_tensor(
-                        value, p.device_mesh, p.placements, src_data_rank=None
-                    )
-                p.copy_(value)
+        """muP.init_weights for a share. Of the ranks that hold shards of the same parameters each
+        draws some of these, whole, and sends them to the others. So all layouts start from the same
+        numbers."""
+        layout, at = self.world.layout, self.world.at
+        ranks, me = layout.dp * layout.tp, at("dp") * layout.tp + at("tp")
+        by_size = sorted(self.named, key=lambda item: item[1].numel(), reverse=True)
+        for i in range(0, len(by_size), ranks):
+            row = by_size[i : i + ranks]  # each rank draws one of them, all at the same time
+            drawn = [
+                muP.initial_value(self.config, name, p.shape, seed) for name, p in row[me : me + 1]
+            ]
+            for k, (_, p) in enumerate(row):
+                empty = torch.empty(p.shape, dtype=p.dtype, device=self.device)
+                value = drawn[0].to(self.device, p.dtype) if k == me else empty
+                self.fill(p, value, *divmod(k, layout.tp))
+
+    @torch.no_grad()
+    def fill(self, p: torch.nn.Parameter, value: torch.Tensor, dp: int, tp: int):
+        """Fill a parameter with its whole value, which the rank at (dp, tp) has."""
+        world = self.world
+        if world.layout.dp > 1 and world.at("tp") == tp:
+            dist.broadcast(value, group=world.mesh.get_group("dp"), group_src=dp)
+        if world.layout.tp > 1:
+            dist.broadcast(value, group=world.mesh.get_group("tp"), group_src=tp)
+        if isinstance(p, DTensor):
+            value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+        p.copy_(value)
 
     def set_masks(self, record: dict | None, c: float):
         """FLM.set_masks on every part: the growth's record and the mask's value c."""

@@ -358,7 +358,7 @@ class Run:
         config, grown = self.stage.config, self.folder / f"stage-{self.state.stage}.tmp"
         options = dict(seed=self.settings.seed, layers=self.stage.layers, ramp=self.stage.ramp)
         self.world.on_rank_0(shutil.rmtree, grown, ignore_errors=True)  # of a run that was killed
-        info = self.world.on_rank_0(grow.grow_checkpoint, self.checkpoint, config, grown, **options)
+        info = grow.grow_checkpoint(self.checkpoint, config, grown, world=self.world, **options)
         self.state.growth = info["growth"]
         after = self.loss_of(grown)
         self.build(grown)
