@@ -582,12 +582,24 @@ class Stage(PipelineStage):
 
     def forward_one_chunk(self, micro: int, *args, **options):
         self.make_empty()
-        return super().forward_one_chunk(micro, *args, **options)
+        output = super().forward_one_chunk(micro, *args, **options)
+        if output.requires_grad and micro == self.chunks - 1:
+            # PyTorch would sum the gradients along dp after the last backward pass, not under it.
+            output.register_hook(lambda _: exchange_gradients(self.submod, True))
+        return output
 
     def backward_one_chunk(self, micro: int, *args, **options):
         super().backward_one_chunk(micro, *args, **options)
         drop(self.args_recv_info[micro])
         drop(self.grad_recv_info.get(micro, ()))
+
+
+def exchange_gradients(part: FSDPModule, last: bool):
+    """Whether the next backward pass is the last one: each block's gradients are then summed along
+    dp as soon as they are complete, while the pass goes on."""
+    part.set_requires_gradient_sync(last)
+    part.set_is_last_backward(last)
+    part.set_reshard_after_backward(last)
 
 
 def drop(received: tuple):
@@ -763,9 +775,7 @@ class Worker:
     def gradient_exchange(self, model: torch.nn.Module, training: bool, last: bool):
         """The context of one micro-batch: gradients are exchanged along dp after the last one."""
         if training and isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
-            model.set_is_last_backward(last)
-            model.set_reshard_after_backward(last)
+            exchange_gradients(model, last)
         if model is self.ddp and not last:
             return model.no_sync()
         return contextlib.nullcontext()
