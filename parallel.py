@@ -96,6 +96,7 @@ class Layout:
     pp: int = 1  # groups of layers
     sequence_parallel: bool = False  # between the cut matrices, each tp rank holds T/tp positions
     shard_optimizer: bool = False  # weights, gradients and AdamW's moments are cut over dp
+    reshard: bool = False  # of the weights and gradients, a rank holds one block's whole
     schedule: str = "1F1B"  # the pipeline schedule
     activation_checkpointing: bool = False  # keep a block's input; compute the rest again
 
@@ -112,7 +113,7 @@ class Layout:
     @property
     def sharded(self) -> bool:
         """Whether fully_shard holds the weights. Otherwise DistributedDataParallel is enough."""
-        return self.shard_optimizer or self.tp > 1 or self.pp > 1
+        return self.shard_optimizer or self.reshard or self.tp > 1 or self.pp > 1
 
     def stage_ids(self, pp_rank: int) -> list[int]:
         """The pipeline stages on one rank.
@@ -126,6 +127,7 @@ class Layout:
         words = [f"dp {self.dp}", f"tp {self.tp}", f"pp {self.pp}"]
         words += ["sequence parallel"] * self.sequence_parallel
         words += ["sharded optimizer"] * (self.sharded and self.dp > 1)
+        words += ["resharded"] * self.reshard
         words += [self.schedule] * (self.pp > 1)
         words += ["activation checkpointing"] * self.activation_checkpointing
         return ", ".join(words)
@@ -163,6 +165,11 @@ def check_layout(
             problems.append(f"{name} {value}: must be a multiple of {what} (remainder {value % n})")
     if layout.sequence_parallel and tp == 1:
         problems.append("--sequence-parallel: needs --tp 2 or more; add --no-sequence-parallel")
+    if layout.reshard and (dp == 1 or pp > 1):
+        problems.append(
+            f"--reshard: --dp {dp} --pp {pp} has no use for it, it needs --dp 2 or more and --pp 1; "
+            "add --no-reshard"
+        )
     if batch_size % dp == 0:
         problems += check_micro_batches(
             layout, batch_size, micro_rows(layout, batch_size, micro_batch)
@@ -549,7 +556,8 @@ def build_parts(
             # Along dp: one all-gather of weights and one reduce-scatter of gradients for each block
             # and step. The last group is what no block holds, both ends of a tied embedding in it.
             for module in (*part.layers.values(), part):
-                fully_shard(module, mesh=mesh["dp"], reshard_after_forward=False, mp_policy=policy)
+                options = {"reshard_after_forward": layout.reshard, "mp_policy": policy}
+                fully_shard(module, mesh=mesh["dp"], **options)
         parts.append(part)
     return parts
 
@@ -775,7 +783,7 @@ class Worker:
     def gradient_exchange(self, model: torch.nn.Module, training: bool, last: bool):
         """The context of one micro-batch: gradients are exchanged along dp after the last one."""
         if training and isinstance(model, FSDPModule):
-            exchange_gradients(model, last)
+            exchange_gradients(model, last or self.world.layout.reshard)
         if model is self.ddp and not last:
             return model.no_sync()
         return contextlib.nullcontext()
