@@ -167,8 +167,7 @@ def check_layout(
         problems.append("--sequence-parallel: needs --tp 2 or more; add --no-sequence-parallel")
     if layout.reshard and (dp == 1 or pp > 1):
         problems.append(
-            f"--reshard: --dp {dp} --pp {pp} has no use for it, it needs --dp 2 or more and --pp 1; "
-            "add --no-reshard"
+            f"--reshard: needs --dp 2 or more (now {dp}) and --pp 1 (now {pp}); add --no-reshard"
         )
     if batch_size % dp == 0:
         problems += check_micro_batches(
@@ -576,16 +575,16 @@ class Stage(PipelineStage):
     def make_empty(self):
         if not self.empty:
             for received in (*self.args_recv_info.values(), *self.grad_recv_info.values()):
-                drop(received)
+                set_buffers(received, there=False)
             self.empty = True
 
     def get_fwd_recv_ops(self, micro: int):
         self.make_empty()
-        allocate(self.args_recv_info[micro])
+        set_buffers(self.args_recv_info[micro], there=True)
         return super().get_fwd_recv_ops(micro)
 
     def get_bwd_recv_ops(self, micro: int):
-        allocate(self.grad_recv_info.get(micro, ()))  # none in an evaluation
+        set_buffers(self.grad_recv_info.get(micro, ()), there=True)  # an evaluation has none
         return super().get_bwd_recv_ops(micro)
 
     def forward_one_chunk(self, micro: int, *args, **options):
@@ -598,8 +597,8 @@ class Stage(PipelineStage):
 
     def backward_one_chunk(self, micro: int, *args, **options):
         super().backward_one_chunk(micro, *args, **options)
-        drop(self.args_recv_info[micro])
-        drop(self.grad_recv_info.get(micro, ()))
+        for received in self.args_recv_info[micro], self.grad_recv_info.get(micro, ()):
+            set_buffers(received, there=False)
 
 
 def exchange_gradients(part: FSDPModule, last: bool):
@@ -610,18 +609,12 @@ def exchange_gradients(part: FSDPModule, last: bool):
     part.set_reshard_after_backward(last)
 
 
-def drop(received: tuple):
-    """Put a tensor of one number in the place of each buffer of a message: it keeps the shape."""
+def set_buffers(received: tuple, there: bool):
+    """Allocate a buffer for each tensor of a message, or free it: one number keeps its shape."""
     for info in received:
         if info.buffer is not None:
-            info.buffer = info.buffer.new_empty(()).expand(info.buffer.shape)
-
-
-def allocate(received: tuple):
-    """A buffer for each tensor of a message."""
-    for info in received:
-        if info.buffer is not None:
-            info.buffer = torch.empty_like(info.buffer, memory_format=torch.contiguous_format)
+            new, shape = info.buffer.new_empty, info.buffer.shape
+            info.buffer = new(shape) if there else new(()).expand(shape)
 
 
 class Stopped(Exception):
@@ -652,7 +645,7 @@ class Worker:
         parameters = [item for part in parts for item in part.named_parameters()]
         self.named = [(tied.get(name, name), p) for name, p in parameters]
         self.pipelines = {}  # number of micro-batches -> pipeline schedule
-        self.scale = None  # factor of the loss in a step of the pipeline
+        self.supervised = None  # waits for the supervised tokens of the batch
         self.ddp = self.tie = self.tied_end = None
         layout = world.layout
         if layout.dp > 1 and not layout.sharded:
@@ -665,34 +658,22 @@ class Worker:
             elif world.last:
                 self.tied_end = parts[-1].head.weight
 
-    def init_weights(self, seed: int):
-        """muP.init_weights for a share. Of the ranks that hold shards of the same parameters each
-        draws some of these, whole, and sends them to the others. So all layouts start from the same
-        numbers."""
-        layout, at = self.world.layout, self.world.at
-        ranks, me = layout.dp * layout.tp, at("dp") * layout.tp + at("tp")
-        by_size = sorted(self.named, key=lambda item: item[1].numel(), reverse=True)
-        for i in range(0, len(by_size), ranks):
-            row = by_size[i : i + ranks]  # each rank draws one of them, all at the same time
-            drawn = [
-                muP.initial_value(self.config, name, p.shape, seed) for name, p in row[me : me + 1]
-            ]
-            for k, (_, p) in enumerate(row):
-                empty = torch.empty(p.shape, dtype=p.dtype, device=self.device)
-                value = drawn[0].to(self.device, p.dtype) if k == me else empty
-                self.fill(p, value, *divmod(k, layout.tp))
-
     @torch.no_grad()
-    def fill(self, p: torch.nn.Parameter, value: torch.Tensor, dp: int, tp: int):
-        """Fill a parameter with its whole value, which the rank at (dp, tp) has."""
-        world = self.world
-        if world.layout.dp > 1 and world.at("tp") == tp:
-            dist.broadcast(value, group=world.mesh.get_group("dp"), group_src=dp)
-        if world.layout.tp > 1:
-            dist.broadcast(value, group=world.mesh.get_group("tp"), group_src=tp)
-        if isinstance(p, DTensor):
-            value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-        p.copy_(value)
+    def init_weights(self, seed: int):
+        """muP.init_weights for a share: each rank draws the whole of each of its parameters and
+        keeps its shard, so all layouts start from the same numbers. A core draws one parameter."""
+        threads = max(1, (os.cpu_count() or 1) // self.world.neighbours)
+        draw = functools.partial(muP.initial_value, self.config, seed=seed)
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            for i in range(0, len(self.named), threads):
+                some = self.named[i : i + threads]
+                values = pool.map(draw, *zip(*((name, p.shape) for name, p in some)))
+                for (_, p), value in zip(some, values):
+                    if isinstance(p, DTensor):
+                        place = p.device_mesh, p.placements
+                        value = value.to(self.device, p.dtype)
+                        value = distribute_tensor(value, *place, src_data_rank=None)
+                    p.copy_(value)
 
     def set_masks(self, record: dict | None, c: float):
         """FLM.set_masks on every part: the growth's record and the mask's value c."""
@@ -736,22 +717,22 @@ class Worker:
         before the next one; where that says True, Stopped is raised, and what .grad holds is
         worthless."""
         first = self.world.at("tp") == self.world.at("pp") == 0  # the others have the same rows
-        supervised = self.world.begin_sum((targets != IGNORE).sum().item() if first else 0)
+        self.supervised = self.world.begin_sum((targets != IGNORE).sum().item() if first else 0)
         x = tokens.to(self.device, non_blocking=True)
         y = targets.to(self.device, non_blocking=True)
-
-        def scale() -> float:  # PyTorch's engines average over dp
-            return self.world.layout.dp / max(1, supervised()[0])
-
-        self.scale = scale
         with self.loss_over_shards():
             if self.world.layout.pp > 1:
-                nats = self.run_pipeline(x, y, micro, loss_sum, scale)
+                nats = self.run_pipeline(x, y, micro, loss_sum, training=True)
             else:
-                nats = self.run_micro_batches(x, y, micro, loss_sum, scale, stop)
+                nats = self.run_micro_batches(x, y, micro, loss_sum, training=True, stop=stop)
         if self.tied_end is not None:  # both ends get the sum of their gradients
             dist.all_reduce(local(self.tied_end.grad), group=self.tie)
-        return nats.item() if self.world.at("tp") == 0 else 0.0, int(supervised()[0])
+        return nats.item() if self.world.at("tp") == 0 else 0.0, int(self.supervised()[0])
+
+    def scale(self) -> float:
+        """Factor of the loss in nats in a training step. PyTorch's engines average over dp. The
+        first call waits for the sum over all ranks."""
+        return self.world.layout.dp / max(1, self.supervised()[0])
 
     def loss_over_shards(self):
         """The context in which a loss is computed, and its backward pass run.
@@ -760,10 +741,10 @@ class Worker:
         maximum, the sum of exponentials and the target's logit of each token."""
         return loss_parallel() if self.world.layout.tp > 1 else contextlib.nullcontext()
 
-    def run_micro_batches(self, x, y, micro, score, scale=None, stop=None) -> torch.Tensor:
-        """Without a pipeline: forward passes of `micro` rows and, with `scale`, backward passes of
-        scale() * loss. Returns score(logits, targets), summed over the micro-batches."""
-        model = self.parts[0] if scale is None or self.ddp is None else self.ddp
+    def run_micro_batches(self, x, y, micro, score, training=False, stop=None) -> torch.Tensor:
+        """Without a pipeline: forward passes of `micro` rows and, when training, backward passes.
+        Returns score(logits, targets), summed over the micro-batches."""
+        model = self.ddp if training and self.ddp is not None else self.parts[0]
         by_model = score is loss_sum  # without a tensor of all logits
         autocast = self.arithmetic == torch.bfloat16 and not self.world.layout.sharded
         total, stopped = 0, None
@@ -771,12 +752,12 @@ class Worker:
             if stopped is not None and stopped():
                 raise Stopped
             rows, targets = x[i : i + micro], y[i : i + micro]
-            with self.gradient_exchange(model, scale is not None, last=i + micro >= len(x)):
+            with self.gradient_exchange(model, training, last=i + micro >= len(x)):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
                     value = model(rows, targets) if by_model else score(model(rows), targets)
                 stopped = stop and stop()  # the ranks tell each other during the backward pass
-                if scale is not None:
-                    (value * scale()).backward()
+                if training:
+                    (value * self.scale()).backward()
             total = total + local(value.detach())
         return total
 
@@ -788,35 +769,31 @@ class Worker:
             return model.no_sync()
         return contextlib.nullcontext()
 
-    def run_pipeline(self, x, y, micro, score, scale=None) -> torch.Tensor:
-        """One pass of all micro-batches through the pipeline: forward and, with `scale`, backward.
+    def run_pipeline(self, x, y, micro, score, training=False) -> torch.Tensor:
+        """One pass of all micro-batches through the pipeline: forward and, when training, backward.
 
         Along pp, hidden states (micro, T, C) are sent forward and their gradients back. The
         schedule of training is kept; that of an evaluation holds activations, and goes."""
         n, by_model = len(x) // micro, score is loss_sum
-        if scale is None:
-            pipeline, stages = self.make_pipeline(n, last_output if by_model else score)
-        else:
+        if training:
             if n not in self.pipelines:
-                self.pipelines[n] = self.make_pipeline(n, self.scaled)
+                self.pipelines[n] = self.make_pipeline(n, lambda nats, _: nats * self.scale())
             pipeline, stages = self.pipelines[n]
+        else:
+            pipeline, stages = self.make_pipeline(n, (lambda nats, _: nats) if by_model else score)
         inputs = [x] if self.world.at("pp") == 0 else []
         losses, options = [], {}
         if self.world.last:
             options = {"target": y, "losses": losses} | ({"targets": y} if by_model else {})
-        run = pipeline.eval if scale is None else pipeline.step
+        run = pipeline.step if training else pipeline.eval
         run(*inputs, return_outputs=False, **options)
-        if scale is None:
+        if not training:
             for stage in stages:
                 stage.clear_runtime_states()
         if not self.world.last:
             return torch.zeros((), device=self.device)
         total = sum(local(value.detach()) for value in losses)
-        return total if scale is None else total / scale()
-
-    def scaled(self, nats: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """What a training step of the pipeline differentiates; nats: the last part's output."""
-        return nats * self.scale()
+        return total / self.scale() if training else total
 
     def make_pipeline(self, n: int, loss: Callable) -> tuple:
         """PyTorch's pipeline schedule for n micro-batches, and its stages: this rank's parts."""
@@ -851,10 +828,6 @@ class Worker:
             by_copies.setdefault(copies, []).append(local(p.grad))
         norms = {n: torch.nn.utils.get_total_norm(grads).item() for n, grads in by_copies.items()}
         return sum(norm**2 / n for n, norm in norms.items())
-
-
-def last_output(output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return output
 
 
 def data_parallel(part: FLM, mesh: DeviceMesh) -> DistributedDataParallel:
