@@ -166,12 +166,14 @@ def failed_write(what: str | Path, error: BaseException) -> BaseException:
 
 
 class OneProcess:
-    """What write_checkpoint needs of a parallel.World, where one process writes alone."""
+    """What files above parallel.py need of its World, where one process works alone."""
 
-    rank, control = 0, None
+    rank, size, control = 0, 1, None
 
-    def on_rank_0(self, action: Callable, *args):
-        return action(*args)
+    def on_rank_0(self, action: Callable, *args, **options):
+        return action(*args, **options)
+
+    on_all_ranks = on_rank_0
 
 
 def make_empty(folder: Path):

@@ -542,8 +542,12 @@ class FLM(nn.Module):
         x = self.norm(x) * config.logit_mult
         if targets is None:
             return self.head(x)  # (B, T, C) -> (B, T, V)
-        weight, with_gradient = self.head.weight, torch.is_grad_enabled()
-        return HeadLoss.apply(x.flatten(0, 1), weight, targets.flatten(), with_gradient)
+        return self.head_loss(x, targets)
+
+    def head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """loss_sum(head(hidden), targets) of hidden (B, T, C). parallel.py puts another function in
+        its place where the head is cut."""
+        return head_loss(hidden, self.head.weight, targets)
 
     def _tables(self, start: int, T: int, cache: KVCache | None) -> Tensor:
         """xPos's factors from position `start` on; attention takes the first T of them."""
@@ -649,11 +653,21 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
+def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, words=None) -> Tensor:
+    """loss_sum(hidden @ weight.T, targets) without all logits at once: hidden (B, T, C), weight
+    (V, C), targets (B, T). words: see HeadLoss."""
+    with_gradient = torch.is_grad_enabled()
+    return HeadLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), with_gradient, words)
+
+
 class HeadLoss(torch.autograd.Function):
-    """loss_sum(head(hidden), targets), some rows (tokens) at a time, without all logits at once.
+    """The loss of the head, some rows (tokens) at a time.
 
     hidden (B*T, C), weight (V, C), targets (B*T,), with_gradient: whether a backward pass may
     follow. (forward cannot find out: PyTorch switches gradients off in it.)
+    words: a parallel.Words where the weight has V/tp of the words, and other processes have the
+    rest. Then all of them get the whole loss, and the part of hidden's gradient that comes from
+    their own words.
 
     The logits of 3072 tokens over 50,304 words are 620 MB, and so is each step of their softmax
     and its gradient: memory takes more time than arithmetic. Here a piece of the logits lives
@@ -663,7 +677,7 @@ class HeadLoss(torch.autograd.Function):
     PIECE = 2**25  # logits held at a time
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, with_gradient):
+    def forward(ctx, hidden, weight, targets, with_gradient, words=None):
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
@@ -679,14 +693,22 @@ class HeadLoss(torch.autograd.Function):
                 t = targets[i : i + rows, None]  # (rows, 1)
                 supervised = t != IGNORE
                 t = t.masked_fill(~supervised, 0)  # an id outside the vocabulary fails in gather
+                here = supervised
                 z = (x @ w.T).to(total.dtype)  # logits (rows, V); then, in place, what follows
-                z -= z.amax(-1, keepdim=True)
-                chosen = z.gather(-1, t)  # (rows, 1)
+                largest = z.amax(-1, keepdim=True)  # (rows, 1)
+                if words is not None:
+                    t, here = words.find(t)
+                    here &= supervised
+                    largest = words.max(largest)
+                z -= largest
+                chosen = z.gather(-1, t) * here  # (rows, 1)
                 normalizer = z.exp_().sum(-1, keepdim=True)  # (rows, 1)
+                if words is not None:
+                    chosen, normalizer = words.sum(torch.stack((chosen, normalizer)))
                 total += ((normalizer.log() - chosen) * supervised).sum()
                 if with_gradient:
                     z *= supervised / normalizer  # softmax; 0 where not supervised
-                    z.scatter_add_(-1, t, -supervised.to(z.dtype))  # - one-hot
+                    z.scatter_add_(-1, t, -here.to(z.dtype))  # - one-hot
                     z = z.to(dtype)
                     d_hidden[i : i + rows] = z @ w
                     d_weight += z.T @ x
@@ -698,7 +720,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_total, (d_weight * d_total).to(ctx.dtype), None, None
+        return d_hidden * d_total, (d_weight * d_total).to(ctx.dtype), None, None, None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -50,7 +50,14 @@ from tqdm import tqdm
 
 import console
 import muP
-from checkpoint import find_checkpoint, read_info, read_tensors, stored_tensors, write_checkpoint
+from checkpoint import (
+    OneProcess,
+    find_checkpoint,
+    read_info,
+    read_tensors,
+    stored_tensors,
+    write_checkpoint,
+)
 from flm import FLM, PRESETS, FLMConfig, growth_mask, parse_fields, preset
 
 # --------------------------------------------------------------------------------------------------
@@ -443,7 +450,13 @@ def step_folder(checkpoint) -> Path:
 
 
 def next_record(
-    path: Path, info: dict, new_config: FLMConfig, *, layers, ramp: int | None, finish_ramp: bool
+    path: Path,
+    info: dict,
+    new_config: FLMConfig,
+    *,
+    layers="stack",
+    ramp: int | None = None,
+    finish_ramp: bool = False,
 ) -> dict:
     """growth_record for a checkpoint, from what its checkpoint.json says. Raises ValueError for a
     checkpoint in mid-ramp, unless finish_ramp."""
@@ -485,15 +498,17 @@ def grow_checkpoint(
     out,
     *,
     seed: int = 0,
-    layers="stack",
-    ramp: int | None = None,
-    finish_ramp: bool = False,
     draw: Callable = muP.initial_value,
+    world=OneProcess(),
+    **options,
 ) -> dict:
     """Grow a CHECKPOINT (see find_checkpoint) into the folder `out`; returns the info of the new
     checkpoint. It holds the same tensors, bit for bit, as `grow` makes. Options as there; ramp, in
     samples, is by default a tenth of the samples seen (ours). finish_ramp: grow a checkpoint in
     mid-ramp as if its own mask had reached 1.
+
+    world: a parallel.World, whose ranks all call this; each grows its share of the tensors, on a
+    file system that all of them see.
 
     Any layout may have saved the checkpoint, with or without an optimizer. Old and new tensors lie
     in file-backed memory, so the memory that this takes is a few times the largest tensor. For a
@@ -501,28 +516,47 @@ def grow_checkpoint(
 
     Raises ValueError for what cannot grow, a checkpoint in mid-ramp without finish_ramp, or an
     `out` that exists; OSError where the disk is full."""
-    path, out = step_folder(checkpoint), Path(out)
+    job = checkpoint, new_config, Path(out)
+    info, grown = world.on_all_ranks(grow_share, *job, world, options, seed=seed, draw=draw)
+    write_checkpoint(Path(out), grown, info, world)
+    return info
+
+
+def grow_share(
+    checkpoint, new_config: FLMConfig, out: Path, world, options: dict, **how
+) -> tuple[dict, dict]:
+    """(info of the new checkpoint, this rank's share of its tensors: {kind: {name: tensor}})."""
+    path = step_folder(checkpoint)
     if out.exists() or out.is_symlink():  # a link to nowhere: nothing can be renamed to it
         raise ValueError(f"{out} exists: choose another folder for the grown checkpoint")
     info = read_info(path)
-    options = {"layers": layers, "ramp": ramp, "finish_ramp": finish_ramp}
     record = next_record(path, info, new_config, **options)
     folder = out.parent
     folder.mkdir(parents=True, exist_ok=True)
-    stored = stored_tensors(path)
-    old = {key: file_backed(size, dtype, folder) for key, (size, dtype) in stored.items()}
-    read_tensors(path, old)
     with torch.device("meta"):
-        names = [name for name, _ in FLM(new_config).named_parameters()]
-    bar = tqdm(names, desc="growing", unit="parameter", disable=None)
-    grown = {}
-    for kind, name, value in grown_tensors(bar, old, new_config, record, seed=seed, draw=draw):
+        sizes = {name: p.numel() for name, p in FLM(new_config).named_parameters()}
+    by_size = sorted(sizes, key=sizes.get, reverse=True)  # so that all ranks have as much to do
+    mine = by_size[world.rank :: world.size]
+    old = old_tensors(path, {old_name(name, record) for name in mine}, folder)
+    show = None if world.rank == 0 else True  # whether tqdm is silent; None: without a terminal
+    bar, grown = tqdm(mine, desc="growing", unit="parameter", disable=show), {}
+    for kind, name, value in grown_tensors(bar, old, new_config, record, **how):
         tensor = file_backed(value.shape, value.dtype, folder).copy_(value)
         grown.setdefault(kind, {})[name] = tensor
     kept = {key: value for key, value in info.items() if key not in ("format", "files")}
-    info = {**kept, "config": new_config.to_dict(), "growth": record}
-    write_checkpoint(out, grown, info)
-    return info
+    return {**kept, "config": new_config.to_dict(), "growth": record}, grown
+
+
+def old_tensors(path: Path, names: set[str | None], folder: Path) -> dict[str, torch.Tensor]:
+    """The parameters `names` of a checkpoint and AdamW's states of them, and of the final norm,
+    which has the dtype of all: {"model.norm.weight": tensor, ...}."""
+    old = {}
+    for key, (size, dtype) in stored_tensors(path).items():
+        name, _, ending = key.split(".", 1)[1].rpartition(".")
+        if (name if ending in STATES else f"{name}.{ending}") in names | {"norm.weight"}:
+            old[key] = file_backed(size, dtype, folder)
+    read_tensors(path, old)
+    return old
 
 
 # --------------------------------------------------------------------------------------------------

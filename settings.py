@@ -168,6 +168,9 @@ class Settings:
     shard_optimizer: bool = layout_option(
         False, "cut weights, gradients and moments over the --dp processes (with --tp or --pp it "
         "is always so)")
+    reshard: bool = layout_option(
+        False, "gather the weights of a block over the --dp processes for each pass, and sum its "
+        "gradients after it: the least memory, the most traffic")
     activation_checkpointing: bool = layout_option(
         False, "compute activations again in the backward pass: less memory, a third more work")
     timeout_minutes: float = option(

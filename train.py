@@ -55,7 +55,7 @@ import schedule
 from checkpoint import find_checkpoint, read_info
 from console import refuse
 from evaluation import describe, empty_worker, eval_only, evaluate, load_worker
-from flm import IGNORE, FLMConfig, count_parameters, forward_flops, growth_mask
+from flm import FLMConfig, count_parameters, forward_flops, growth_mask
 from machine import Machine, name_of, now, peak_memory, set_up
 from parallel import Worker, World
 from run_folder import (
@@ -126,15 +126,17 @@ def update(
     clip: float,
     lr: float,
     nats: float,
-    count: float,
-) -> tuple[float, float]:
+    count: int,
+    *numbers: float,
+) -> tuple[float, ...]:
     """Check, clip, AdamW. Returns (loss in nats per supervised token, norm of the gradient before
-    clipping), both of the whole batch.
+    clipping), both of the whole batch, and the sums of `numbers` over all ranks.
 
-    nats: what worker.gradients returned on this rank; count: supervised tokens of the whole batch.
+    nats, count: what worker.gradients returned on this rank.
     Raises NonFinite on every rank, with the weights untouched, where either is not finite."""
-    nats, square = worker.world.sum(nats, worker.grad_square())
-    loss, norm = nats / count, math.sqrt(square) if square >= 0 else square  # NaN is not >= 0
+    nats, square, *sums = worker.world.sum(nats, worker.grad_square(), *numbers)
+    loss = nats / max(1, count)
+    norm = math.sqrt(square) if square >= 0 else square  # NaN is not >= 0
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NonFinite(f"loss {loss}, gradient norm {norm}")
     parameters = [p for _, p in worker.named]
@@ -144,7 +146,7 @@ def update(
         group["lr"] = lr * group["lr_scale"]
     optimizer.step()
     optimizer.zero_grad()
-    return loss, norm
+    return loss, norm, *sums
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,6 +191,7 @@ class Run:
         self.worker = self.optimizer = None  # see build
         self.metrics = self.bar = None  # the open log and the progress bar; see train
         self.signals = []  # the numbers of those that this process has received
+        self.asked = [0, 0]  # see questions
         self.saved, self.save_by = None, math.inf  # the newest checkpoint's step; time of the next
         self.warned = False  # of a utilisation that cannot be
 
@@ -233,18 +236,17 @@ class Run:
         s, state, world, B = self.settings, self.state, self.world, self.stage.batch_size
         start = now(self.machine.device)
 
-        # This dp rank's rows, (B/dp, T) each; the number of targets in the whole batch.
+        # This dp rank's rows, (B/dp, T) each.
         rows = {"rank": world.at("dp"), "ranks": world.layout.dp}
         rows["teacher_fraction"] = s.teacher_fraction
         tokens, targets = self.corpus.batch(s.seed, state.samples, B, **rows)
-        counted = world.at("tp") == world.at("pp") == 0  # the other ranks have the same rows
-        (count,) = world.sum(int((targets != IGNORE).sum()) if counted else 0)
 
         # Forward and backward; check, clip, AdamW.
         micro = parallel.micro_rows(world.layout, B, s.micro_batch)
-        nats = self.worker.gradients(tokens, targets, micro, max(1, count), self.is_stopped)
+        nats, count = self.worker.gradients(tokens, targets, micro, self.begin_asking)
         lr = learning_rate(self.stages, state.samples + B, s.min_lr, s.lr_decay)
-        loss, norm = update(self.worker, self.optimizer, s.clip, lr, nats, max(1, count))
+        step = self.worker, self.optimizer, s.clip, lr, nats, count
+        loss, norm, *self.asked = update(*step, *self.questions())
 
         if self.is_sound(loss):  # the weights that the step began with had this loss
             self.remove_older_checkpoints()
@@ -261,7 +263,7 @@ class Run:
             loss=loss,
             grad_norm=norm,
             lr=lr,
-            supervised=int(count),
+            supervised=count,
             tokens_per_s=rate,
             utilisation=used,
         )
@@ -282,15 +284,21 @@ class Run:
             )
             self.warned = True
 
-    def is_stopped(self) -> bool:
-        """Whether any rank has received a signal; all ranks learn it here."""
-        (signals,) = self.world.sum(len(self.signals))
-        return signals > 0
+    def questions(self) -> tuple[int, bool]:
+        """Numbers of this rank, which all ranks add up: signals that it has received; on rank 0,
+        whether a checkpoint is due by its clock. The sums are `asked`; the end of a step has them,
+        with those of loss and norm."""
+        return len(self.signals), self.world.rank == 0 and time.monotonic() > self.save_by
 
-    def is_late(self) -> bool:
-        """Whether rank 0's clock says that a checkpoint is due; all ranks learn it here."""
-        (late,) = self.world.sum(self.world.rank == 0 and time.monotonic() > self.save_by)
-        return late > 0
+    def ask(self):
+        """The same after what may have taken long."""
+        self.asked = self.world.sum(*self.questions())
+
+    def begin_asking(self) -> Callable[[], bool]:
+        """Begin to ask all ranks whether one has received a signal. Returns a function that waits
+        for the answer."""
+        sums = self.world.begin_sum(*self.questions())
+        return lambda: sums()[0] > 0
 
     def log(self, **values):
         """One line of metrics.jsonl."""
@@ -354,7 +362,7 @@ class Run:
         config, grown = self.stage.config, self.folder / f"stage-{self.state.stage}.tmp"
         options = dict(seed=self.settings.seed, layers=self.stage.layers, ramp=self.stage.ramp)
         self.world.on_rank_0(shutil.rmtree, grown, ignore_errors=True)  # of a run that was killed
-        info = self.world.on_rank_0(grow.grow_checkpoint, self.checkpoint, config, grown, **options)
+        info = grow.grow_checkpoint(self.checkpoint, config, grown, world=self.world, **options)
         self.state.growth = info["growth"]
         after = self.loss_of(grown)
         self.build(grown)
@@ -556,7 +564,7 @@ def train(
         stack.enter_context(receive_signals(run.signals))
         run.bar = stack.enter_context(progress_bar(run))
         try:
-            while state.step < run.last_step and state.step != stop_at and not run.is_stopped():
+            while state.step < run.last_step and state.step != stop_at and not run.asked[0]:
                 if run.growth_is_due():
                     move = run.next_layout()
                     if move:
@@ -568,9 +576,11 @@ def train(
                 last = state.step == run.last_step
                 if last or state.step % s.eval_every == 0:
                     result = run.evaluate()
+                    run.ask()
                 due = last or state.step % s.save_every == 0 or state.step == run.decay_step
-                if due or run.is_late():
+                if due or run.asked[1]:
                     run.save()
+                    run.ask()
         except parallel.Stopped:
             pass  # half a step is thrown away; the weights are those from before it
         except NonFinite as error:
@@ -613,11 +623,11 @@ def time_steps(worker: Worker, optimizer, s: Settings, rounds: int) -> list[floa
     draw = torch.Generator().manual_seed(s.seed + world.at("dp"))
     size = (s.batch_size // world.layout.dp, T + 1)
     rows = torch.randint(worker.config.vocab_size, size, generator=draw)
-    batch, count, times = (rows[:, :-1], rows[:, 1:], micro), s.batch_size * T, []
+    batch, times = (rows[:, :-1], rows[:, 1:], micro), []
     for _ in range(rounds + 2):
         forward, _ = timed(device, worker.forward, *batch)
-        both, nats = timed(device, worker.gradients, *batch, count)
-        optimize, _ = timed(device, update, worker, optimizer, s.clip, s.lr, nats, count)
+        both, found = timed(device, worker.gradients, *batch)
+        optimize, _ = timed(device, update, worker, optimizer, s.clip, s.lr, *found)
         times.append((forward, both, optimize))
     return [statistics.median(column) for column in zip(*times[2:])]
 

@@ -151,7 +151,6 @@ def steps(world: parallel.World, **options):
         samples = growth["start"]
     worker.set_masks(growth, growth_mask(growth, samples))
     micro = parallel.micro_rows(world.layout, ROWS, job.micro)
-    one_of_dp_rank = world.at("tp") == 0 and world.at("pp") == 0
 
     def held_out() -> float:
         found = worker.forward(*rows_of(world, 99, job.teacher), micro)
@@ -161,10 +160,9 @@ def steps(world: parallel.World, **options):
     log, grads, before = [], {}, held_out()
     for step in range(job.first, job.first + job.count):
         x, y = rows_of(world, step, job.teacher)
-        (supervised,) = world.sum(int((y != IGNORE).sum()) if one_of_dp_rank else 0)
-        nats = worker.gradients(x, y, micro, supervised)
+        nats, count = worker.gradients(x, y, micro)
         grads = {name: whole(p.grad) for name, p in worker.named}
-        log.append(train.update(worker, optimizer, CLIP, 1e-2, nats, supervised))
+        log.append(train.update(worker, optimizer, CLIP, 1e-2, nats, count))
     if job.save:
         info = {"step": STEPS, "samples": MID_RAMP, "stage": 0, "config": job.config.to_dict()}
         info |= {"growth": growth, "tokenizer": "bytes", "dtype": job.dtype}
@@ -175,8 +173,8 @@ def steps(world: parallel.World, **options):
 
 
 def grow_on_disk(world: parallel.World, source: Path, out: Path):
-    """Grow a checkpoint in all four dimensions; rank 0 does it, the others wait."""
-    world.on_rank_0(grow.grow_checkpoint, source, BIGGER, out, seed=1)
+    """Grow a checkpoint in all four dimensions, each rank its share."""
+    grow.grow_checkpoint(source, BIGGER, out, seed=1, world=world)
 
 
 def cut(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:

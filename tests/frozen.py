@@ -35,9 +35,9 @@ def one_step(world: World, freeze_me, layout: Layout):
     world = parallel.arrange(world, layout, distributed.CPU)
     worker, _ = distributed.make_worker(world, distributed.Job())
     rows = distributed.rows_of(world, 0, False)
-    worker.gradients(*rows, 4, 100)
+    worker.gradients(*rows, 4)
     freeze_me()
-    worker.gradients(*rows, 4, 100)
+    worker.gradients(*rows, 4)
     world.sum(1.0)
 
 

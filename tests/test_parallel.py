@@ -37,6 +37,7 @@ CASES = {
         Layout(dp=2, shard_optimizer=True, activation_checkpointing=True),
         dict(config=TELE, growth=GROWTH),
     ),
+    "dp2-reshard": (2, Layout(dp=2, reshard=True), dict(micro=4, teacher=True, growth=GROWTH)),
     "tp2": (2, Layout(tp=2), dict(teacher=True, micro=8)),
     "tp2-untied": (
         2,
@@ -60,6 +61,7 @@ CASES = {
     "pp2-inter-teacher": (2, Layout(pp=2, schedule=INTERLEAVED), dict(teacher=True, micro=2)),
     "dp2-tp2": (4, Layout(dp=2, tp=2), dict(growth=GROWTH, teacher=True)),
     "dp2-tp2-seq": (4, Layout(dp=2, tp=2, sequence_parallel=True), dict(micro=2)),
+    "dp2-tp2-reshard": (4, Layout(dp=2, tp=2, reshard=True), dict(config=UNTIED, micro=4)),
     "dp2-pp2": (4, Layout(dp=2, pp=2), dict(micro=2, teacher=True)),
     "dp2-pp2-inter": (
         4,
@@ -317,6 +319,14 @@ def test_a_pipeline_gets_whole_micro_batches(pp, rows, micro, schedule):
         return
     assert n >= rows and not parallel.check_layout(layout, deep, n, micro)
     assert all(parallel.check_layout(layout, deep, k, micro) for k in range(rows, n))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("axes", [dict(dp=1), dict(dp=2, pp=2)])
+def test_resharding_without_a_use_is_refused(axes):
+    """One dp rank has nothing to gather, and a pipeline gathers once for all micro-batches."""
+    (problem,) = parallel.check_layout(Layout(**axes, reshard=True), CONFIG, 8)
+    assert problem.startswith("--reshard: ") and "add --no-reshard" in problem
 
 
 @pytest.mark.quick

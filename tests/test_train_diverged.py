@@ -84,8 +84,8 @@ def test_ruined_weights_never_replace_sound_ones(corpus, monkeypatch, keep):
     the last checkpoint with a finite loss is still there, and is the newest one now."""
     s, real = job(corpus, keep=keep), train.update
 
-    def ruin(worker, optimizer, clip, lr, nats, count):
-        found = real(worker, optimizer, clip, lr, nats, count)
+    def ruin(worker, optimizer, clip, lr, *numbers):
+        found = real(worker, optimizer, clip, lr, *numbers)
         if optimizer.state[worker.named[0][1]]["step"] == 4:
             with torch.no_grad():
                 worker.named[0][1].fill_(math.nan)
