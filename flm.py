@@ -213,8 +213,9 @@ def _tele(L: int, C: int, H: int, F: int, V: int = 80384, **changes) -> FLMConfi
 
 
 PRESETS = {
-    # For a laptop: bytes (256 and the end-of-text token, padded to a multiple of 32).
-    "demo": _flm(6, 256, 4, V=288, T=256, D=64),
+    # For a laptop: bytes (256 and the end-of-text token, padded to a multiple of 32). Its learning
+    # rate was searched at this width.
+    "demo": _flm(6, 128, 4, V=288, T=256, D=32).replace(mup_base_width=128),
     # For the IQ evaluation's tasks (iqeval.py): small, with room for few-shot prompts in bytes.
     "iq-demo": _flm(4, 128, 4, V=288, T=768, D=32),
     # The paper: width 256, 2 heads, under 100M parameters, all else as in the 16B model (section 3)

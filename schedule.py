@@ -213,7 +213,7 @@ def paper_recipe(given: dict) -> dict:
 # 2T tokens in batches of 1,344 x 4,096. For the proxy, 102B and 1T it is OURS.
 TELE_RECIPE = {"steps": 363_304, "batch_size": 1344, "lr": 1.5e-4, "warmup": 2000 * 1344}
 RECIPES = {  # of each preset; those of the demos are ours, by trying
-    "demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800, "stages": DEMO_STAGES},
+    "demo": {"steps": 800, "batch_size": 16, "lr": 4e-3, "warmup": 800, "stages": DEMO_STAGES},
     "iq-demo": {"steps": 4000, "batch_size": 8, "lr": 2e-3, "warmup": 1000},
     "flm-proxy": paper_recipe(PAPER_STAGES[0]),  # the paper's search on the proxy was for its 16B
     **{given["preset"]: paper_recipe(given) for given in PAPER_STAGES},

@@ -74,7 +74,7 @@ LARGER = {"config": {"n_layers": 8}, "start": 50}
         ([{"preset": "demo"}, {"config": {"n_layers": 8}}], ["needs a start in samples"]),
         (
             [{"preset": "demo"}, {"config": {"n_layers": 3, "d_ff": 5}, "start": 9}],
-            ["n_layers: 6 -> 3", "d_ff: 1024 -> 5"],
+            ["n_layers: 6 -> 3", "d_ff: 512 -> 5"],
         ),
         (
             [{"preset": "demo"}, LARGER | {"ramp": 20}, {"config": {"n_layers": 9}, "start": 60}],
