@@ -190,13 +190,17 @@ LIMIT = 1 / 3
 ENOUGH_SEEDS = 4  # with fewer, the spread between seeds is not known well enough
 
 
-def model_config(words: Iterable[str]) -> FLMConfig:
+DECIDED = ("d_model", "n_heads", "d_ff", "mup", "mup_base_width")
+DECIDED_OF_DEPTHS = ("d_model", "n_heads", "d_ff", "n_layers", "depth_alpha", "base_layers")
+
+
+def model_config(words: Iterable[str], decided: tuple[str, ...] = DECIDED) -> FLMConfig:
     """The model of the check: preset "demo" with SMALL, changed by words FIELD=VALUE.
     Raises ValueError with every bad word."""
     changes, problems = parse_fields(words)
-    for name in ("d_model", "n_heads", "d_ff", "mup", "mup_base_width"):
+    for name in decided:
         if name in changes:
-            problems.append(f"--model {name}: the widths decide it, leave it out")
+            problems.append(f"--model {name}: the check decides it, leave it out")
     console.refuse(problems)
     return preset("demo").replace(**SMALL | changes)
 
@@ -407,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
             f"--{axis}s {widths} --steps {args.steps} --lr {args.lr}: the check needs at least "
             f"2 {axis}s, 1 step and a learning rate above 0"
         )
-    config = model_config(args.model)
+    config = model_config(args.model, DECIDED_OF_DEPTHS if args.depths else DECIDED)
     if args.depths:
         (config,) = at_widths(config, args.widths[:1]).values()
         config = config.replace(mup_base_width=config.d_model)
@@ -421,8 +425,8 @@ def main(argv: list[str] | None = None) -> int:
     step, layer = divmod(farthest, len(LAYERS))
     print(
         f"{tested} is farthest from flat at {LAYERS[layer]}, step {step}: "
-        f"p = {p[step, layer]:.2f} ± {noise[step, layer]:.2f}\nverdict: {result} (limit: {LIMIT:.2f}, noise included; the "
-        "logits at step 0 do not count)"
+        f"p = {p[step, layer]:.2f} ± {noise[step, layer]:.2f}\n"
+        f"verdict: {result} (limit: {LIMIT:.2f}, noise included; the logits at step 0 do not count)"
     )
     if result == "cannot tell":
         more = " ".join(map(str, range(4 * len(seeds))))

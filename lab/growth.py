@@ -24,6 +24,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import console
@@ -335,10 +336,16 @@ def shown(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def spread(values) -> str:
-    """The lowest and the highest value, over the seeds."""
+def spread(values: Collection[float | None]) -> str:
+    """The lowest and the highest value over the seeds, or for how many there is one at all.
+
+    >>> spread([1.5, 1.25]), spread([1.5, None])
+    ('1.25 to 1.50', '1 of 2 known')
+    """
     known = sorted(value for value in values if value is not None)
-    return f"{shown(known[0])} to {shown(known[-1])}" if known else "-"
+    if len(known) < len(values):
+        return f"{len(known)} of {len(values)} known"
+    return f"{shown(known[0])} to {shown(known[-1])}"
 
 
 def print_table(rows: list[dict]):
@@ -355,8 +362,8 @@ def print_table(rows: list[dict]):
         print(f"{row['decay']:>7}{shown(row['mean']['loss'], 4):>8}{shown(wide, 4):>7}", end="")
         print(f"{faster:>9}{spread(row['by_seed'].values()):>14}{shown(row['gap'], 3):>8}", end="")
         print(f"   {row['stages']}")
-    print(f"""loss: held out, nats per token, mean of {seeds} seed(s), ± half their spread; - where a
-run diverged. Learning rate and decay: the best of the grid, by the seed of --tune.
+    print(f"""loss: held out, nats per token, mean of {seeds} seed(s), ± half their spread; - where
+a run diverged. Learning rate and decay: the best of the grid, by the seed of --tune.
 speed-up: the FLOPs that the best training from scratch needs for that loss, over those of this run;
 > and < are bounds, where no run from scratch has that loss. gap: how much higher the loss is than
 from scratch after the same samples; 0 is fully mixed.

@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 import console
+import machine
 import train
 from checkpoint import list_checkpoints, read_info, step_of
 from flm import FLMConfig, count_parameters
@@ -266,8 +267,8 @@ def step_name(step: int) -> str:
 
 
 def copy_trunk(trunk: Path, branch: Branch):
-    """The folder of a branch, whole or not there, as if the run had been stopped where it leaves the
-    trunk. Branches of a trunk that diverged have diverged."""
+    """The folder of a branch, whole or not there, as if the run had been stopped where it leaves
+    the trunk. Branches of a trunk that diverged have diverged."""
     folder = Path(branch.settings.out)
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
@@ -356,6 +357,8 @@ def work(job: Job, connection: Connection) -> int | None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     MeasuredRun.report = connection.send
+    # A job may begin many runs. Their utilisation is no result of a study: one measurement will do.
+    machine.matmul_rate = cache(machine.matmul_rate)
     return train_one(job)
 
 

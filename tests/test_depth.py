@@ -74,7 +74,10 @@ def test_the_command(tmp_path, capsys):
     assert "at depth 8 over depth 2" in out and "alpha 1 is farthest from flat" in out
     assert report["sizes"]["alpha 0"].keys() == {"2", "4", "8"}
     assert "2 depths" in error(muP.main, ["coord-check", "--depths", "4"])
-    assert "--depths [0, 4]" in error(muP.main, ["coord-check", "--depths", "0", "4"])
+    words = ["coord-check", "--depths", "0", "4"]
+    assert "--depths [0, 4]" in error(muP.main, words)
+    words = "coord-check --depths 2 4 --model n_layers=3".split()
+    assert "--model n_layers: the check decides it" in error(muP.main, words)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -139,11 +139,11 @@ def test_the_best_cell_of_each_is_reported(place, capsys):
     seeds report it. Cells of wsd that share a trunk end as if trained alone. The JSON has every
     cell."""
     words = ["--steps", "4", "6", "8", "--at", "6", "--stages", str(place / "double.json")]
-    grid = ["--lrs", "0.004", "0.03", "--decays", "0.25", "0.5", "cosine"]
+    grid = ["--lrs", "0.004", "0.03", "--decays", "0.5", "cosine"]
     result = bench(place, *words, "--tune", "5", "--seeds", "1", "2", out="grid", cells=grid)
-    assert len(result["rows"]) == 4
+    assert len(result["rows"]) == 4 and result["tune"] == 5
     for row in result["rows"]:
-        assert len(row["cells"]) == 6 and row["loss"].keys() == {"1", "2"}
+        assert len(row["cells"]) == 4 and row["loss"].keys() == {"1", "2"}
         lowest = min(loss for _, _, loss in row["cells"])
         assert [row["lr"], row["decay"], lowest] in row["cells"]
         name = f"{row['name']}-{row['budget']}-lr{row['lr']:g}-{row['decay']}-seed"
