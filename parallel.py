@@ -539,16 +539,19 @@ class Worker:
         targets: torch.Tensor,
         micro: int,
         score: Callable | None = None,
+        documents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """score(logits, targets) of this dp rank's rows, summed over the micro-batches; by default
         the loss in nats, summed over the supervised tokens. No gradients.
 
-        tokens, targets: (b, T), the rows of this dp rank; micro: rows of one forward pass.
-        Returns zeros on ranks that do not have the last pipeline stage."""
+        tokens, targets: (b, T), the rows of this dp rank; micro: rows of one forward pass;
+        documents: (b, T), between which attention is cut, see FLM.forward. Returns zeros on ranks
+        that do not have the last pipeline stage."""
         x, y = tokens.to(self.device), targets.to(self.device)
+        documents = documents if documents is None else documents.to(self.device)
         run = self.run_pipeline if self.world.layout.pp > 1 else self.run_micro_batches
         with self.loss_over_shards():
-            total = run(x, y, micro, score or loss_sum)
+            total = run(x, y, micro, score or loss_sum, documents=documents)
         self.reshard()
         return total
 
@@ -559,6 +562,7 @@ class Worker:
         micro: int,
         count: float,
         stop: Callable[[], bool] | None = None,
+        documents: torch.Tensor | None = None,
     ) -> float:
         """Add to .grad the gradient of the whole batch's loss: nats / `count`.
 
@@ -567,15 +571,16 @@ class Worker:
         one rank of each dp rank, and 0 on its other ranks.
 
         stop: asked between two micro-batches, not in a pipeline; where it says True, Stopped is
-        raised, and what .grad holds is worthless."""
+        raised, and what .grad holds is worthless. documents: as for `forward`."""
         x = tokens.to(self.device, non_blocking=True)
         y = targets.to(self.device, non_blocking=True)
+        cut = {"documents": documents if documents is None else documents.to(self.device)}
         self.scale = self.world.layout.dp / count  # PyTorch's engines average over dp
         with self.loss_over_shards():
             if self.world.layout.pp > 1:
-                nats = self.run_pipeline(x, y, micro, loss_sum, self.scale)
+                nats = self.run_pipeline(x, y, micro, loss_sum, self.scale, **cut)
             else:
-                nats = self.run_micro_batches(x, y, micro, loss_sum, self.scale, stop)
+                nats = self.run_micro_batches(x, y, micro, loss_sum, self.scale, stop, **cut)
         if self.tied_end is not None:  # both ends get the sum of their gradients
             dist.all_reduce(local(self.tied_end.grad), group=self.tie)
         return nats.item() if self.world.at("tp") == 0 else 0.0
@@ -587,7 +592,9 @@ class Worker:
         maximum, the sum of exponentials and the target's logit of each token."""
         return loss_parallel() if self.world.layout.tp > 1 else contextlib.nullcontext()
 
-    def run_micro_batches(self, x, y, micro, score, scale=None, stop=None) -> torch.Tensor:
+    def run_micro_batches(
+        self, x, y, micro, score, scale=None, stop=None, documents=None
+    ) -> torch.Tensor:
         """Without a pipeline: forward passes of `micro` rows and, with `scale`, backward passes of
         scale * loss. Returns score(logits, targets), summed over the micro-batches."""
         model = self.parts[0] if scale is None or self.ddp is None else self.ddp
@@ -599,9 +606,13 @@ class Worker:
             if stop is not None and i > 0 and stop():
                 raise Stopped
             rows, targets = x[i : i + micro], y[i : i + micro]
+            cut = {"documents": documents if documents is None else documents[i : i + micro]}
             with self.gradient_exchange(model, scale is not None, last=i + micro >= len(x)):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-                    value = model(rows, targets) if by_model else score(model(rows), targets)
+                    if by_model:
+                        value = model(rows, targets, **cut)
+                    else:
+                        value = score(model(rows, **cut), targets)
                 if scale is not None:
                     (value * scale).backward()
             total = total + local(value.detach())
@@ -617,11 +628,12 @@ class Worker:
             return model.no_sync()
         return contextlib.nullcontext()
 
-    def run_pipeline(self, x, y, micro, score, scale=None) -> torch.Tensor:
+    def run_pipeline(self, x, y, micro, score, scale=None, documents=None) -> torch.Tensor:
         """One pass of all micro-batches through the pipeline: forward and, with `scale`, backward.
 
-        Along pp, hidden states (micro, T, C) are sent forward and their gradients back. The
-        schedule of training is kept; that of an evaluation holds activations, and goes."""
+        Along pp, hidden states (micro, T, C) are sent forward and their gradients back. Of
+        `documents` nothing is sent: all ranks of a pipeline have the same rows. The schedule of
+        training is kept; that of an evaluation holds activations, and goes."""
         n = len(x) // micro
         if scale is None:
             pipeline, stages = self.make_pipeline(n, score)
@@ -633,7 +645,7 @@ class Worker:
         losses = [] if self.world.last else None
         target = y if self.world.last else None
         run = pipeline.eval if scale is None else pipeline.step
-        run(*inputs, target=target, losses=losses, return_outputs=False)
+        run(*inputs, target=target, losses=losses, return_outputs=False, documents=documents)
         if scale is None:
             for stage in stages:
                 stage.clear_runtime_states()
