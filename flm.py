@@ -514,6 +514,7 @@ class FLM(nn.Module):
         cache: KVCache | None = None,
         blockwise: bool = False,
         last_only: bool = False,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Tokens (B, T) -> logits (B, T, V), or (B, 1, V) with `last_only`.
 
@@ -523,12 +524,15 @@ class FLM(nn.Module):
         blockwise: blockwise causal attention (arXiv 2212.10554, section 3.2), for inference past
         the trained length: a query sees its own block of max_seq_len/2 positions and the block
         before. Training never uses it.
+        documents: (B, T), the number of the document that each token belongs to: attention is cut
+        between documents. Scores depend on distances alone, so each document is then computed as
+        if it stood alone.
         Raises ValueError where x does not fit the cache, or its length leaves xPos's range.
         """
         T, config = x.shape[1], self.config
         start, pad = (0, None) if cache is None else (cache.length, cache.pad)
         block_length = max(1, config.max_seq_len // 2) if blockwise else None
-        visible = visible_slots(start, T, pad, block_length, x.device)  # None: causal attention
+        visible = visible_slots(start, T, pad, block_length, x.device, documents)
         tables = self._tables(start, T, cache)
         if self.embedding is not None:
             x = self.embedding(x) * config.input_mult  # (B, T) -> (B, T, C)
@@ -729,14 +733,19 @@ class HeadLoss(torch.autograd.Function):
 
 
 def visible_slots(
-    start: int, T: int, pad: Tensor | None, block: int | None, device
+    start: int,
+    T: int,
+    pad: Tensor | None,
+    block: int | None,
+    device,
+    documents: Tensor | None = None,
 ) -> Tensor | None:
     """Which of the S = start+T slots each of the last T queries may attend to.
 
     pad (B,): slots at the left of each row that hold padding. block: length of a block of
-    blockwise attention. Returns bool (B or 1, 1, T, S); or None where plain causal attention is
+    blockwise attention. documents (B, T): as in FLM.forward, without a cache. Returns bool (B or 1, 1, T, S); or None where plain causal attention is
     asked for, which F.scaled_dot_product_attention does faster without a mask."""
-    if block is None and pad is None and (start == 0 or T == 1):
+    if block is None and pad is None and documents is None and (start == 0 or T == 1):
         return None
     q = torch.arange(start, start + T, device=device)[:, None]  # (T, 1)
     k = torch.arange(start + T, device=device)  # (S,)
@@ -745,6 +754,8 @@ def visible_slots(
     visible = (k <= q) & (k >= left)  # (B or 1, T, S)
     if block is not None:
         visible &= (q - left) // block - (k - left) // block <= 1
+    if documents is not None:
+        visible = visible & (documents[:, :, None] == documents[:, None, :])
     # A query in the padding sees itself. Else its softmax were empty, and its NaN would reach
     # other positions as 0 * NaN.
     return (visible | (k == q))[:, None]

@@ -54,9 +54,10 @@ from tqdm import tqdm
 
 import console
 from checkpoint import load_model
-from data import EMOJI, get_tokenizer, prepare
 from machine import pick_device
+from prepare import prepare
 from sample import fill_cache, generate, writable
+from tokenizer import EMOJI, get_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # 1. Items

@@ -687,16 +687,19 @@ class Worker:
         targets: torch.Tensor,
         micro: int,
         score: Callable | None = None,
+        documents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """score(logits, targets) of this dp rank's rows, summed over the micro-batches; by default
         the loss in nats, summed over the supervised tokens. No gradients.
 
-        tokens, targets: (b, T), the rows of this dp rank; micro: rows of one forward pass.
-        Returns zeros on ranks that do not have the last pipeline stage."""
+        tokens, targets: (b, T), the rows of this dp rank; micro: rows of one forward pass;
+        documents: (b, T), between which attention is cut, see FLM.forward. Returns zeros on ranks
+        that do not have the last pipeline stage."""
         x, y = tokens.to(self.device), targets.to(self.device)
+        documents = documents if documents is None else documents.to(self.device)
         run = self.run_pipeline if self.world.layout.pp > 1 else self.run_micro_batches
         with self.loss_over_shards():
-            total = run(x, y, micro, score or loss_sum)
+            total = run(x, y, micro, score or loss_sum, documents=documents)
         self.reshard()
         return total
 
@@ -706,6 +709,7 @@ class Worker:
         targets: torch.Tensor,
         micro: int,
         stop: Callable[[], Callable[[], bool]] | None = None,
+        documents: torch.Tensor | None = None,
     ) -> tuple[float, int]:
         """Add to .grad the gradient of the whole batch's loss: nats per supervised token.
 
@@ -715,16 +719,17 @@ class Worker:
 
         stop: called in each micro-batch, not in a pipeline. The function that it returns is called
         before the next one; where that says True, Stopped is raised, and what .grad holds is
-        worthless."""
+        worthless. documents: as for `forward`."""
         first = self.world.at("tp") == self.world.at("pp") == 0  # the others have the same rows
         self.supervised = self.world.begin_sum((targets != IGNORE).sum().item() if first else 0)
         x = tokens.to(self.device, non_blocking=True)
         y = targets.to(self.device, non_blocking=True)
+        cut = {"documents": documents if documents is None else documents.to(self.device)}
         with self.loss_over_shards():
             if self.world.layout.pp > 1:
-                nats = self.run_pipeline(x, y, micro, loss_sum, training=True)
+                nats = self.run_pipeline(x, y, micro, loss_sum, training=True, **cut)
             else:
-                nats = self.run_micro_batches(x, y, micro, loss_sum, training=True, stop=stop)
+                nats = self.run_micro_batches(x, y, micro, loss_sum, True, stop, **cut)
         if self.tied_end is not None:  # both ends get the sum of their gradients
             dist.all_reduce(local(self.tied_end.grad), group=self.tie)
         return nats.item() if self.world.at("tp") == 0 else 0.0, int(self.supervised()[0])
@@ -741,7 +746,9 @@ class Worker:
         maximum, the sum of exponentials and the target's logit of each token."""
         return loss_parallel() if self.world.layout.tp > 1 else contextlib.nullcontext()
 
-    def run_micro_batches(self, x, y, micro, score, training=False, stop=None) -> torch.Tensor:
+    def run_micro_batches(
+        self, x, y, micro, score, training=False, stop=None, documents=None
+    ) -> torch.Tensor:
         """Without a pipeline: forward passes of `micro` rows and, when training, backward passes.
         Returns score(logits, targets), summed over the micro-batches."""
         model = self.ddp if training and self.ddp is not None else self.parts[0]
@@ -752,9 +759,13 @@ class Worker:
             if stopped is not None and stopped():
                 raise Stopped
             rows, targets = x[i : i + micro], y[i : i + micro]
+            cut = {"documents": documents if documents is None else documents[i : i + micro]}
             with self.gradient_exchange(model, training, last=i + micro >= len(x)):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-                    value = model(rows, targets) if by_model else score(model(rows), targets)
+                    if by_model:
+                        value = model(rows, targets, **cut)
+                    else:
+                        value = score(model(rows, **cut), targets)
                 stopped = stop and stop()  # the ranks tell each other during the backward pass
                 if training:
                     (value * self.scale()).backward()
@@ -769,11 +780,12 @@ class Worker:
             return model.no_sync()
         return contextlib.nullcontext()
 
-    def run_pipeline(self, x, y, micro, score, training=False) -> torch.Tensor:
+    def run_pipeline(self, x, y, micro, score, training=False, documents=None) -> torch.Tensor:
         """One pass of all micro-batches through the pipeline: forward and, when training, backward.
 
-        Along pp, hidden states (micro, T, C) are sent forward and their gradients back. The
-        schedule of training is kept; that of an evaluation holds activations, and goes."""
+        Along pp, hidden states (micro, T, C) are sent forward and their gradients back. Of
+        `documents` nothing is sent: all ranks of a pipeline have the same rows. The schedule of
+        training is kept; that of an evaluation holds activations, and goes."""
         n, by_model = len(x) // micro, score is loss_sum
         if training:
             if n not in self.pipelines:
@@ -782,9 +794,9 @@ class Worker:
         else:
             pipeline, stages = self.make_pipeline(n, (lambda nats, _: nats) if by_model else score)
         inputs = [x] if self.world.at("pp") == 0 else []
-        losses, options = [], {}
+        losses, options = [], {"documents": documents}
         if self.world.last:
-            options = {"target": y, "losses": losses} | ({"targets": y} if by_model else {})
+            options |= {"target": y, "losses": losses} | ({"targets": y} if by_model else {})
         run = pipeline.step if training else pipeline.eval
         run(*inputs, return_outputs=False, **options)
         if not training:

@@ -25,8 +25,11 @@ from console import refuse
 from flm import FLMConfig
 from machine import Machine
 from parallel import World
+from prepare import prepare_once
 from schedule import Stage
 from settings import FIELDS, Settings, check_settings, flag
+from textfiles import stdlib_files
+from tokenizer import get_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # 1. The folder
@@ -283,11 +286,11 @@ def default_corpus(tokenizer: str, tokenizer_file: str | None, config: FLMConfig
     """The folder of the default corpus, Python's standard library, prepared on first use."""
     version = platform.python_version()
     folder = f"corpora/stdlib-{version}-{tokenizer}"
-    if not Path(folder).exists():
-        encoding = data.get_tokenizer(tokenizer, tokenizer_file)
+    if not Path(folder, "meta.json").is_file():
+        encoding = get_tokenizer(tokenizer, tokenizer_file)
         check_vocabulary(encoding, config, folder)
         print(f"preparing the default corpus, Python {version}'s own source, in {folder}")
-        data.prepare_once({"stdlib": data.stdlib_files()}, folder, encoding)
+        prepare_once({"stdlib": stdlib_files()}, folder, encoding)
     return folder
 
 
@@ -306,11 +309,13 @@ def open_corpus(
     tokenizer_file: str | None,
     config: FLMConfig,
     world: World = World(),
+    document_mask: bool = False,
 ) -> data.Corpus:
     """A prepared folder; None: the default corpus, which rank 0 prepares on first use. Raises
     ValueError where its ids exceed the model's vocabulary."""
     folder = folder or world.on_rank_0(default_corpus, tokenizer, tokenizer_file, config)
-    corpus = world.raise_on_all_ranks(data.Corpus, folder, config.max_seq_len, tokenizer_file)
+    options = folder, config.max_seq_len, tokenizer_file, document_mask
+    corpus = world.raise_on_all_ranks(data.Corpus, *options)
     check_vocabulary(corpus.tokenizer, config, folder)
     for split, n in corpus.teacher_left_out.items():
         if n:
@@ -332,6 +337,16 @@ def check_corpus(s: Settings, corpus: data.Corpus, digest: str | None):
             "would be other ones: give the folder of the same text (--data DIR), or say that you "
             "want another text (--data-changed)"
         )
+
+
+def tell_repeats(corpus: data.Corpus, samples: int, teacher_fraction: float):
+    """Say which sources a run of so many samples reads more than once."""
+    for name, epochs in corpus.epochs(samples, teacher_fraction).items():
+        if epochs > 1:
+            print(
+                f"note: this run reads {name} {epochs:.1f} times, each time in another order; more "
+                "text, or a smaller weight (data.py prepare --weight), repeats less"
+            )
 
 
 def check_tokenizer(corpus: data.Corpus, name: str, where):

@@ -27,9 +27,9 @@ from torch import Tensor
 
 import console
 from checkpoint import load_model
-from data import decodable, get_tokenizer
 from flm import FLM, FLMConfig, KVCache
 from machine import pick_device
+from tokenizer import decodable, get_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # 1. Tokens

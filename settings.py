@@ -95,6 +95,9 @@ class Settings:
     tokenizer_file: str | None = option(
         None, "cl100k_base.tiktoken, where it cannot be downloaded",
         metavar="PATH", resume=True, modes=EVAL)
+    document_mask: bool = option(
+        False, "cut attention where a document ends (a row holds parts of several documents)",
+        modes=EVAL)
     teacher_fraction: float = option(
         0.0, "share of rows with FreeLM's teacher signal", valid=SHARE)
 

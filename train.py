@@ -73,11 +73,20 @@ from run_folder import (
     resume_command,
     resumed,
     resumed_stages,
+    tell_repeats,
     write_run,
 )
 from sample import continue_texts
 from schedule import RECIPES, Stage, learning_rate, training_flops
-from settings import FIELDS, MODES, Settings, check_same_settings, flag, make_parser, resolve
+from settings import (
+    FIELDS,
+    MODES,
+    Settings,
+    check_same_settings,
+    flag,
+    make_parser,
+    resolve,
+)
 
 # --------------------------------------------------------------------------------------------------
 # 1. The parts of a step
@@ -239,11 +248,12 @@ class Run:
         # This dp rank's rows, (B/dp, T) each.
         rows = {"rank": world.at("dp"), "ranks": world.layout.dp}
         rows["teacher_fraction"] = s.teacher_fraction
-        tokens, targets = self.corpus.batch(s.seed, state.samples, B, **rows)
+        tokens, targets = self.corpus.batch_ahead(s.seed, state.samples, B, **rows)
 
         # Forward and backward; check, clip, AdamW.
         micro = parallel.micro_rows(world.layout, B, s.micro_batch)
-        nats, count = self.worker.gradients(tokens, targets, micro, self.begin_asking)
+        cut = {"documents": self.corpus.documents(tokens)}
+        nats, count = self.worker.gradients(tokens, targets, micro, self.begin_asking, **cut)
         lr = learning_rate(self.stages, state.samples + B, s.min_lr, s.lr_decay)
         step = self.worker, self.optimizer, s.clip, lr, nats, count
         loss, norm, *self.asked = update(*step, *self.questions())
@@ -463,8 +473,10 @@ def open_run(
     out = s.out if resume else world.on_rank_0(claim_folder, s, stack)
     s = dataclasses.replace(s, dtype=name_of(machine.dtype), out=out)
     text, digest = world.on_rank_0(find_text, Path(out), s.data) if resume else (s.data, None)
-    corpus = open_corpus(text, s.tokenizer, s.tokenizer_file, stages[-1].config, world)
+    options = stages[-1].config, world, s.document_mask
+    corpus = open_corpus(text, s.tokenizer, s.tokenizer_file, *options)
     check_corpus(s, corpus, digest)
+    tell_repeats(corpus, stages[-1].end, s.teacher_fraction)
     source = out if resume else s.init_from
     state, path, tokenizer = world.raise_on_all_ranks(read_state, source, resume, stages)
     if path:

@@ -22,8 +22,8 @@ import re
 from pathlib import Path
 
 import console
-from data import EMOJI
 from iqeval import PLACES, TASKS, Item, Task
+from tokenizer import EMOJI
 
 # --------------------------------------------------------------------------------------------------
 # 1. Strategies for a task whose answer is written: {strategy: what it answers}

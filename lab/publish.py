@@ -51,9 +51,9 @@ from checkpoint import (
     stored_tensors,
     write_checkpoint,
 )
-from data import TOKENIZERS, get_tokenizer
 from flm import FLM, MUST_BE, FLMConfig, fits, growth_mask
 from grow import file_backed, return_freed_memory
+from tokenizer import TOKENIZERS, get_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # 1. Names

@@ -37,8 +37,8 @@ from train import main
 
 
 def shard(folder, signal_name, split):
-    """A shard's tokens, read by hand: 24 bytes of header, then two bytes a token."""
-    return np.fromfile(Path(folder) / f"{signal_name}-0-{split}.tokens", "<u2", offset=24).astype(
+    """A shard's tokens, read by hand: 16 bytes of header, then two bytes a token."""
+    return np.fromfile(Path(folder) / f"{signal_name}-0-{split}.tokens", "<u2", offset=16).astype(
         np.int64
     )
 
@@ -116,7 +116,8 @@ def test_evaluation_spreads_its_rows(corpus):
     n = source.n_rows("val", "language")
 
     class Watched:
-        tokenizer, n_rows, seq_len = source.tokenizer, source.n_rows, T
+        tokenizer, seq_len = source.tokenizer, T
+        rows_by_source, documents = source.rows_by_source, source.documents
 
         def rows(self, split, signal_name, start, count):
             if signal_name == "language":
