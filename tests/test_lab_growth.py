@@ -17,10 +17,10 @@ from lab import growth, runs
 from lab.growth import SCHEDULES, best_cell, compare, describe, gap, speed_up, warnings
 from schedule import in_samples
 
-TINY = "--model n_layers=2 d_model=16 n_heads=1 head_dim=16 d_ff=32 max_seq_len=16 --batch-size 4 "
-TINY += "--warmup 4 --eval-rows 4 --device cpu"
+TINY = "--model n_layers=2 d_model=16 n_heads=1 head_dim=16 d_ff=32 max_seq_len=16 "
+TINY += "mup_base_width=256 --batch-size 4 --warmup 4 --eval-rows 4 --device cpu"
 FINAL = preset("demo").replace(
-    n_layers=2, d_model=16, n_heads=1, head_dim=16, d_ff=32, max_seq_len=16
+    n_layers=2, d_model=16, n_heads=1, head_dim=16, d_ff=32, max_seq_len=16, mup_base_width=256
 )
 DOUBLE = [
     {"config": {"n_layers": 1}},
