@@ -7,12 +7,13 @@
 A study (lab/transfer.py, lab/growth.py) makes one Settings for each of its runs. The runs
 must differ in nothing but what the study varies. So the study fixes the arithmetic for all of
 them: float32 on one thread, unless the user names another one. A finished run keeps config.json
-and its log; its checkpoints are deleted.
+and its log; its checkpoints are deleted, unless the study needs them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -171,12 +172,14 @@ def text_log(folder: Path) -> Path:
 
 @dataclass
 class Job:
-    """A run that is not finished, with its FLOPs: those done so far, and all of them."""
+    """A run that is not finished, with its FLOPs: those done so far, and all of them. keep: its
+    checkpoints stay."""
 
     settings: Settings
     folder: Path
     done: int
     total: int
+    keep: bool = False
 
 
 class MeasuredRun(train.Run):
@@ -217,14 +220,15 @@ def work(job: Job, connection: Connection) -> int | None:
 
 
 def finish(job: Job, code: int) -> FinishedRun:
-    """What a run's process left behind; the checkpoints go. Raises ValueError where it failed."""
+    """What a run's process left behind; the checkpoints go, if they are not to be kept. Raises
+    ValueError where it failed."""
     if code:
         log = text_log(job.folder)
         words = log.read_text(errors="replace").strip().splitlines()[-8:]
         heading = f"{job.folder} ended with code {code}. All its words are in {log}, the last ones:"
         raise ValueError("\n  ".join([heading, *words]))
     text_log(job.folder).unlink()
-    for path in list_checkpoints(job.folder):
+    for path in list_checkpoints(job.folder) if not job.keep else []:
         shutil.rmtree(path)
     return read_finished(job.folder)
 
@@ -277,15 +281,17 @@ def train_jobs(jobs: list[Job], at_a_time: int, bar: tqdm):
             process.join()
 
 
-def unfinished(settings: Settings, stages: list[Stage]) -> Job | None:
-    """The run as a job; None where it is finished."""
+def unfinished(settings: Settings, stages: list[Stage], keep: bool = False) -> Job | None:
+    """The run as a job; None where it is finished. The log comes before the checkpoint: a run
+    that was killed between the two is finished, but not where its checkpoints are to be kept."""
     folder = Path(settings.out)
-    if read_finished(folder):
-        return None
     checkpoints = list_checkpoints(folder)
     samples = read_info(checkpoints[-1])["samples"] if checkpoints else 0
+    run = read_finished(folder)
+    if run and (run.loss is None or not keep or samples == stages[-1].end):
+        return None
     done, total = training_flops(stages, samples), training_flops(stages, stages[-1].end)
-    return Job(settings, folder, done, total)
+    return Job(settings, folder, done, total, keep)
 
 
 def stop(number: int, frame):
@@ -293,8 +299,8 @@ def stop(number: int, frame):
     sys.exit(128 + number)
 
 
-def jobs_to_do(runs: list[Settings]) -> list[Job]:
-    """The runs that are not finished, the longest last. Prepares their text.
+def jobs_to_do(runs: list[Settings], keep: bool = False) -> list[Job]:
+    """The runs that are not finished, the longest last. Prepares their text. keep: see run_all.
 
     Raises ValueError for what train.py would refuse, and for folders that hold runs of another
     study."""
@@ -306,21 +312,29 @@ def jobs_to_do(runs: list[Settings]) -> list[Job]:
     corpus = open_corpus(*source, stages[-1].config)
     foreign = [line for run in planned for line in differences(*run, corpus.digest)]
     console.refuse(foreign[:10], "runs of another study are in the way, choose another --out:")
-    jobs = [job for run in planned if (job := unfinished(*run))]
+    jobs = [job for run in planned if (job := unfinished(*run, keep))]
     return sorted(jobs, key=lambda job: job.total - job.done)
 
 
-def run_all(runs: list[Settings], at_a_time: int) -> list[FinishedRun]:
-    """Train what is not finished; a run that was stopped goes on. Raises ValueError before anything
-    runs, see jobs_to_do, and later where a run fails."""
+def run_all(
+    runs: list[Settings], at_a_time: int, bar: tqdm | None = None, keep: bool = False
+) -> list[FinishedRun]:
+    """Train what is not finished; a run that was stopped goes on.
+
+    bar: shows FLOPs, those of these runs among others; None: a bar of these runs alone. keep:
+    leave all checkpoints that the settings ask for, not only the log. Raises ValueError before
+    anything runs, see jobs_to_do, and later where a run fails."""
     console.refuse([f"--jobs {at_a_time}: must be at least 1"] * (at_a_time < 1))
-    jobs = jobs_to_do(runs)
+    jobs = jobs_to_do(runs, keep)
     if jobs:
         jobs[0].folder.parent.mkdir(parents=True, exist_ok=True)
         left = sum(job.total - job.done for job in jobs)
         before = signal.signal(signal.SIGTERM, stop)
         try:
-            with tqdm(total=left, unit="FLOP", unit_scale=True, smoothing=0) as bar:
+            with contextlib.ExitStack() as stack:
+                if bar is None:
+                    own = {"total": left, "unit": "FLOP", "unit_scale": True, "smoothing": 0}
+                    bar = stack.enter_context(tqdm(**own))
                 train_jobs(jobs, at_a_time, bar)
         finally:
             signal.signal(signal.SIGTERM, before)
