@@ -41,8 +41,7 @@ import iqeval
 from evaluation import eval_only
 from flm import FLMConfig, count_parameters, forward_flops, preset
 from lab import runs, transfer
-from lab.pictures import pyplot
-from lab.recipe_page import collect, summary, write_page
+from lab.recipe_page import collect, print_summary, write_page
 from lab.report import write_texts
 from lab.runs import FinishedRun, mean
 from machine import pick_device
@@ -168,6 +167,13 @@ class Recipe:
 # 2. The folder
 
 
+def check_unused(out: Path):
+    """Raises ValueError for a folder that holds something else than a recipe."""
+    names = {path.name for path in out.iterdir()} - {"lock", "recipe.json.tmp"}
+    if names and "recipe.json" not in names:
+        raise ValueError(f"--out {out}: holds something that is no recipe; name another folder")
+
+
 def check_folder(recipe: Recipe):
     """Write down which recipe the folder holds. Raises ValueError where it holds another one."""
     asked = {"seed": recipe.seed, "device": recipe.device, **dataclasses.asdict(recipe.size)}
@@ -251,7 +257,10 @@ def write(recipe: Recipe, name: str, value: dict) -> dict:
 def read(recipe: Recipe, name: str) -> dict | None:
     """What out/NAME.json holds; None: it is not there yet."""
     file = recipe.out / f"{name}.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    try:
+        return json.loads(file.read_text()) if file.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}): remove it, it is written again") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -530,9 +539,9 @@ def run_parts(recipe: Recipe, bar: tqdm) -> dict:
 
 def run(recipe: Recipe) -> dict:
     """The whole recipe, or what is left of it. Returns the numbers of the report."""
-    pyplot()  # a page needs matplotlib: refused now, not at the end
     pick_device(recipe.device)
     recipe.out.mkdir(parents=True, exist_ok=True)
+    check_unused(recipe.out)
     before = signal.signal(signal.SIGTERM, runs.stop)
     try:
         with contextlib.ExitStack() as stack:
@@ -594,7 +603,7 @@ def main(argv: list[str] | None = None):
     """`python -m lab.recipe`."""
     recipe = read_recipe(make_parser().parse_args(argv))
     numbers = run(recipe)
-    print("\n".join(summary(numbers)))
+    print_summary(numbers)
     print(f"page: {recipe.out}/report.html\nnumbers: {recipe.out}/report.json")
 
 

@@ -1,5 +1,7 @@
 """What a recipe (lab/recipe.py) found: its numbers as JSON, and one page.
 
+    python -m lab.recipe_page runs/*/report.json     what came out, in a line for each question
+
 1. the numbers     everything in report.json, from the runs' own files
 2. the page        the same as tables and pictures
 """
@@ -7,12 +9,16 @@
 from __future__ import annotations
 
 import html
+import json
 import platform
 import shlex
+import sys
+import textwrap
 from pathlib import Path
 
 import torch
 
+import console
 import iqeval
 from evaluation import describe
 from flm import count_parameters
@@ -142,6 +148,12 @@ def summary(numbers: dict) -> list[str]:
     return lines
 
 
+def print_summary(numbers: dict):
+    """The summary, in lines of at most 100 columns."""
+    for line in summary(numbers):
+        print(textwrap.fill(line, 100, subsequent_indent="  "))
+
+
 def search_part(search: dict) -> list[str]:
     """What was searched, and what won."""
     names = list(search["best"])
@@ -203,6 +215,15 @@ def plan_part(numbers: dict) -> str:
     return f"<p>{words}</p>{report.html_table(head, rows, 'wide')}"
 
 
+def drawn(picture: pictures.Picture) -> str:
+    """The picture with its numbers; where matplotlib is missing, what installs it."""
+    try:
+        return report.html_picture(picture)
+    except ValueError as error:
+        print(f"{error}; then the same command draws the page's pictures")
+        return f"<p>{html.escape(str(error))}</p>"
+
+
 def write_page(file: Path, numbers: dict):
     """The page: what was searched, predicted, trained and found, with the numbers as JSON."""
     runs = list(numbers["runs"].values())
@@ -211,10 +232,10 @@ def write_page(file: Path, numbers: dict):
     written = numbers["prediction"]["written"]
     parts += ["<h2>2. What was predicted, and what came</h2>"]
     parts += [f"<p>Written {written}, before the model was trained.</p>"]
-    parts += [report.html_picture(pictures.prediction(numbers["prediction"]))]
+    parts += [drawn(pictures.prediction(numbers["prediction"]))]
     parts += [report.html_json(numbers["prediction"]), "<h2>3. The run and its growths</h2>"]
     parts += [report.final_table(runs)]
-    parts += [report.html_picture(report.runs_picture(runs, list(report.PANELS)))]
+    parts += [drawn(report.runs_picture(runs, list(report.PANELS)))]
     parts += ["<h2>4. The IQ tasks, beside the paper's</h2>", iq_part(numbers["evaluation"])]
     for name, texts in numbers["texts"].items():
         for prompt, text in texts.items():
@@ -224,3 +245,20 @@ def write_page(file: Path, numbers: dict):
     parts += ["<p>On a cluster:</p>", report.html_text("\n".join(numbers["cluster"]))]
     title = f"The whole paper in one sitting: {shlex.quote(numbers['out'])}"
     file.write_text(report.document(title, parts), encoding="utf-8")
+
+
+def main(files: list[str] | None = None):
+    """`python -m lab.recipe_page`: the summaries of some reports."""
+    files = sys.argv[1:] if files is None else files
+    console.refuse([] if files else ["name the report.json of a recipe, or several"])
+    for file in files:
+        try:
+            numbers = json.loads(Path(file).read_text())
+            print(f"{file}:")
+            print_summary(numbers)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no report.json of lab.recipe: {error!r}") from error
+
+
+if __name__ == "__main__":
+    console.run(main)

@@ -197,14 +197,15 @@ class Law:
 
 
 def solve(b: np.ndarray, N: np.ndarray, loss: np.ndarray) -> tuple:
-    """The least-squares a and c at each b (k,), and the sum of squared residuals, (k,) each.
+    """The least-squares a and c at each b (k,), and the sum of squared residuals, (..., k) each.
 
-    At a given b the law is linear in a and c. N, loss: (n,)."""
+    At a given b the law is linear in a and c. N: (n,); loss: (..., n), each row for itself."""
     x = N ** b[:, None]  # (k, n)
     dx = x - x.mean(1, keepdims=True)
-    a = (dx * (loss - loss.mean())).sum(1) / (dx * dx).sum(1)
-    c = loss.mean() - a * x.mean(1)
-    return a, c, ((a[:, None] * x + c[:, None] - loss) ** 2).sum(1)
+    loss = np.asarray(loss)[..., None, :]  # (..., 1, n)
+    a = (dx * (loss - loss.mean(-1, keepdims=True))).sum(-1) / (dx * dx).sum(1)
+    c = loss.mean(-1) - a * x.mean(1)
+    return a, c, ((a[..., None] * x + c[..., None] - loss) ** 2).sum(-1)
 
 
 def fit_law(
@@ -285,19 +286,24 @@ def interval_of_one_run(
 ) -> list[float]:
     """Where the loss of one run of size `target` will lie: [2.5%, 97.5%].
 
-    losses (n, S): S seeds, at least 2, of each size N (n,). A draw takes S seeds with replacement
-    at every size, fits their means with b in b_range, and adds the luck of one seed more, which is
-    that of the run to come. Each size draws its own seeds: chapter 8 says why. S seeds vary less
-    around their own mean than around the true one, so differences are scaled by sqrt(S / (S-1))."""
+    losses (n, S): S seeds, at least 2, of each size N (n,). The luck of a seed is its loss less the
+    mean of its size. A draw gives every seed of every size, and the run to come, the luck of a
+    random one of all n S seeds, and fits a law with b in b_range. Two things widen it. S seeds vary
+    less around their own mean than around the true one: sqrt(S / (S-1)). And few seeds do not know
+    how large luck is: it is scaled by the root of f / chi-square of f, f = n (S-1), anew in each
+    draw."""
     losses, rng = np.asarray(losses, float), np.random.default_rng(0)
     n, S = losses.shape
     middle = losses.mean(1, keepdims=True)
-    luck = (losses - middle) * math.sqrt(S / (S - 1))  # (n, S)
-    found = []
-    for _ in range(DRAWS):
-        drawn = np.take_along_axis(luck, rng.integers(0, S, (n, S)), axis=1)
-        law = fit_law(N, (middle + drawn).mean(1), b_range)
-        found.append(law(target) + rng.choice(luck.ravel()))
+    luck = (losses - middle).ravel() * math.sqrt(S / (S - 1))
+    scale = np.sqrt(n * (S - 1) / rng.chisquare(n * (S - 1), DRAWS))
+    drawn = middle.ravel() + scale[:, None] * rng.choice(luck, (DRAWS, n, S)).mean(2)  # (DRAWS, n)
+    grid, center = np.linspace(*b_range, 101), np.exp(np.log(N).mean())
+    a, c, square = solve(grid, np.asarray(N) / center, drawn)  # (DRAWS, 101)
+    at = square.argmin(1)
+    a, c = (values[np.arange(DRAWS), at] for values in (a, c))
+    c = np.where(a > 0, c, drawn.mean(1))  # a law that does not fall is flat, as in fit_law
+    found = a.clip(0) * (target / center) ** grid[at] + c + scale * rng.choice(luck, DRAWS)
     return np.quantile(found, [0.025, 0.975]).tolist()
 
 

@@ -7,14 +7,16 @@ import html
 import json
 import os
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
 
 import processes
 import pytest
-from helpers import error
+from helpers import ROOT, error
 
+from flm import count_parameters
 from lab import recipe, recipe_page, runs
 from lab.recipe import GPU, LAPTOP, QUICK, Recipe, scaled
 from run_folder import read_log, read_run
@@ -160,6 +162,43 @@ def test_killed_at_five_places(quick, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------
+# Chapter 8
+
+CHAPTER = (ROOT / "tutorials/08-recipe.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.quick
+def test_chapter_8_has_the_numbers():
+    """Every line of the summary of every recipe that was measured is in the chapter; line ends
+    aside."""
+    files = sorted(ROOT.glob("tutorials/measurements/recipe-seed*.json"))
+    shown = " ".join(CHAPTER.split())
+    lines = [line for file in files for line in recipe_page.summary(json.loads(file.read_text()))]
+    assert lines and [line for line in lines if " ".join(line.split()) not in shown] == []
+
+
+@pytest.mark.quick
+def test_chapter_8_has_the_sizes():
+    """The table of the stages is that of the laptop's recipe, and so are the narrow widths."""
+    asked = Recipe(Path("nowhere"), LAPTOP, 0, "cpu", False, 2)
+    for layers, width in zip(LAPTOP.layers, LAPTOP.widths):
+        size = count_parameters(asked.model(width, layers))
+        assert f"| {layers} | {width} | {size:,} |" in CHAPTER
+    *first, last = map(str, LAPTOP.narrow)
+    assert f"widths {', '.join(first)} and {last}" in CHAPTER.replace("\n", " ")
+
+
+@pytest.mark.quick
+def test_chapter_8_has_the_luck():
+    """The standard deviations over the seeds, from the measured losses."""
+    losses = json.loads((ROOT / "tutorials/measurements/recipe-luck.json").read_text())["losses"]
+    for width in ("32", "64"):
+        for step in ("200", "400"):
+            found = statistics.stdev(row[step] for row in losses[width].values())
+            assert f"{found:.4f}" in CHAPTER
+
+
+# ----------------------------------------------------------------------------------------------
 # What is asked for
 
 
@@ -214,6 +253,16 @@ def test_another_recipe_is_refused(tmp_path):
     assert (tmp_path / "recipe.json").read_text() == before
     (tmp_path / "recipe.json").write_text("[]")
     assert "is not what lab.recipe writes" in error(recipe.check_folder, small(tmp_path))
+
+
+@pytest.mark.quick
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    """Nothing is written there, and what is damaged is named."""
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds something that is no recipe" in error(recipe.run, small(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "search.json").write_text("{")
+    assert "search.json is no JSON" in error(recipe.read, small(tmp_path), "search")
 
 
 @pytest.mark.quick
