@@ -382,6 +382,12 @@ def stages_table(run: dict) -> str:
     return html_table([*head, "lr"], rows, "wide") + html_json(run["stages"])
 
 
+def html_text(text: str) -> str:
+    """A text that a model wrote; what cannot be printed is shown as such."""
+    written = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    return f'<div class="scroll"><pre>{html.escape(written)}</pre></div>'
+
+
 def page(runs: list[dict], texts: dict[str, dict[str, str]], studies: list[Picture]) -> str:
     """The whole page. texts: {run: {prompt: text}}."""
     parts = []
@@ -393,12 +399,15 @@ def page(runs: list[dict], texts: dict[str, dict[str, str]], studies: list[Pictu
             parts += [f"<h2>Stages of {name}</h2>", stages_table(run)]
             for prompt, text in texts.get(run["run"], {}).items():
                 begin = f" after {prompt!r}" if prompt else ""
-                written = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
                 parts.append(f"<h3>{name} writes{html.escape(begin)}</h3>")
-                parts.append(f'<div class="scroll"><pre>{html.escape(written)}</pre></div>')
+                parts.append(html_text(text))
     for study in studies:
         parts += [f"<h2>{html.escape(study.title)}</h2>", html_picture(study)]
-    title = ", ".join(run["run"] for run in runs) or "Studies"
+    return document(", ".join(run["run"] for run in runs) or "Studies", parts)
+
+
+def document(title: str, parts: list[str]) -> str:
+    """A page of these parts, which are HTML, under a title, which is text."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
