@@ -503,7 +503,7 @@ def grow_checkpoint(
     options = {"layers": layers, "ramp": ramp, "finish_ramp": finish_ramp}
     record = next_record(path, info, new_config, **options)
     folder = out.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    console.make_folder(folder)
     stored = stored_tensors(path)
     old = {key: file_backed(size, dtype, folder) for key, (size, dtype) in stored.items()}
     read_tensors(path, old)
@@ -527,11 +527,11 @@ def grow_checkpoint(
 def read_json(option: str, file: str):
     """What a JSON file holds. Raises ValueError that names the option."""
     try:
-        return json.loads(Path(file).read_text())
+        return json.loads(console.read_text(file))
     except json.JSONDecodeError as error:
         raise ValueError(f"{option} {file} is not JSON: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option} {file}: cannot be read ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from error
 
 
 def read_config(file: str) -> FLMConfig:

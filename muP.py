@@ -40,10 +40,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
-import json
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -354,6 +352,7 @@ def main(argv: list[str] | None = None) -> int:
             "2 widths, 1 step and a learning rate above 0"
         )
     config = model_config(args.model)
+    console.output_file(args.json)
     batch = text_batch(4, config.max_seq_len, config.vocab_size)
     sizes = coord_check(config, widths, batch, args.lr, args.steps, seeds)
     print_table(sizes, widths)
@@ -371,9 +370,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Four times as many seeds halve the noise: --seeds {more}")
     report = {"lr": args.lr, "seeds": seeds, "model": config.to_dict(), "verdict": result}
     report |= {"torch": torch.__version__, "sizes": named_means(sizes, widths)}
-    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    print(f"numbers: {args.json}")
+    console.write_numbers(args.json, report)
     return EXIT_CODES[result]
 
 

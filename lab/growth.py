@@ -18,7 +18,6 @@ from pathlib import Path
 import console
 from flm import FLMConfig
 from lab import runs
-from lab.report import write_json
 from lab.runs import FinishedRun, mean
 from schedule import Stage, fit_stages, in_samples, read_json, training_flops
 from settings import Settings, flag, resolve
@@ -90,7 +89,7 @@ def bench_settings(args: argparse.Namespace) -> dict[tuple[str, int], list[Setti
     shortest = dataclasses.replace(common, steps=min(args.steps + budgets))
     final = resolve(shortest)[1][-1].config
     schedules = {"scratch": [{}], **read_schedules(args.stages)}
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    console.make_folder(args.out)
     groups = {}
     for name, stages in schedules.items():
         for budget in args.steps if name == "scratch" else budgets:
@@ -239,7 +238,7 @@ def main(argv: list[str] | None = None):
     rows = [make_row(*key, [next(rest) for _ in group]) for key, group in groups.items()]
     add_speed_ups(rows)
     print_table(rows)
-    write_json(Path(args.out) / "bench.json", {**runs.origin(finished), "rows": rows})
+    console.write_numbers(Path(args.out) / "bench.json", {**runs.origin(finished), "rows": rows})
 
 
 if __name__ == "__main__":
