@@ -24,6 +24,7 @@ the pair turns. Rotary positions turn q and k. They do not turn v, and the order
 must stay: the next matrix reads them in that order.
 """
 
+import torch
 from torch import Tensor
 
 
