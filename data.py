@@ -527,7 +527,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     Where an empty folder is there already, its new files come from inside: it may be a mount point,
     which cannot be replaced."""
     is_there = out.exists()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    console.make_folder(out.parent)
     beside = out if is_there else out.parent
     try:
         with tempfile.TemporaryDirectory(prefix=f"{out.name}.part-", dir=beside) as scratch:

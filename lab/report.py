@@ -35,13 +35,6 @@ from sample import continue_texts
 from schedule import Stage, training_flops
 
 
-def write_json(path: str | Path, value):
-    """Write `value` as JSON, and say where."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(value, indent=1) + "\n")
-    print(f"numbers: {path}")
-
-
 # --------------------------------------------------------------------------------------------------
 # 1. What a run says
 
@@ -428,8 +421,9 @@ COMPUTED = ("rotary", "masks", "permutation", "ranks", "timetable")
 def read_file(file: Path) -> tuple[dict | None, Picture | None]:
     """(The numbers of a run, None) or (None, the picture of a study) from a JSON file. Raises
     ValueError for any other file."""
+    text = console.read_text(file)
     try:
-        report = json.loads(file.read_text())
+        report = json.loads(text)
         if "steps" in report:
             runs_picture([report], list(PANELS))
             return report, None
@@ -531,9 +525,9 @@ def main(argv: list[str] | None = None):
         runs += [run] if run else []
         studies += [study] if study else []
     if out.suffix == ".json":
-        write_json(out, runs[0])
+        console.write_numbers(out, runs[0])
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
+    console.output_file(out)
     if out.suffix == ".html":
         out.write_text(page(runs, texts, studies), encoding="utf-8")
         print(f"page: {out}")

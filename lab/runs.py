@@ -480,7 +480,7 @@ def run_all(
     console.refuse([f"--jobs {at_a_time}: must be at least 1"] * (at_a_time < 1))
     jobs = jobs_to_do(runs, keep)
     if jobs:
-        jobs[0].folder.parent.mkdir(parents=True, exist_ok=True)
+        console.make_folder(jobs[0].folder.parent)
         left = later + sum(job.total - job.done for job in jobs)
         before = signal.signal(signal.SIGTERM, stop)
         try:

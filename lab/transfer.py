@@ -30,7 +30,6 @@ import numpy as np
 import console
 from flm import count_parameters
 from lab import runs
-from lab.report import write_json
 from lab.runs import FinishedRun, mean
 from muP import SMALL, at_widths, model_config
 from settings import Settings
@@ -175,7 +174,7 @@ def sweep(args: argparse.Namespace):
         print_table(name, args.axis, table, found[name])
     report = {"axis": args.axis, **found, "landscape": tables, **runs.origin(finished)}
     report["losses"] = {run.folder.name: run.loss for run in finished}
-    write_json(Path(args.out) / "sweep.json", report)
+    console.write_numbers(Path(args.out) / "sweep.json", report)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -352,10 +351,11 @@ def collect(finished: list[FinishedRun]) -> Points:
 
 def read_points(path: Path) -> Points:
     """Points of a JSON file: {"points": [{"width", "N" in millions, "loss"}, ...]}."""
+    text = console.read_text(path)
     try:
-        given = json.loads(path.read_text())["points"]
+        given = json.loads(text)["points"]
         return {p["width"]: {"N": float(p["N"]), "losses": {0: float(p["loss"])}} for p in given}
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         wanted = '{"points": [{"width": ..., "N": millions, "loss": ...}, ...]}'
         problem = f"{type(error).__name__}, {error}"
         raise ValueError(f"{path} must hold {wanted}: {problem}") from error
@@ -444,7 +444,7 @@ def predict_command(args: argparse.Namespace):
         result["source"] = f"{len(finished)} runs, held-out loss after {steps} steps"
         result["losses"] = {width: point["losses"] for width, point in points.items()}
     print_prediction(result)
-    write_json(args.json, result)
+    console.write_numbers(args.json, result)
 
 
 # ----------------------------------------------------------------------------------------------
