@@ -36,7 +36,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from console import refuse
+from console import output_file, refuse
 from flm import FLM, FLMConfig, growth_mask
 
 FORMAT = 1  # version of the step folder that this code reads and writes
@@ -413,11 +413,12 @@ def load_model(path: str | Path, device="cpu") -> tuple[FLM, dict]:
 
 def export_weights(checkpoint: str | Path, file: str | Path):
     """Write the weights of a CHECKPOINT into one file, which torch.load(weights_only=True) reads:
-    {"info": ..., "model": {name: tensor}}. Raises OSError where it cannot be written."""
+    {"info": ..., "model": {name: tensor}}. Raises ValueError for a file that exists, OSError where
+    it cannot be written."""
+    if Path(file).exists():
+        raise ValueError(f"{file} exists: choose another name for the weights")
     model, info = load_model(checkpoint)
-    file = Path(file)
-    if file.is_dir():
-        raise ValueError(f"{file} is a folder: give the name of a file")
+    file = output_file(file)
     info = {key: value for key, value in info.items() if key != "files"}
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tmp = file.with_name(f".{file.name}.exporting")
@@ -428,6 +429,5 @@ def export_weights(checkpoint: str | Path, file: str | Path):
     except (OSError, RuntimeError) as error:
         raise failed_write(str(file), error) from error
     finally:
-        with contextlib.suppress(NotADirectoryError):
-            tmp.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
     print(f"wrote {file}: python sample.py {shlex.quote(str(file))} --prompt TEXT")

@@ -532,7 +532,7 @@ def grow_share(
     info = read_info(path)
     record = next_record(path, info, new_config, **options)
     folder = out.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    console.make_folder(folder)
     with torch.device("meta"):
         sizes = {name: p.numel() for name, p in FLM(new_config).named_parameters()}
     by_size = sorted(sizes, key=sizes.get, reverse=True)  # so that all ranks have as much to do
@@ -566,11 +566,11 @@ def old_tensors(path: Path, names: set[str | None], folder: Path) -> dict[str, t
 def read_json(option: str, file: str):
     """What a JSON file holds. Raises ValueError that names the option."""
     try:
-        return json.loads(Path(file).read_text())
+        return json.loads(console.read_text(file))
     except json.JSONDecodeError as error:
         raise ValueError(f"{option} {file} is not JSON: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option} {file}: cannot be read ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from error
 
 
 def read_config(file: str) -> FLMConfig:

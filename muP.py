@@ -54,10 +54,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
-import json
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -415,6 +413,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.depths:
         (config,) = at_widths(config, args.widths[:1]).values()
         config = config.replace(mup_base_width=config.d_model)
+    console.output_file(args.json)
     batch = text_batch(4, config.max_seq_len, config.vocab_size)
     sizes = coord_check(config, widths, batch, args.lr, args.steps, seeds, axis)
     print_table(sizes, widths, axis)
@@ -433,9 +432,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Four times as many seeds halve the noise: --seeds {more}")
     report = {"lr": args.lr, "seeds": seeds, "model": config.to_dict(), "verdict": result}
     report |= {"torch": torch.__version__, "sizes": named_means(sizes, widths)}
-    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    print(f"numbers: {args.json}")
+    console.write_numbers(args.json, report)
     return EXIT_CODES[result]
 
 

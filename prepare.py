@@ -678,7 +678,7 @@ def building(out: Path, request: str, old: dict | None) -> Iterator[None]:
 def locked(out: Path) -> Iterator[None]:
     """Hold the lock of a folder; it is made where it is missing. A second process waits. Windows
     has no such lock."""
-    out.mkdir(parents=True, exist_ok=True)
+    console.make_folder(out)
     with open(out / "lock", "a") as lock:
         try:
             import fcntl

@@ -21,7 +21,7 @@ import torch
 import data
 import schedule
 from checkpoint import find_checkpoint, list_checkpoints, read_info
-from console import refuse
+from console import make_folder, refuse
 from flm import FLMConfig
 from machine import Machine
 from parallel import World
@@ -136,14 +136,15 @@ def claim_folder(s: Settings, stack: contextlib.ExitStack) -> str:
     """Choose, make and lock the folder of a new run; two runs that start at once get two folders.
 
     If the run ends before its first checkpoint, what was made is removed again, and nothing else.
-    Raises ValueError for a folder that holds something, OSError where it cannot be made."""
+    Raises ValueError for a folder that holds something, and where a file is in its way; OSError
+    where it cannot be made."""
     for n in itertools.count(1):
         folder = Path(s.out or f"runs/{s.preset}" + (f"-{n}" if n > 1 else ""))
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         if s.out:
             check_unused(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=bool(s.out))
+            make_folder(folder) if s.out else folder.mkdir(parents=True)
             break
         except FileExistsError:  # a run of ours, perhaps one that began a moment ago
             continue

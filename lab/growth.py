@@ -30,7 +30,6 @@ from pathlib import Path
 import console
 from flm import FLMConfig
 from lab import runs
-from lab.report import write_json
 from lab.runs import FinishedRun, mean
 from schedule import Stage, fit_stages, in_samples, read_json, training_flops
 from settings import Settings, flag, resolve
@@ -144,7 +143,7 @@ def make_bench(args: argparse.Namespace) -> Bench:
     shortest = dataclasses.replace(common, steps=min(budgets + at))
     final = resolve(shortest)[1][-1].config
     schedules = {"scratch": [{}], **read_schedules(args.stages)}
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    console.make_folder(args.out)
     of = {}
     for name, stages in schedules.items():
         for budget in budgets if name == "scratch" else at:
@@ -426,7 +425,7 @@ def main(argv: list[str] | None = None):
     compare(rows)
     print_table(rows)
     report = {**runs.origin(finished), "tune": args.tune, "warnings": warnings(rows), "rows": rows}
-    write_json(bench.out / "bench.json", report)
+    console.write_numbers(bench.out / "bench.json", report)
 
 
 if __name__ == "__main__":

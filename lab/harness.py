@@ -67,9 +67,7 @@ num_fewshot: 0
 def export(suite: dict[str, list[Item]], out: str | Path):
     """Write NAME.jsonl and NAME.yaml for every list of items, and print the command to use them."""
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: is not a folder; choose another name")
-    out.mkdir(parents=True, exist_ok=True)
+    console.make_folder(out)
     names = {f"iq_{name.replace('-', '_')}": items for name, items in suite.items()}
     for name, items in names.items():
         rows = []

@@ -488,9 +488,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 def read_json(file: Path) -> dict:
     """A JSON object. Raises ValueError for anything else."""
     try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from error
+        values = json.loads(console.read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no JSON object")
     return values
@@ -645,7 +645,7 @@ def load(folder, out, tokenizer: str | None = None) -> dict:
     check_tokenizer(name, config)
     stored, expected = read_shards(folder), groups(config, layout)
     check_tensors(stored, expected, config.tie_embeddings)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    console.make_folder(out.parent)
     dtype = stored[next(iter(expected[0][1]))].dtype
     tensors = {}
     for ours, theirs in tqdm(expected, desc="loading", unit="group", disable=None):
@@ -734,10 +734,11 @@ def save(checkpoint, to, form: str, shard_size: float = 5e9, tokenizer_file=None
     where = {key: name for name, shard in zip(names, shards) for key in shard}
     index = {"metadata": {"total_size": size}, "weight_map": where}
     files["model.safetensors.index.json"] = index
+    console.make_folder(to.parent)
     tmp = to.with_name(f".{to.name}.publishing")
     try:
         shutil.rmtree(tmp, ignore_errors=True)  # of a process that was killed
-        tmp.mkdir(parents=True)
+        tmp.mkdir()
         tensors = our_tensors(path, expected, form, config.head_dim)
         for name, shard in zip(names, shards):
             write_shard(tmp / name, shard, dtype, tensors)

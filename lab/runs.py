@@ -8,12 +8,13 @@
 A study (lab/transfer.py, lab/growth.py) makes one Settings for each of its runs. The runs
 must differ in nothing but what the study varies. So the study fixes the arithmetic for all of
 them: float32 on one thread, unless the user names another one. A finished run keeps config.json
-and its log; its checkpoints are deleted.
+and its log; its checkpoints are deleted, unless the study needs them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -190,13 +191,14 @@ class Branch:
 @dataclass
 class Job:
     """A run that is not finished, or a trunk with its branches, by their start. With its FLOPs:
-    those done so far, and all of them."""
+    those done so far, and all of them. keep: its checkpoints stay."""
 
     settings: Settings
     folder: Path
     done: int
     total: int
     branches: tuple[Branch, ...] = ()
+    keep: bool = False
 
 
 class MeasuredRun(train.Run):
@@ -291,8 +293,9 @@ def remove_checkpoints(folder: Path):
         shutil.rmtree(path)
 
 
-def make_jobs(planned: list[tuple[Settings, list[Stage]]]) -> list[Job]:
-    """Runs and their stages as jobs; those that share a trunk are one. Without what is finished."""
+def make_jobs(planned: list[tuple[Settings, list[Stage]]], keep: bool = False) -> list[Job]:
+    """Runs and their stages as jobs; those that share a trunk are one. Without what is finished.
+    keep: see run_all; runs that share a trunk keep no checkpoints."""
     groups: dict[str, list] = {}
     for settings, stages in planned:
         free = {"steps": 0, "lr_decay": 0.0, "eval_every": 1, "out": "", "stages": ""}
@@ -301,9 +304,13 @@ def make_jobs(planned: list[tuple[Settings, list[Stage]]]) -> list[Job]:
         groups.setdefault(repr([same, alone]), []).append((settings, stages))
     jobs = []
     for key, members in groups.items():
+        if len(members) == 1:
+            job = unfinished(*members[0], keep)
+            jobs += [job] if job else []
+            continue
         left = [member for member in members if not read_finished(Path(member[0].out))]
         if left:
-            jobs.append(unfinished(*left[0]) if len(members) == 1 else trunk_job(key, left))
+            jobs.append(trunk_job(key, left))
     return jobs
 
 
@@ -313,11 +320,16 @@ def flops_done(folder: Path, stages: list[Stage]) -> int:
     return training_flops(stages, read_info(checkpoints[-1])["samples"]) if checkpoints else 0
 
 
-def unfinished(settings: Settings, stages: list[Stage]) -> Job:
-    """One run as a job."""
+def unfinished(settings: Settings, stages: list[Stage], keep: bool) -> Job | None:
+    """One run as a job; None where it is finished. The log comes before the checkpoint: a run that
+    was killed between the two is finished, but not where its checkpoints are to be kept."""
     folder = Path(settings.out)
     total = training_flops(stages, stages[-1].end)
-    return Job(settings, folder, flops_done(folder, stages), total)
+    done = flops_done(folder, stages)
+    run = read_finished(folder)
+    if run and (run.loss is None or not keep or done == total):
+        return None
+    return Job(settings, folder, done, total, keep=keep)
 
 
 def trunk_job(key: str, members: list[tuple[Settings, list[Stage]]]) -> Job:
@@ -363,7 +375,8 @@ def work(job: Job, connection: Connection) -> int | None:
 
 
 def finish(job: Job, code: int) -> FinishedRun:
-    """What a run's process left behind; the checkpoints go. Raises ValueError where it failed."""
+    """What a run's process left behind; the checkpoints go, if they are not to be kept. Raises
+    ValueError where it failed."""
     if code:
         log = text_log(job.folder)
         words = log.read_text(errors="replace").strip().splitlines()[-8:]
@@ -373,7 +386,8 @@ def finish(job: Job, code: int) -> FinishedRun:
     if job.branches:
         shutil.rmtree(job.folder)
         return read_finished(Path(job.branches[-1].settings.out))
-    remove_checkpoints(job.folder)
+    if not job.keep:
+        remove_checkpoints(job.folder)
     return read_finished(job.folder)
 
 
@@ -434,8 +448,8 @@ def stop(number: int, frame):
     sys.exit(128 + number)
 
 
-def jobs_to_do(runs: list[Settings]) -> list[Job]:
-    """The runs that are not finished, the longest last. Prepares their text.
+def jobs_to_do(runs: list[Settings], keep: bool = False) -> list[Job]:
+    """The runs that are not finished, the longest last. Prepares their text. keep: see run_all.
 
     Raises ValueError for what train.py would refuse, and for folders that hold runs of another
     study."""
@@ -447,21 +461,33 @@ def jobs_to_do(runs: list[Settings]) -> list[Job]:
     corpus = open_corpus(*source, stages[-1].config)
     foreign = [line for run in planned for line in differences(*run, corpus.digest)]
     console.refuse(foreign[:10], "runs of another study are in the way, choose another --out:")
-    return sorted(make_jobs(planned), key=lambda job: job.total - job.done)
+    return sorted(make_jobs(planned, keep), key=lambda job: job.total - job.done)
 
 
-def run_all(runs: list[Settings], at_a_time: int, later: int = 0) -> list[FinishedRun]:
+def run_all(
+    runs: list[Settings],
+    at_a_time: int,
+    later: int = 0,
+    bar: tqdm | None = None,
+    keep: bool = False,
+) -> list[FinishedRun]:
     """Train what is not finished; a run that was stopped goes on. later: FLOPs that the study still
-    has to do after these runs; the time left that is shown counts them. Raises ValueError before
+    has to do after these runs; the time left that is shown counts them.
+
+    bar: shows FLOPs, those of these runs among others; None: a bar of these runs alone. keep:
+    leave all checkpoints that the settings ask for, not only the log. Raises ValueError before
     anything runs, see jobs_to_do, and later where a run fails."""
     console.refuse([f"--jobs {at_a_time}: must be at least 1"] * (at_a_time < 1))
-    jobs = jobs_to_do(runs)
+    jobs = jobs_to_do(runs, keep)
     if jobs:
-        jobs[0].folder.parent.mkdir(parents=True, exist_ok=True)
+        console.make_folder(jobs[0].folder.parent)
         left = later + sum(job.total - job.done for job in jobs)
         before = signal.signal(signal.SIGTERM, stop)
         try:
-            with tqdm(total=left, unit="FLOP", unit_scale=True, smoothing=0) as bar:
+            with contextlib.ExitStack() as stack:
+                if bar is None:
+                    own = {"total": left, "unit": "FLOP", "unit_scale": True, "smoothing": 0}
+                    bar = stack.enter_context(tqdm(**own))
                 train_jobs(jobs, at_a_time, bar)
         finally:
             signal.signal(signal.SIGTERM, before)

@@ -113,9 +113,8 @@ def test_what_stages_means(tmp_path):
     assert given_stages(file, "demo", 100, 4) == [{"config": {"n_layers": 2}}]
     assert [stage.get("start") for stage in given_stages(None, "demo", 100, 4)] == [None, 220, 312]
     assert given_stages(None, "iq-demo", 100, 4) == [{}]
-    for content in ("[", b"\xff\xfe"):
-        data = content if isinstance(content, bytes) else content.encode()
-        (tmp_path / "bad.json").write_bytes(data)
+    for content in (b"[", "[{}]".encode("utf-16")):
+        (tmp_path / "bad.json").write_bytes(content)
         assert "--stages" in error(given_stages, str(tmp_path / "bad.json"), "demo", 100, 4)
     assert "cannot be read" in error(given_stages, str(tmp_path / "none.json"), "demo", 100, 4)
 

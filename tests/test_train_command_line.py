@@ -31,8 +31,7 @@ import parallel
 import sample
 import schedule
 import train
-import flm
-from flm import PRESETS
+from flm import PRESETS, preset
 from train import Settings, World, main
 
 # --------------------------------------------------------------------------------------------------
@@ -95,7 +94,7 @@ def test_config_json_describes_the_run(corpus):
     s = job(corpus, dtype="auto", lr=None, out=None)
     train.train(s)
     run = json.loads(Path("runs/demo/config.json").read_text())
-    config = CONFIG.replace(mup_base_width=flm.preset("demo").mup_base_width)
+    config = CONFIG.replace(mup_base_width=preset("demo").mup_base_width)
     assert [stage["config"] for stage in run["stages"]] == [config.to_dict()]
     assert run["torch"] == torch.__version__
     assert run["settings"]["lr"] == train.RECIPES["demo"]["lr"]
