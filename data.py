@@ -407,6 +407,8 @@ def summary(meta: dict) -> str:
     ]
     teacher = [{"name": "(teacher)"} | meta["teacher"]] if meta["teacher"] else []
     for source, split in product(meta["sources"] + teacher, SPLITS):
+        if split == "train" and source.get("weight") == 0:
+            continue  # a validation set
         share = f"{source['weight']:.1%}" if split == "train" and "weight" in source else ""
         documents, tokens, n_bytes = (
             source[split][key] for key in ("documents", "tokens", "bytes")

@@ -503,6 +503,11 @@ def entries_of(meta: dict | None) -> dict:
     return {"language": language, "teacher": teacher}
 
 
+def trained(meta: dict | None) -> list[str]:
+    """The sources of a prepared folder, or of none, that have text to train on."""
+    return [one["name"] for one in meta["sources"] if one["weight"]] if meta else []
+
+
 def fingerprint(job: Job, inputs: dict, val_fraction: float, old: dict | None) -> str:
     """A text that is another one where an unfinished preparation must not go on."""
     files = []
@@ -537,8 +542,8 @@ def check_request(
     for path in map(Path, teacher):
         if not (path.is_file() and is_json_lines(path)):
             problems.append(f"teacher: {str(path)!r} is not a .jsonl file")
-    problems += check_weights(weights, [*entries_of(old)["language"], *sources])
-    if not (0 < val_fraction < 1 or val and val_fraction == 0):
+    problems += check_weights(weights, [*trained(old), *sources])
+    if not (0 < val_fraction < 1 or (val or old) and val_fraction == 0):
         also = ", or be 0 with a validation set (--val)"
         problems.append(f"val_fraction is {val_fraction}, but must lie between 0 and 1{also}")
     if workers < 1:
@@ -734,7 +739,7 @@ def merge(
     for name, weight in chain.from_iterable(meta["weights"].items() for meta in metas.values()):
         if given.setdefault(name, weight) != weight and not weights:
             problems.append(f"source {name!r} has the weights {given[name]} and {weight}: give one")
-    names = [one["name"] for meta in metas.values() for one in meta["sources"]]
+    names = [name for meta in metas.values() for name in trained(meta)]
     problems += check_weights(weights or given, names) + check_merged(metas)
     refuse(problems + check_place(out, None))
     first = next(iter(metas.values()))

@@ -132,7 +132,8 @@ class Part(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of its text (in rows: characters)."""
-        return sum(map(len, self.contents)) if self.kind == "rows" else len(self.contents)
+        texts = self.contents if self.kind == "rows" else [self.contents]
+        return sum(len(text) for text in texts if isinstance(text, (bytes, str)))
 
 
 def read_parts(path: Path, field: str, at: tuple[int, int] = (0, 0)) -> Iterator[Part]:
@@ -141,9 +142,9 @@ def read_parts(path: Path, field: str, at: tuple[int, int] = (0, 0)) -> Iterator
     field: the column of a parquet file that has the text. A file that cannot be read to its end is
     no error: its last part tells it."""
     end, on_disk = at, 0
-    read = read_rows(path, field, at) if path.suffix.lower() == PARQUET else read_bytes(path, at)
     try:
-        for part in read:
+        is_table = path.suffix.lower() == PARQUET
+        for part in read_rows(path, field, at) if is_table else read_bytes(path, at):
             yield part
             end, on_disk = part.end, part.on_disk
         problem = None if end[0] else ("an empty file", "")
@@ -205,7 +206,7 @@ class Zstandard(io.RawIOBase):
                 return 0
             self.frame = self.frame or self.unpacker.decompressobj()
             try:
-                self.ready = self.frame.decompress(self.rest)
+                self.ready = memoryview(self.frame.decompress(self.rest))
             except self.errors as error:
                 raise OSError(str(error)) from error
             self.rest = self.frame.unused_data if self.frame.eof else b""
