@@ -743,8 +743,9 @@ def visible_slots(
     """Which of the S = start+T slots each of the last T queries may attend to.
 
     pad (B,): slots at the left of each row that hold padding. block: length of a block of
-    blockwise attention. documents (B, T): as in FLM.forward, without a cache. Returns bool (B or 1, 1, T, S); or None where plain causal attention is
-    asked for, which F.scaled_dot_product_attention does faster without a mask."""
+    blockwise attention. documents (B, T): as in FLM.forward, without a cache. Returns bool (B or 1,
+    1, T, S); or None where plain causal attention is asked for, which
+    F.scaled_dot_product_attention does faster without a mask."""
     if block is None and pad is None and documents is None and (start == 0 or T == 1):
         return None
     q = torch.arange(start, start + T, device=device)[:, None]  # (T, 1)

@@ -41,6 +41,7 @@ import numpy as np
 from tiktoken import Encoding
 from tqdm import tqdm
 
+import console
 from console import refuse
 from textfiles import (
     PIECE,

@@ -629,7 +629,7 @@ def check_tensors(stored: dict[str, Tensor], expected: list[Group], tied: bool):
 def load(folder, out, tokenizer: str | None = None) -> dict:
     """Read a published model from `folder` and write the checkpoint `out`; returns its info.
 
-    tokenizer: a name of data.TOKENIZERS, or "none". Without it: the name that `save` has written;
+    tokenizer: one of tokenizer.TOKENIZERS, or "none". Without it: the name that `save` has written;
     cl100k_base for the flm layout at FLM-101B's vocabulary of 100,352; else "none".
     Tensor by tensor, so memory is a few times the largest one (all lie in file-backed memory, as
     when grow.py grows a checkpoint). There are no moments of AdamW: they begin at zero.
