@@ -213,7 +213,10 @@ class MeasuredRun(train.Run):
         cpu, wall = (round(now - last, 4) for now, last in zip(clocks, self.clocks))
         self.clocks = clocks
         super().log(**values, cpu_seconds=cpu, wall_seconds=wall)
-        self.report(self.offset + training_flops(self.stages, self.state.samples))
+        try:
+            self.report(self.offset + training_flops(self.stages, self.state.samples))
+        except BrokenPipeError:  # the study was killed: end as after SIGTERM, with this step complete
+            self.signals.append(signal.SIGTERM)
 
 
 def train_run(settings: Settings, stop_at: int | None = None) -> int:
