@@ -31,7 +31,7 @@ import parallel
 import sample
 import schedule
 import train
-from flm import PRESETS, preset
+from flm import PRESETS
 from train import Settings, World, main
 
 # --------------------------------------------------------------------------------------------------
@@ -94,8 +94,7 @@ def test_config_json_describes_the_run(corpus):
     s = job(corpus, dtype="auto", lr=None, out=None)
     train.train(s)
     run = json.loads(Path("runs/demo/config.json").read_text())
-    config = CONFIG.replace(mup_base_width=preset("demo").mup_base_width)
-    assert [stage["config"] for stage in run["stages"]] == [config.to_dict()]
+    assert [stage["config"] for stage in run["stages"]] == [CONFIG.to_dict()]
     assert run["torch"] == torch.__version__
     assert run["settings"]["lr"] == train.RECIPES["demo"]["lr"]
     assert run["settings"]["dtype"] == "float32"

@@ -36,7 +36,14 @@ from train import Settings
 ROOT = Path(train.__file__).parent
 T, V = 32, 288
 CONFIG = FLMConfig(
-    n_layers=2, d_model=32, n_heads=2, head_dim=16, d_ff=64, max_seq_len=T, vocab_size=V
+    n_layers=2,
+    d_model=32,
+    n_heads=2,
+    head_dim=16,
+    d_ff=64,
+    max_seq_len=T,
+    vocab_size=V,
+    mup_base_width=128,  # as the preset demo, which the small runs change
 )
 SIZE = tuple(
     f"{name}={getattr(CONFIG, name)}"
