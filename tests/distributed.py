@@ -116,6 +116,7 @@ class Job:
     dtype: str = "float64"  # of the weights
     arithmetic: str | None = None  # of the products, where it is another
     compiled: bool = False
+    mask: bool = False  # cut attention at every 8th token's id
     load: Path | None = None
     save: Path | None = None
     first: int = 0
@@ -156,8 +157,12 @@ def steps(world: parallel.World, **options):
     micro = parallel.micro_rows(world.layout, ROWS, job.micro)
     one_of_dp_rank = world.at("tp") == 0 and world.at("pp") == 0
 
+    def documents(tokens):
+        return (tokens % 8 == 0).cumsum(1) if job.mask else None
+
     def held_out() -> float:
-        found = worker.forward(*rows_of(world, 99, job.teacher), micro)
+        rows = rows_of(world, 99, job.teacher)
+        found = worker.forward(*rows, micro, documents=documents(rows[0]))
         (total,) = world.sum(found.item() if world.at("tp") == 0 else 0.0)
         return total
 
@@ -165,7 +170,7 @@ def steps(world: parallel.World, **options):
     for step in range(job.first, job.first + job.count):
         x, y = rows_of(world, step, job.teacher)
         (supervised,) = world.sum(int((y != IGNORE).sum()) if one_of_dp_rank else 0)
-        nats = worker.gradients(x, y, micro, supervised)
+        nats = worker.gradients(x, y, micro, supervised, documents=documents(x))
         grads = {name: whole(p.grad) for name, p in worker.named}
         log.append(train.update(worker, optimizer, CLIP, 1e-2, nats, supervised))
     if job.save:
