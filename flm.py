@@ -748,6 +748,8 @@ def visible_slots(
     F.scaled_dot_product_attention does faster without a mask."""
     if block is None and pad is None and documents is None and (start == 0 or T == 1):
         return None
+    if documents is not None:
+        T = documents.shape[1]  # under sequence parallelism a rank may hold less of x
     q = torch.arange(start, start + T, device=device)[:, None]  # (T, 1)
     k = torch.arange(start + T, device=device)  # (S,)
     left = torch.zeros(1, dtype=torch.long, device=device) if pad is None else pad

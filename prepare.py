@@ -229,7 +229,8 @@ def tokenize(job: Job, piece: Piece) -> dict:
             add_skipped(skipped, {found.reason: {"count": 1, "examples": examples}})
             continue
         ids = [*encode_document(found, job.tokenizer), end_of_text]
-        text, hash = (found.text + found.ending).encode(), hash64(found.key.encode())
+        text = (found.text + found.ending).encode()
+        hash = hash64(found.key.encode() if teacher else text)
         split = "val" if piece.held_out or hash < job.limit else "train"
         hashes += [] if piece.held_out else [hash]
         count = counts[split]

@@ -117,6 +117,7 @@ class Job:
     dtype: str = "float64"  # of the weights
     arithmetic: str | None = None  # of the products, where it is another
     compiled: bool = False
+    mask: bool = False  # cut attention at every 8th token's id
     load: Path | None = None
     save: Path | None = None
     first: int = 0
@@ -156,15 +157,19 @@ def steps(world: parallel.World, **options):
     worker.set_masks(growth, growth_mask(growth, samples))
     micro = parallel.micro_rows(world.layout, ROWS, job.micro)
 
+    def documents(tokens):
+        return (tokens % 8 == 0).cumsum(1) if job.mask else None
+
     def held_out() -> float:
-        found = worker.forward(*rows_of(world, 99, job.teacher), micro)
+        rows = rows_of(world, 99, job.teacher)
+        found = worker.forward(*rows, micro, documents=documents(rows[0]))
         (total,) = world.sum(found.item() if world.at("tp") == 0 else 0.0)
         return total
 
     log, grads, before = [], {}, held_out()
     for step in range(job.first, job.first + job.count):
         x, y = rows_of(world, step, job.teacher)
-        nats, count = worker.gradients(x, y, micro)
+        nats, count = worker.gradients(x, y, micro, documents=documents(x))
         grads = {name: whole(p.grad) for name, p in worker.named}
         log.append(train.update(worker, optimizer, CLIP, 1e-2, nats, count))
     if job.save:

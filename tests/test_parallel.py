@@ -30,7 +30,7 @@ INTERLEAVED = "Interleaved1F1B"
 # Each table: name -> (number of ranks, layout, options of distributed.steps or .evaluate).
 CASES = {
     "dp2": (2, Layout(dp=2), dict(teacher=True)),
-    "dp2-accum": (2, Layout(dp=2), dict(teacher=True, micro=2, growth=GROWTH)),
+    "dp2-accum": (2, Layout(dp=2), dict(teacher=True, micro=2, growth=GROWTH, mask=True)),
     "dp2-shard": (2, Layout(dp=2, shard_optimizer=True), dict(micro=4, teacher=True)),
     "dp2-shard-ckpt": (
         2,
@@ -49,13 +49,13 @@ CASES = {
     "tp2-seq-ckpt": (
         2,
         Layout(tp=2, sequence_parallel=True, activation_checkpointing=True),
-        dict(config=STANDARD, micro=4),
+        dict(config=STANDARD, micro=4, mask=True),
     ),
     "pp2": (2, Layout(pp=2), dict(teacher=True, micro=4)),
     "pp2-gpipe": (
         2,
         Layout(pp=2, schedule="GPipe", activation_checkpointing=True),
-        dict(config=UNTIED, micro=2),
+        dict(config=UNTIED, micro=2, mask=True),
     ),
     "pp2-inter": (2, Layout(pp=2, schedule=INTERLEAVED), dict(growth=GROWTH, micro=4)),
     "pp2-inter-teacher": (2, Layout(pp=2, schedule=INTERLEAVED), dict(teacher=True, micro=2)),
@@ -73,7 +73,7 @@ CASES = {
     "tp2-pp2-seq-inter": (
         4,
         Layout(tp=2, pp=2, sequence_parallel=True, schedule=INTERLEAVED),
-        dict(config=STANDARD, micro=4, teacher=True),
+        dict(config=STANDARD, micro=4, teacher=True, mask=True),
     ),
     "pp4": (4, Layout(pp=4), dict(micro=2)),
     "dp2-tp2-pp2": (8, Layout(dp=2, tp=2, pp=2), dict(micro=2, teacher=True, growth=GROWTH)),
@@ -91,7 +91,7 @@ CASES = {
     "tp2-compiled": (
         2,
         Layout(tp=2, sequence_parallel=True),
-        dict(config=SHALLOW, dtype="float32", compiled=True),
+        dict(config=SHALLOW, dtype="float32", compiled=True, mask=True),
     ),
 }
 EVALUATIONS = {
@@ -211,13 +211,16 @@ def test_a_layout_computes_what_one_process_does(groups, alone, name):
 
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_all_ranks_evaluate(groups, name):
-    """train.evaluate on rows that no layout divides: losses, bits per byte, counts and the share of
-    right labels are those of one process. Relative 1e-10; right labels are counted, so they are
-    equal."""
-    expected = distributed.evaluate(parallel.World(), 4)
+    """train.evaluate on rows that no layout divides: losses, those of each source, bits per byte,
+    counts and the share of right labels are those of one process. Relative 1e-10; right labels are
+    counted, so they are equal."""
+    found, expected = groups[EVALUATIONS[name][0], name], distributed.evaluate(parallel.World(), 4)
     assert expected["val_tokens"] == 13 * 16 and expected["teacher_labels"] == 18
     assert 0 < expected["teacher_accuracy"] < 1
-    assert groups[EVALUATIONS[name][0], name] == pytest.approx(expected, rel=1e-10)
+    for source, part in expected.pop("val_by_source").items():
+        assert found["val_by_source"][source] == pytest.approx(part, rel=1e-10)
+    del found["val_by_source"]
+    assert found == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("name", LOADS)
