@@ -408,7 +408,7 @@ def test_a_sweep(tmp_path, capsys, monkeypatch):
         ("predict", ["give either folders of runs"]),
         ("predict nowhere --points x.json", ["give either"]),
         ("predict nowhere", ["nowhere: no finished run"]),
-        ("predict --points nowhere.json", ["nowhere.json must hold"]),
+        ("predict --points nowhere.json", ["nowhere.json cannot be read"]),
         (f"predict --points {POINTS} --hold-out 10", ["--hold-out 10: there are 10 widths"]),
         (f"predict --points {POINTS} --hold-out 7", ["3 different model sizes"]),
     ],
