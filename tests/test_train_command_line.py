@@ -363,7 +363,7 @@ def test_compile_without_a_compiler(corpus, monkeypatch, capsys):
     class InvalidCxxCompiler(RuntimeError):
         __module__ = "torch._inductor.exc"
 
-    def fails(*_):
+    def fails(*_, **__):
         raise InvalidCxxCompiler("No working C++ compiler found\nmany\nlines")
 
     monkeypatch.setattr(parallel.Worker, "gradients", fails)
