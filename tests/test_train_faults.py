@@ -54,13 +54,13 @@ SIGNALLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import data, train
-real, calls, number = data.Corpus.batch, [], int(sys.argv[2])
+real, calls, number = data.Corpus.batch_ahead, [], int(sys.argv[2])
 def batch(*args, **options):
     calls.append(0)
     if len(calls) == 4:
         os.kill(os.getpid(), number)
     return real(*args, **options)
-data.Corpus.batch = batch
+data.Corpus.batch_ahead = batch
 sys.argv = ["train.py", *sys.argv[3:]]
 train.launch()
 """
@@ -87,7 +87,7 @@ def test_a_signal_saves_and_leaves(corpus, number):
 
 def signals_at_batch(monkeypatch, call, *numbers):
     """The process gets these signals while it prepares its batch number `call`."""
-    real, calls = data.Corpus.batch, itertools.count(1)
+    real, calls = data.Corpus.batch_ahead, itertools.count(1)
 
     def batch(self, *args, **options):
         if next(calls) == call:
@@ -95,7 +95,7 @@ def signals_at_batch(monkeypatch, call, *numbers):
                 signal.raise_signal(number)
         return real(self, *args, **options)
 
-    monkeypatch.setattr(data.Corpus, "batch", batch)
+    monkeypatch.setattr(data.Corpus, "batch_ahead", batch)
 
 
 def test_an_ignored_signal_stays_ignored(corpus, monkeypatch):
@@ -158,7 +158,7 @@ def test_checkpoints_by_time(corpus, monkeypatch):
     clock, saved = [0.0], []
     real_time, real_batch, real_save = (
         time.monotonic,
-        data.Corpus.batch,
+        data.Corpus.batch_ahead,
         checkpoint.write_checkpoint,
     )
 
@@ -173,7 +173,7 @@ def test_checkpoints_by_time(corpus, monkeypatch):
     s = job(corpus, steps=9, save_every=100, save_minutes=10)
     with monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: real_time() + clock[0])
-        patch.setattr(data.Corpus, "batch", batch)
+        patch.setattr(data.Corpus, "batch_ahead", batch)
         patch.setattr(checkpoint, "write_checkpoint", save)
         train.train(s)
     assert saved == [f"step-{step:08d}" for step in (0, 3, 6, 9)]

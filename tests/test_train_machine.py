@@ -23,6 +23,7 @@ from workshop import (
     workshop,
 )
 
+import data
 import run_folder
 import sample
 import train
@@ -263,7 +264,7 @@ def test_export_that_fails_leaves_nothing(corpus):
     before = sorted(Path().iterdir())
     with pytest.raises(ValueError, match="file is no folder"):
         main(["--export", run, "file/weights.pt"])
-    with pytest.raises(ValueError, match=f"{run} is a folder"):
+    with pytest.raises(ValueError, match=f"{run} exists: choose another name"):
         main(["--export", run, run])
     assert sorted(Path().iterdir()) == before
     main(["--export", run, "weights.pt"])
@@ -299,6 +300,6 @@ def test_the_default_corpus_is_prepared_once(monkeypatch, tmp_path, capsys):
 def test_the_default_corpus_is_not_prepared_in_vain(monkeypatch, tmp_path):
     """A vocabulary that cannot hold the tokenizer's ids is refused before minutes go into
     preparing."""
-    monkeypatch.setattr(data, "prepare", lambda *args, **options: pytest.fail("prepared in vain"))
+    monkeypatch.setattr("prepare.prepare", lambda *args, **options: pytest.fail("prepared in vain"))
     with pytest.raises(ValueError, match="add --model vocab_size=384"):
         train.open_corpus(None, "bytes", None, CONFIG.replace(vocab_size=100))

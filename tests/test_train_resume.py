@@ -129,7 +129,7 @@ def test_resume_after_a_crash_forgets_what_came_after_the_checkpoint(corpus, mon
     straight = train.train(job(corpus))["folder"]
     s = job(corpus)
     with monkeypatch.context() as patch:
-        crashes(patch, data.Corpus, "batch", call)
+        crashes(patch, data.Corpus, "batch_ahead", call)
         with pytest.raises(RuntimeError, match="power cut"):
             train.train(s)
     with open(Path(s.out) / "metrics.jsonl", "a") as file:
@@ -148,7 +148,7 @@ def test_resume_after_a_crash_around_a_growth(corpus, monkeypatch, call):
         job(corpus, stages="stages.json"),
     )
     with monkeypatch.context() as patch:
-        crashes(patch, data.Corpus, "batch", call)
+        crashes(patch, data.Corpus, "batch_ahead", call)
         with pytest.raises(RuntimeError, match="power cut"):
             train.train(s)
     go_on(s.out)
