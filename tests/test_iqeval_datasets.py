@@ -267,7 +267,9 @@ def test_run_show_and_export_a_file(tmp_path, capsys):
     datasets.main(["export", *files, "--items", "2", "--out", str(tmp_path / "items")])
     names = {path.name for path in (tmp_path / "items").iterdir()}
     stems = ("iq_rte", "iq_rte_words", "iq_single_fact")
-    assert names == {f"{stem}.{end}" for stem in stems for end in ("jsonl", "yaml")}
+    groups = {"_iq.yaml", "_iq_symbolic.yaml", "_iq_symbolic_words.yaml", "_iq_interference.yaml"}
+    written = {f"{stem}.{end}" for stem in stems for end in ("jsonl", "yaml")}
+    assert names == written | groups | {"utils.py"}
 
 
 def test_bad_requests_for_files_are_answered_together(tmp_path):
