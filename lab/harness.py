@@ -345,14 +345,14 @@ def run(args: argparse.Namespace):
         ) from error
     del results["pretty_env_info"]
     results["samples"] = said_of(results["samples"])
-    report = {"options": vars(args), "context": model.max_length, "cut": model.cut, **results}
-    text = json.dumps(report, ensure_ascii=False, indent=1, default=handle_non_serializable)
-    Path(args.out).write_text(text + "\n", encoding="utf-8")
     print(make_table(results))
     if "groups" in results:
         print(make_table(results, "groups"))
     if "table4" in names:
         print(table_4(results["results"]))
+    report = {"options": vars(args), "context": model.max_length, "cut": model.cut, **results}
+    text = json.dumps(report, ensure_ascii=False, indent=1, default=handle_non_serializable)
+    Path(args.out).write_text(text + "\n", encoding="utf-8")
     print(notes(model, args))
 
 
