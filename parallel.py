@@ -941,7 +941,7 @@ def redirect_library_output(folder: Path, rank: int) -> Path:
     return path
 
 
-def explain_lost_rank(world: World, error: RuntimeError) -> str | None:
+def explain_lost_rank(world: World, error: BaseException) -> str | None:
     """What to say of an error in a collective: which ranks do not answer any more, as far as this
     rank can know. Empty where another rank knows it; None if the error has another cause.
 
@@ -949,7 +949,7 @@ def explain_lost_rank(world: World, error: RuntimeError) -> str | None:
     knows. So all ranks end within twice the timeout."""
     failed = "Timed out|Connection closed|Connection reset|Broken pipe"
     in_collective = isinstance(error, dist.DistError) or re.search(failed, str(error))
-    if world.size == 1 or not in_collective:
+    if world.size == 1 or not isinstance(error, RuntimeError) or not in_collective:
         return None
     minutes = world.timeout.total_seconds() / 60
     try:
