@@ -725,7 +725,9 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_total, (d_weight * d_total).to(ctx.dtype), None, None, None
+        scaled = torch.empty_like(d_weight, dtype=ctx.dtype)  # no second one in fp32
+        torch.mul(d_weight, d_total, out=scaled)
+        return d_hidden * d_total, scaled, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -661,19 +661,15 @@ class Worker:
     @torch.no_grad()
     def init_weights(self, seed: int):
         """muP.init_weights for a share: each rank draws the whole of each of its parameters and
-        keeps its shard, so all layouts start from the same numbers. A core draws one parameter."""
-        threads = max(1, (os.cpu_count() or 1) // self.world.neighbours)
-        draw = functools.partial(muP.initial_value, self.config, seed=seed)
-        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            for i in range(0, len(self.named), threads):
-                some = self.named[i : i + threads]
-                values = pool.map(draw, *zip(*((name, p.shape) for name, p in some)))
-                for (_, p), value in zip(some, values):
-                    if isinstance(p, DTensor):
-                        place = p.device_mesh, p.placements
-                        value = value.to(self.device, p.dtype)
-                        value = distribute_tensor(value, *place, src_data_rank=None)
-                    p.copy_(value)
+        keeps its shard, so all layouts start from the same numbers."""
+        for name, p in self.named:
+            value = muP.initial_value(self.config, name, p.shape, seed)
+            if isinstance(p, DTensor):
+                place = p.device_mesh, p.placements
+                value = distribute_tensor(
+                    value.to(self.device, p.dtype), *place, src_data_rank=None
+                )
+            p.copy_(value)
 
     def set_masks(self, record: dict | None, c: float):
         """FLM.set_masks on every part: the growth's record and the mask's value c."""
@@ -945,7 +941,7 @@ def redirect_library_output(folder: Path, rank: int) -> Path:
     return path
 
 
-def explain_lost_rank(world: World, error: RuntimeError) -> str | None:
+def explain_lost_rank(world: World, error: BaseException) -> str | None:
     """What to say of an error in a collective: which ranks do not answer any more, as far as this
     rank can know. Empty where another rank knows it; None if the error has another cause.
 
@@ -953,7 +949,7 @@ def explain_lost_rank(world: World, error: RuntimeError) -> str | None:
     knows. So all ranks end within twice the timeout."""
     failed = "Timed out|Connection closed|Connection reset|Broken pipe"
     in_collective = isinstance(error, dist.DistError) or re.search(failed, str(error))
-    if world.size == 1 or not in_collective:
+    if world.size == 1 or not isinstance(error, RuntimeError) or not in_collective:
         return None
     minutes = world.timeout.total_seconds() / 60
     try:
