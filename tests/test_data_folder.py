@@ -93,12 +93,12 @@ KILLED = """if True:
     prepare.PIECE = textfiles.PIECE = 20_000
     prepare.MANY = 1
     whole, count = getattr(prepare, sys.argv[1]), 0
-    def killed(*arguments):
+    def killed(*arguments, **options):
         global count
         count += 1
         if count == int(sys.argv[2]):
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(*arguments)
+        return whole(*arguments, **options)
     setattr(prepare, sys.argv[1], killed)
     sources = {"s": ["in/text.txt"]}
     options = {"teacher": ["in/t.jsonl"], "workers": int(sys.argv[3]), "progress": False}
