@@ -1,5 +1,5 @@
-"""A corpus that is fed in pieces: appended to, merged from the work of several jobs, with a validation
-set of its own; a large one is opened in no time."""
+"""A corpus that is fed in pieces: appended to, merged from the work of several jobs, with a
+validation set of its own; a large one is opened in no time."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_an_append_that_fails_changes_nothing(tmp_path, three, monkeypatch):
 
 
 def test_a_given_up_append_leaves_no_trace(tmp_path, three, monkeypatch):
-    """After rm -r of the unfinished work, as advised, the next append begins behind the old text."""
+    """After rm -r of the unfinished work, as advised, the next append begins behind the text."""
     out = tmp_path / "out"
     prepare({"s": [three["a"]]}, out, BYTES, progress=False)
     with monkeypatch.context() as patch:
