@@ -500,7 +500,7 @@ An INPUT is one of these:
     the word stdlib: the source of Python's standard library on this machine
 NAME=INPUT names a source; without NAME it is called like the file, less its suffixes. Inputs of one
 name are one source. What cannot be read is left out, counted, and told at the end: text that is not
-UTF-8, broken JSON, a line of 16 MiB or more, what follows damage in a packed file.
+UTF-8, broken JSON, a line of 16 MiB or more, the rest of a packed file that is damaged.
 
 If the command is stopped or killed, or the disk is full, the same command goes on where it was.
 Several jobs can each prepare a part, with the same --val-fraction; merge makes one folder of them.

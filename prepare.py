@@ -261,16 +261,18 @@ class Input(NamedTuple):
     source: str
     path: Path
     held_out: bool  # whole
+    size: int  # bytes
+    changed: int  # when, in nanoseconds
 
 
-def cut_pieces(inputs: list[Input], sizes: list[int], field: str, state: dict) -> Iterator[Piece]:
+def cut_pieces(inputs: list[Input], field: str, state: dict) -> Iterator[Piece]:
     """The pieces of a signal that come after those of `state`. Small files make a piece together;
     a piece has one source."""
     first, *at = state["next"]
     number, parts, size = state["pieces"], [], 0
-    before = [0, *accumulate(sizes)]  # bytes of the files before each
+    before = [0, *accumulate(one.size for one in inputs)]  # bytes of the files before each
     for index in range(first, len(inputs)):
-        source, path, held_out = inputs[index]
+        source, path, held_out, *_ = inputs[index]
         for part in read_parts(path, field, tuple(at)):
             parts.append(part)
             size += part.size
@@ -278,11 +280,8 @@ def cut_pieces(inputs: list[Input], sizes: list[int], field: str, state: dict) -
                 place = (index, *part.end), before[index] + part.on_disk
                 yield Piece(number, source, held_out, parts, *place)
                 number, parts, size = number + 1, [], 0
-        at, following = (
-            (0, 0),
-            [(one.source, one.held_out) for one in inputs[index + 1 : index + 2]],
-        )
-        if parts and following != [(source, held_out)]:
+        at, following = (0, 0), inputs[index + 1 : index + 2]
+        if parts and [(one.source, one.held_out) for one in following] != [(source, held_out)]:
             yield Piece(number, source, held_out, parts, (index + 1, 0, 0), before[index + 1])
             number, parts, size = number + 1, [], 0
 
@@ -340,22 +339,18 @@ def write_signal(job: Job, inputs: list[Input], entries: dict) -> dict:
     if job.state_file.is_file():
         state = json.loads(job.state_file.read_text(encoding="utf-8"))
         job = job._replace(limit=state["limit"])
-    sizes = [one.path.stat().st_size for one in inputs]
-    options = {"unit": "B", "unit_scale": True, "disable": not job.progress}
-    options |= {
-        "total": sum(sizes),
-        "initial": state["on_disk"],
-        "desc": f"tokenizing ({job.signal})",
-    }
-    pieces = cut_pieces(inputs, sizes, job.field, state)
+    total = sum(one.size for one in inputs)
+    options = {"unit": "B", "unit_scale": True, "disable": not job.progress, "total": total}
+    options |= {"initial": state["on_disk"], "desc": f"tokenizing ({job.signal})"}
+    workers = min(job.workers, 1 + total // MANY)
     with tqdm(**options) as bar:
-        for piece, result in tokenize_all(job, pieces, min(job.workers, 1 + sum(sizes) // MANY)):
+        for piece, result in tokenize_all(job, cut_pieces(inputs, job.field, state), workers):
             append_piece(job, piece, result, state)
             replace_file(job.state_file, state)
             for suffix in (".json", ".tokens"):
                 piece.file(job, suffix).unlink()
             bar.update(piece.on_disk - bar.n)
-        bar.update(sum(sizes) - bar.n)
+        bar.update(total - bar.n)
     return state
 
 
@@ -372,36 +367,29 @@ def append_piece(job: Job, piece: Piece, result: dict, state: dict):
     state |= {"next": piece.next, "pieces": piece.number + 1, "on_disk": piece.on_disk}
 
 
-def settle_limit(job: Job, state: dict, is_given: bool) -> int:
+def settle_limit(state: dict, is_given: bool) -> int | None:
     """The limit below which a hash is held out, after a first try with state["limit"].
 
     A small corpus is an exception. Where all documents lie on one side, the limit moves until the
-    other side has one too. is_given: documents of another input are held out in any case.
-    ValueError where there are no two different documents."""
+    other side has one too. is_given: documents of another input are held out in any case. None
+    where there are no two different documents."""
     entries, limit = state["entries"].values(), state["limit"]
     counts = [sum(entry[split]["documents"] for entry in entries) for split in SPLITS]
     smallest, largest = state["hashes"]
     if all(counts) or is_given and largest < 0:
         return limit
-    if smallest >= largest and not is_given:
-        what = "documents (a file of up to 16 KiB is one)"
-        what = "texts with propositions" if job.signal == "teacher" else what
-        n, left_out = sum(counts), describe_skipped(state["skipped"])
-        raise ValueError(
-            f"the {job.signal} signal needs at least two different {what}, one to train on and "
-            f"one to hold out, but got {n}{' equal ones' * (n > 1)}: give more text\n{left_out}"
-        )
-    return min(max(limit, smallest + 1), largest)
+    return min(max(limit, smallest + 1), largest) if smallest < largest or is_given else None
 
 
 def tokenize_signal(job: Job, inputs: list[Input], entries: dict, is_given: bool) -> dict:
-    """write_signal, and once more with another limit where all documents lie on one side."""
+    """write_signal, and once more where the limit has moved. The state at the end; its limit is
+    None where there are no two different documents."""
     state = write_signal(job, inputs, entries)
-    limit = settle_limit(job, state, is_given)
-    if limit != state["limit"]:
+    limit = settle_limit(state, is_given)
+    if limit not in (None, state["limit"]):
         job.state_file.unlink()
-        state = write_signal(job._replace(limit=limit), inputs, entries)
-    return state
+        return write_signal(job._replace(limit=limit), inputs, entries)
+    return state | {"limit": limit}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -438,7 +426,7 @@ def prepare(
     workers       processes; by default one per core. What is written does not depend on it.
     progress      whether to show a bar
 
-    What cannot be read is left out and counted: meta["skipped"], see note. ValueError names
+    What cannot be read is left out and counted: meta["skipped"], see add_skipped. ValueError names
     everything wrong with the request; then `out` is as it was before. It is not whole without its
     meta.json. After a kill, Ctrl-C, or an OSError such as a full disk, the same call goes on where
     the work stopped."""
@@ -448,33 +436,51 @@ def prepare(
         val_fraction = old["val_fraction"] if old else 0.05
     weights = (old["weights"] if old else {}) | (weights or {})
     val, workers = val or {}, cores() if workers is None else workers
-    problems = check_request(sources, val, teacher, weights, val_fraction, workers, old)
+    problems = check_request(sources, val, teacher, val_fraction, workers, old)
+    problems += check_weights(weights, [*trained(old), *sources])
+    inputs = {"language": find_inputs(sources, val, problems)}
+    inputs["teacher"] = find_inputs({"teacher": teacher}, {}, problems)
     if old and old["tokenizer"]["name"] != tokenizer.name:
-        problems.append(
-            f"{out} has {old['tokenizer']['name']} tokens, not those of {tokenizer.name}"
-        )
+        name = old["tokenizer"]["name"]
+        problems.append(f"{out} has {name} tokens, not those of {tokenizer.name}")
+    problems += check_packages(one.path for one in chain(*inputs.values()))
     refuse(problems + check_place(out, old))
-    inputs = {
-        "language": find_inputs(sources, val),
-        "teacher": find_inputs({"teacher": teacher}, {}),
-    }
-    refuse(check_packages(one.path for one in chain(*inputs.values())))
     job = Job(out, field, tokenizer, workers, progress)
     with building(out, fingerprint(job, inputs, val_fraction, old), old):
-        entries, limits = entries_of(old), dict(old["limits"]) if old else {}
-        skipped = old["skipped"] if old else {}
-        for signal in filter(inputs.get, inputs):
-            for name in dict.fromkeys(one.source for one in inputs[signal]):
-                entries[signal].setdefault(name, new_entry(signal, len(entries[signal])))
-            limit = limits.get(signal, int(val_fraction * 2**64))
-            of_signal = job._replace(signal=signal, limit=limit)
-            is_given = bool(val) and signal == "language"
-            state = tokenize_signal(of_signal, inputs[signal], entries[signal], is_given)
-            entries[signal], limits[signal] = state["entries"], state["limit"]
-            add_skipped(skipped, state["skipped"])
-        refuse(check_trained(entries["language"], sources, skipped))
+        tokenized, problems = tokenize_request(job, inputs, old, val_fraction, bool(val))
+        problems += check_trained(tokenized["entries"]["language"], sources)
+        if problems:
+            remove_made(out, old)
+            refuse([*problems, describe_skipped(tokenized["skipped"])])
         about = {"name": tokenizer.name, "n_vocab": tokenizer.n_vocab}
-        return write_meta(out, about, val_fraction, limits, weights, entries, skipped)
+        return write_meta(out, about, val_fraction, weights, **tokenized)
+
+
+def tokenize_request(
+    job: Job, inputs: dict, old: dict | None, val_fraction: float, is_given: bool
+) -> tuple[dict, list[str]]:
+    """Tokenize all signals of a request -> {"entries", "limits", "skipped"}, as write_meta takes
+    them, and what is wrong with the text."""
+    entries, skipped, problems = entries_of(old), {}, []
+    limits = dict(old["limits"]) if old else {}
+    add_skipped(skipped, old["skipped"] if old else {})
+    for signal in filter(inputs.get, inputs):
+        for name in dict.fromkeys(one.source for one in inputs[signal]):
+            entries[signal].setdefault(name, new_entry(signal, len(entries[signal])))
+        limit = limits.get(signal, int(val_fraction * 2**64))
+        of_signal, is_set = job._replace(signal=signal, limit=limit), signal == "language"
+        state = tokenize_signal(of_signal, inputs[signal], entries[signal], is_set and is_given)
+        entries[signal], limits[signal] = state["entries"], state["limit"]
+        add_skipped(skipped, state["skipped"])
+        if state["limit"] is None:
+            n = sum(one[split]["documents"] for one in entries[signal].values() for split in SPLITS)
+            what = "documents (a file of up to 16 KiB is one)"
+            what = "texts with propositions" if signal == "teacher" else what
+            problems.append(
+                f"the {signal} signal needs at least two different {what}, one to train on and one "
+                f"to hold out, but got {n}{' equal ones' * (n > 1)}: give more text"
+            )
+    return {"entries": entries, "limits": limits, "skipped": skipped}, problems
 
 
 def cores() -> int:
@@ -482,13 +488,23 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def find_inputs(sources: Sources, val: Sources) -> list[Input]:
-    """The files of a request, source by source; those of `val` come behind the others."""
+def find_inputs(sources: Sources, val: Sources, problems: list[str]) -> list[Input]:
+    """The files of a request, source by source; those of `val` come behind the others. What is
+    wrong with them is added to `problems`."""
     inputs = []
     for name in dict.fromkeys([*sources, *val]):
+        if not is_text(name):
+            problems.append(f"the source name {name!r} is not UTF-8: choose one, NAME=INPUT")
         for held_out, paths in enumerate((sources.get(name, ()), val.get(name, ()))):
-            for path in chain.from_iterable(map(find_files, paths)):
-                inputs.append(Input(name, path, bool(held_out)))
+            for path in paths:
+                files = find_files(path)
+                kinds = f"which must be a file, or a folder with files {' '.join(SUFFIXES)}"
+                if not files:
+                    problems.append(f"source {name!r}: nothing to read at {str(path)!r}, {kinds}")
+                for file in files:
+                    found = file.stat()
+                    about = bool(held_out), found.st_size, found.st_mtime_ns
+                    inputs.append(Input(name, file, *about))
     return inputs
 
 
@@ -512,20 +528,18 @@ def trained(meta: dict | None) -> list[str]:
 
 def fingerprint(job: Job, inputs: dict, val_fraction: float, old: dict | None) -> str:
     """A text that is another one where an unfinished preparation must not go on."""
-    files = []
-    for signal, source, path, held_out in ((s, *one) for s in inputs for one in inputs[s]):
-        found = path.stat()
-        place = signal, source, os.path.abspath(path), held_out
-        files.append((*place, found.st_size, found.st_mtime_ns))
-    about = [VERSION, job.tokenizer.name, job.field, val_fraction, old, files]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    about = [VERSION, job.tokenizer.name, job.field, val_fraction, old]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for signal, one in ((signal, one) for signal in inputs for one in inputs[signal]):
+        place = one._replace(path=os.path.abspath(one.path))
+        digest.update(json.dumps([signal, *place]).encode())
+    return digest.hexdigest()
 
 
 def check_request(
     sources: Sources,
     val: Sources,
     teacher: Sequence[str | Path],
-    weights: dict[str, float],
     val_fraction: float,
     workers: int,
     old: dict | None,
@@ -534,17 +548,9 @@ def check_request(
     problems = []
     if not (sources or old):
         problems.append("no source is given: name a text file, a folder, or stdlib")
-    kinds = f"which must be a file, or a folder with files {' '.join(SUFFIXES)}"
-    for name, paths in chain(sources.items(), val.items()):
-        if not is_text(name):
-            problems.append(f"the source name {name!r} is not UTF-8: choose one, NAME=INPUT")
-        for path in paths:
-            if not find_files(path):
-                problems.append(f"source {name!r}: nothing to read at {str(path)!r}, {kinds}")
     for path in map(Path, teacher):
-        if not (path.is_file() and is_json_lines(path)):
+        if path.is_dir() or not is_json_lines(path):
             problems.append(f"teacher: {str(path)!r} is not a .jsonl file")
-    problems += check_weights(weights, [*trained(old), *sources])
     if not (0 < val_fraction < 1 or (val or old) and val_fraction == 0):
         also = ", or be 0 with a validation set (--val)"
         problems.append(f"val_fraction is {val_fraction}, but must lie between 0 and 1{also}")
@@ -567,7 +573,7 @@ def check_weights(weights: dict[str, float], names: Iterable[str]) -> list[str]:
     return problems
 
 
-def check_trained(entries: dict[str, dict], sources: Iterable[str], skipped: dict) -> list[str]:
+def check_trained(entries: dict[str, dict], sources: Iterable[str]) -> list[str]:
     """Problems: the sources that have no document to train on."""
     problems = []
     for source in sources:
@@ -579,7 +585,7 @@ def check_trained(entries: dict[str, dict], sources: Iterable[str], skipped: dic
                 f"source {source!r} has no document to train on: {why}. Give the source more text, "
                 "or make one source of several inputs: all=INPUT all=INPUT"
             )
-    return problems + [describe_skipped(skipped)] * bool(problems and skipped)
+    return problems
 
 
 def shares_of_rows(weights: dict[str, float], entries: dict[str, dict]) -> dict[str, float]:
@@ -596,8 +602,9 @@ def write_meta(
     out: Path,
     tokenizer: dict,
     val_fraction: float,
-    limits: dict[str, int],
     weights: dict[str, float],
+    *,
+    limits: dict[str, int],
     entries: dict,
     skipped: dict,
 ) -> dict:
@@ -652,8 +659,8 @@ def check_place(out: Path, old: dict | None) -> list[str]:
 @contextlib.contextmanager
 def building(out: Path, request: str, old: dict | None) -> Iterator[None]:
     """Hold the folder for this process while its shards are written. ValueError where it holds the
-    unfinished work of another request. After a ValueError inside, what was made is removed; after
-    any other error it stays, for the same request to go on with."""
+    unfinished work of another request. After an error what is done stays, for the same request to
+    go on with."""
     with locked(out):
         refuse(check_place(out, old))  # again: another process may have held it until now
         unfinished = out / UNFINISHED
@@ -669,11 +676,6 @@ def building(out: Path, request: str, old: dict | None) -> Iterator[None]:
             yield
             mark.unlink()  # first: without it the folder means nothing
             shutil.rmtree(unfinished)
-        except ValueError:
-            shutil.rmtree(unfinished)
-            if not old:
-                remove_made(out)
-            raise
         except OSError as error:
             raise OSError(
                 f"{out} is not finished: {error}. What is done is kept, and the same command goes "
@@ -699,12 +701,14 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def remove_made(out: Path):
-    """Remove a folder that cannot be completed."""
-    for path in (*out.glob("*.tokens"), out / "lock"):
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # a mount point
-        out.rmdir()
+def remove_made(out: Path, old: dict | None):
+    """Remove what cannot be completed: the folder, or what was to be added to it."""
+    shutil.rmtree(out / UNFINISHED)
+    if not old:
+        for path in (*out.glob("*.tokens"), out / "lock"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a mount point
+            out.rmdir()
 
 
 def prepare_once(sources: Sources, out: str | Path, tokenizer: Encoding):
@@ -743,6 +747,8 @@ def merge(
             problems.append(f"source {name!r} has the weights {given[name]} and {weight}: give one")
     names = [name for meta in metas.values() for name in trained(meta)]
     problems += check_weights(weights or given, names) + check_merged(metas)
+    if len(metas) < len(folders):
+        problems.append("a folder is named twice")
     refuse(problems + check_place(out, None))
     first = next(iter(metas.values()))
     request = hashlib.sha256(json.dumps([list(metas.values()), weights]).encode()).hexdigest()
@@ -761,8 +767,9 @@ def merge(
                     tokens = open_shard(folder / more["shard"], more["tokens"], dtype)
                     append_to_shard(out / entry["shard"], entry, tokens, more)
                     bar.update(tokens.nbytes)
-        about = first["tokenizer"], first["val_fraction"], limits
-        return write_meta(out, *about, weights or given, entries, skipped)
+        merged = {"limits": limits, "entries": entries, "skipped": skipped}
+        about = first["tokenizer"], first["val_fraction"]
+        return write_meta(out, *about, weights or given, **merged)
 
 
 def check_merged(metas: dict[Path, dict]) -> list[str]:

@@ -345,8 +345,8 @@ def tell_repeats(corpus: data.Corpus, samples: int, teacher_fraction: float):
     for name, epochs in corpus.epochs(samples, teacher_fraction).items():
         if epochs > 1:
             print(
-                f"note: this run reads {name} {epochs:.1f} times, each time in another order; more "
-                "text, or a smaller weight (data.py prepare --weight), repeats less"
+                f"note: this run reads {name} {epochs:.1f} times, each time in another order: more "
+                "text, or a smaller share of the rows, repeats less"
             )
 
 

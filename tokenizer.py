@@ -106,11 +106,13 @@ def token_type(n_vocab: int) -> np.dtype:
 
 
 def encode(tokenizer: Encoding, text: str) -> np.ndarray:
-    """The tokens (n,) of a text, uint32: what `tokenizer.encode_ordinary` gives, without a list.
+    """The tokens (n,) of a text: what `tokenizer.encode_ordinary` gives, without a list.
 
     `<|endoftext|>` in the text is ordinary text, never the special token. UnicodeEncodeError if the
     text has lone surrogates. tiktoken gives up on a million spaces in a row; then the text is cut
     where no token spans the cut."""
+    if tokenizer.name == "bytes":  # twenty times as fast as tiktoken
+        return np.frombuffer(text.encode(), np.uint8)
     try:
         return tokenizer.encode_to_numpy(text, disallowed_special=())
     except ValueError:

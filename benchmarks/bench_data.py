@@ -15,6 +15,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -30,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from prepare import cores
-from textfiles import cut_text, stdlib_files
+from textfiles import cut_text, read_parts, stdlib_files
 from tokenizer import TOKENIZERS, get_tokenizer
 
 SAMPLE = 16_000_000  # bytes of text a core for tiktoken alone
@@ -94,6 +95,15 @@ def tiktoken_alone(texts: list[str]) -> dict:
 
     seconds, cpu = timed(work, resource.RUSAGE_CHILDREN)
     return {"MB/s": megabytes / seconds, "MB/CPU s": megabytes / cpu}
+
+
+def read_alone(path: Path) -> float:
+    """MB of unpacked text for a CPU second of the process that reads, unpacks and hands out."""
+    size, start = 0, time.process_time()
+    for part in read_parts(path, "text"):
+        size += part.size
+        pickle.loads(pickle.dumps(part))
+    return size / 1e6 / (time.process_time() - start)
 
 
 def descendants(pid: int) -> list[int]:
@@ -167,7 +177,8 @@ def measure(name: str, file: str | None, folder: Path, texts: list[str]) -> dict
         result[f"prepare, {key}"] = round(found[key], 2)
         result[f"prepare / tiktoken alone, {key}"] = round(found[key] / alone[key], 3)
     result["killed and repeated, seconds"] = round(killed["seconds"] + rest["seconds"], 1)
-    result["repeated, seconds"] = round(rest["seconds"], 1)
+    for key, value in rest.items():
+        result[f"repeated, {key}"] = round(value, 1)
     return result
 
 
@@ -179,6 +190,9 @@ def main(gigabytes: str = "0.1", file: str | None = None):
         make_text(folder, int(float(gigabytes) * 1e9))
         with open(folder / "one.txt", encoding="utf-8") as text:
             texts = list(cut_text(text.read(SAMPLE * cores())))
+        names = ("one.txt", "rows.jsonl", "packed.jsonl.gz")
+        reading = {name: round(read_alone(folder / name)) for name in names}
+        print(json.dumps({"reading alone, MB/CPU s": reading}, indent=1), flush=True)
         for name in TOKENIZERS if file else ("bytes",):
             print(json.dumps(measure(name, file, folder, texts), indent=1), flush=True)
 

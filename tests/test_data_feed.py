@@ -1,5 +1,5 @@
-"""A corpus that is fed in pieces: appended to, merged from the work of several jobs, with a validation
-set of its own; a large one is opened in no time."""
+"""A corpus that is fed in pieces: appended to, merged from the work of several jobs, with a
+validation set of its own; a large one is opened in no time."""
 
 import json
 import os
@@ -80,7 +80,9 @@ def test_an_append_that_fails_changes_nothing(tmp_path, three, monkeypatch):
     prepare({"s": [three["a"]]}, out, BYTES, progress=False)
     before = Corpus(out, 16)
     whole = preparing.write_meta
-    monkeypatch.setattr(preparing, "write_meta", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        preparing, "write_meta", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
+    )
     with pytest.raises(OSError, match=f"To give up: rm -r {out}/unfinished"):
         prepare({"s": [three["b"]]}, out, BYTES, append=True, progress=False)
     assert Corpus(out, 16).digest == before.digest
@@ -94,11 +96,13 @@ def test_an_append_that_fails_changes_nothing(tmp_path, three, monkeypatch):
 
 
 def test_a_given_up_append_leaves_no_trace(tmp_path, three, monkeypatch):
-    """After rm -r of the unfinished work, as advised, the next append begins behind the old text."""
+    """After rm -r of the unfinished work, as advised, the next append begins behind the text."""
     out = tmp_path / "out"
     prepare({"s": [three["a"]]}, out, BYTES, progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(preparing, "write_meta", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(
+            preparing, "write_meta", lambda *_, **__: (_ for _ in ()).throw(OSError("full"))
+        )
         with pytest.raises(OSError):
             prepare({"s": [three["b"]]}, out, BYTES, append=True, progress=False)
     subprocess.run(["rm", "-r", out / "unfinished"], check=True)

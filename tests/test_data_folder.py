@@ -1,5 +1,5 @@
-"""Where a prepared folder is made: it is whole or says that it is not, whoever stands in the way, and
-what is done is not done again."""
+"""Where a prepared folder is made: it is whole or says that it is not, whoever stands in the way,
+and what is done is not done again."""
 
 import contextlib
 import os
@@ -93,12 +93,12 @@ KILLED = """if True:
     prepare.PIECE = textfiles.PIECE = 20_000
     prepare.MANY = 1
     whole, count = getattr(prepare, sys.argv[1]), 0
-    def killed(*arguments):
+    def killed(*arguments, **options):
         global count
         count += 1
         if count == int(sys.argv[2]):
             os.kill(os.getpid(), signal.SIGKILL)
-        return whole(*arguments)
+        return whole(*arguments, **options)
     setattr(prepare, sys.argv[1], killed)
     sources = {"s": ["in/text.txt"]}
     options = {"teacher": ["in/t.jsonl"], "workers": int(sys.argv[3]), "progress": False}
@@ -164,9 +164,11 @@ def test_a_full_disk(text, tmp_path):
     """A file that may not grow any further is an error of one line from the command, with exit code
     2; with more room the same command completes the folder."""
     limited = (
-        "import resource, signal, sys, data, console; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "import resource, signal, sys, console, prepare, tokenizer; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY)); "
-        "console.run(lambda: data.main(['prepare', 'in', '--out', 'out']))"
+        "bytes = tokenizer.get_tokenizer('bytes'); "
+        "console.run(lambda: prepare.prepare({'s': ['in']}, 'out', bytes) and 0)"
     )
     for limit, code in ((300_000, 2), (10**7, 0)):
         command = [sys.executable, "-c", limited, str(limit)]

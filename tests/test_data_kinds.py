@@ -1,5 +1,5 @@
-"""Every kind of file gives the same documents, damage costs no more than it must, and memory does not
-depend on the size of a file or a line."""
+"""Every kind of file gives the same documents, damage costs no more than it must, and memory does
+not depend on the size of a file or a line."""
 
 import gzip
 import io
@@ -269,7 +269,7 @@ def test_unpacking_zstd_is_bounded_and_whole():
 
 
 def test_shards_by_hand(tmp_path):
-    """A shard is 16 bytes of header and the tokens, as every reader of other programs may rely on."""
+    """A shard is 16 bytes of header and the tokens: other programs may rely on it."""
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in words(50)])
     meta = prepare({"s": [rows]}, tmp_path / "out", BYTES, progress=False)
     entry = meta["sources"][0]["train"]

@@ -1,5 +1,5 @@
-"""--document-mask: attention is cut where a document ends, so each document of a row is computed as if
-it stood alone. Under tensor and pipeline parallelism: tests/test_parallel.py."""
+"""--document-mask: attention is cut where a document ends, so each document of a row is computed as
+if it stood alone. Under tensor and pipeline parallelism: tests/test_parallel.py."""
 
 import pytest
 import torch
