@@ -215,7 +215,7 @@ class MeasuredRun(train.Run):
         super().log(**values, cpu_seconds=cpu, wall_seconds=wall)
         try:
             self.report(self.offset + training_flops(self.stages, self.state.samples))
-        except BrokenPipeError:  # the study was killed: end as after SIGTERM, with this step complete
+        except BrokenPipeError:  # the study was killed: complete this step, and end as after SIGTERM
             self.signals.append(signal.SIGTERM)
 
 

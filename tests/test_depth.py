@@ -8,13 +8,13 @@ import json
 import pytest
 import torch
 from growing import logits, train_step
-from helpers import build, configs, difference, error, few, seeds, some_tokens, tiny
+from helpers import CHECKED, build, configs, difference, error, few, seeds, some_tokens, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
 import grow
 import muP
-from flm import FLM, FLMConfig, growth_mask
+from flm import FLM, growth_mask
 from muP import LAYERS, exponents, init_std, init_weights, verdict
 
 DEEP = tiny(depth_alpha=1.0, base_layers=2)  # it has 2 layers
@@ -39,16 +39,6 @@ def test_at_the_proxys_depth_alpha_is_nothing(config, alpha, seed):
 # The coordinate check over depths
 
 DEPTHS = (2, 4, 8, 16, 32)
-CHECKED = FLMConfig(
-    n_layers=2,
-    d_model=16,
-    n_heads=2,
-    head_dim=8,
-    d_ff=64,
-    vocab_size=256,
-    max_seq_len=32,
-    mup_base_width=16,
-)
 
 
 def test_flat_with_completep_growing_without_it():

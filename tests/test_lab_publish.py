@@ -1,7 +1,6 @@
 """Published models in and out (lab/publish.py): each layout against a model that is not ours, and
 there and back again bit for bit."""
 
-import json
 import math
 
 import pytest

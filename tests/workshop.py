@@ -36,13 +36,7 @@ from train import Settings
 ROOT = Path(train.__file__).parent
 T, V = 32, 288
 CONFIG = FLMConfig(
-    n_layers=2,
-    d_model=32,
-    n_heads=2,
-    head_dim=16,
-    d_ff=64,
-    max_seq_len=T,
-    vocab_size=V,
+    n_layers=2, d_model=32, n_heads=2, head_dim=16, d_ff=64, max_seq_len=T, vocab_size=V
 )
 SIZE = tuple(
     f"{name}={value}"
