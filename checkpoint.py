@@ -417,8 +417,8 @@ def export_weights(checkpoint: str | Path, file: str | Path):
     it cannot be written."""
     if Path(file).exists():
         raise ValueError(f"{file} exists: choose another name for the weights")
-    model, info = load_model(checkpoint)
     file = output_file(file)
+    model, info = load_model(checkpoint)
     info = {key: value for key, value in info.items() if key != "files"}
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tmp = file.with_name(f".{file.name}.exporting")

@@ -76,6 +76,16 @@ def output_file(file: str | Path) -> Path:
     return file
 
 
+def replace_file(path: Path, text: str):
+    """Write a file whole or not at all."""
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        tmp.write_text(text, encoding="utf-8")
+        tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
 def write_numbers(file: str | Path, value):
     """Write what a study measured as JSON; say where, and how to draw it."""
     output_file(file).write_text(json.dumps(value, indent=1) + "\n")

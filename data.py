@@ -151,7 +151,7 @@ Row = tuple[np.ndarray, np.ndarray]  # tokens (T,), targets (T,), both int64
 class LanguageRows:
     """The rows of a source: row i is tokens i * T .. i * T + T of `stream` (n,).
 
-    So neighbours share one token. Attention is not cut where a document ends."""
+    So neighbours share one token. A row may hold parts of several documents: Corpus.documents."""
 
     def __init__(self, stream: np.ndarray, seq_len: int):
         self.stream, self.seq_len = stream, seq_len

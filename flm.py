@@ -325,8 +325,9 @@ def rotate(x: Tensor, tables: Tensor) -> Tensor:
 # 3. The block
 #
 # Every `mask` is None, and costs nothing, unless a growth is under way. Then it holds 1 for what
-# was there before, and c in [0, 1] for what is new (FLM.set_masks, section 4). Masks are buffers
-# outside the state dict: a growth changes none of its keys.
+# was there before, and c in [0, 1] for what is new (FLM.set_masks, section 4; with CompleteP an old
+# block's mask goes from r to 1). Masks are buffers outside the state dict: a growth changes none of
+# its keys.
 
 
 class Norm(nn.LayerNorm):

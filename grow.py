@@ -538,8 +538,8 @@ def grow_share(
     by_size = sorted(sizes, key=sizes.get, reverse=True)  # so that all ranks have as much to do
     mine = by_size[world.rank :: world.size]
     old = old_tensors(path, {old_name(name, record) for name in mine}, folder)
-    show = None if world.rank == 0 else True  # whether tqdm is silent; None: without a terminal
-    bar, grown = tqdm(mine, desc="growing", unit="parameter", disable=show), {}
+    silent = None if world.rank == 0 else True  # None: where there is no terminal
+    bar, grown = tqdm(mine, desc="growing", unit="parameter", disable=silent), {}
     for kind, name, value in grown_tensors(bar, old, new_config, record, **how):
         tensor = file_backed(value.shape, value.dtype, folder).copy_(value)
         grown.setdefault(kind, {})[name] = tensor

@@ -38,7 +38,6 @@ import math
 import random
 import re
 import shlex
-import shutil
 import string
 import sys
 import tempfile
@@ -1098,7 +1097,7 @@ def corpus(documents: int, seed: int) -> tuple[list[dict], list[dict]]:
 def make_corpus(out: str | Path, documents: int, seed: int) -> dict:
     """Write the corpus as text.jsonl and teacher.jsonl, and prepare it, in the new folder `out`.
 
-    Returns the meta of data.prepare. ValueError before any work if `out` is not free."""
+    Returns the meta of prepare.prepare. ValueError before any work if `out` is not free."""
     out, problems = Path(out).absolute(), []
     if documents < 100:
         problems.append(f"--documents {documents}: too few to train on, make at least 100")
@@ -1106,15 +1105,20 @@ def make_corpus(out: str | Path, documents: int, seed: int) -> dict:
         problems.append(f"--out {out}: exists and is not an empty folder; choose another name")
     console.refuse(problems)
     signals = corpus(documents, seed)
-    with tempfile.TemporaryDirectory() as folder:
+    console.make_folder(out.parent)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.part-", dir=out.parent) as folder:
+        made = Path(folder) / "corpus"
         files = [Path(folder) / name for name in ("text.jsonl", "teacher.jsonl")]
         for path, rows in zip(files, signals):
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             path.write_text("".join(lines), encoding="utf-8")
         sources, tokenizer = {"text": files[:1]}, get_tokenizer("bytes")
-        meta = prepare(sources, out, tokenizer, teacher=files[1:], progress=False)
+        meta = prepare(sources, made, tokenizer, teacher=files[1:], progress=False)
         for path in files:
-            shutil.move(path, out / path.name)
+            path.rename(made / path.name)
+        if out.exists():
+            out.rmdir()  # it is empty
+        made.rename(out)
     return meta
 
 

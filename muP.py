@@ -189,7 +189,8 @@ ENOUGH_SEEDS = 4  # with fewer, the spread between seeds is not known well enoug
 
 
 DECIDED = ("d_model", "n_heads", "d_ff", "mup", "mup_base_width")
-DECIDED_OF_DEPTHS = ("d_model", "n_heads", "d_ff", "n_layers", "depth_alpha", "base_layers")
+DECIDED_OF_DEPTHS = ("d_model", "n_heads", "d_ff", "mup_base_width")
+DECIDED_OF_DEPTHS += ("n_layers", "depth_alpha", "base_layers")
 
 
 def model_config(words: Iterable[str], decided: tuple[str, ...] = DECIDED) -> FLMConfig:
@@ -431,7 +432,8 @@ def main(argv: list[str] | None = None) -> int:
         more = " ".join(map(str, range(4 * len(seeds))))
         print(f"Four times as many seeds halve the noise: --seeds {more}")
     report = {"lr": args.lr, "seeds": seeds, "model": config.to_dict(), "verdict": result}
-    report |= {"torch": torch.__version__, "sizes": named_means(sizes, widths)}
+    report |= {"axis": axis, "tested": tested, "torch": torch.__version__}
+    report["sizes"] = named_means(sizes, widths)
     console.write_numbers(args.json, report)
     return EXIT_CODES[result]
 

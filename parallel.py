@@ -76,7 +76,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import muP
-from flm import FLM, IGNORE, FLMConfig, head_loss, loss_sum
+from flm import FLM, IGNORE, FLMConfig, head_loss
 
 # --------------------------------------------------------------------------------------------------
 # 1. Layouts
@@ -355,7 +355,8 @@ def attempt(action: Callable, *args, **options) -> tuple:
 def arrange(world: World, layout: Layout, device: torch.device) -> World:
     """The same world with a layout and its mesh. All ranks call this with the same layout."""
     if layout.size == 1:  # no mesh, and nothing to cut the optimizer over
-        return dataclasses.replace(world, layout=dataclasses.replace(layout, shard_optimizer=False))
+        alone = dataclasses.replace(layout, shard_optimizer=False, reshard=False)
+        return dataclasses.replace(world, layout=alone)
     ranks = torch.arange(layout.size).view(layout.pp, layout.dp, layout.tp)
     groups = []
     for axis in range(3):  # not init_device_mesh: its groups would have a timeout of their own
@@ -565,7 +566,7 @@ def build_parts(
 # 5. The worker
 
 
-class Stage(PipelineStage):
+class LeanPipelineStage(PipelineStage):
     """A pipeline stage that holds a buffer for what it receives as long as it is in use. PyTorch's
     own allocates one for every micro-batch before the first, and keeps all of them, and the
     gradients that autograd puts into them."""
@@ -694,8 +695,9 @@ class Worker:
         x, y = tokens.to(self.device), targets.to(self.device)
         documents = documents if documents is None else documents.to(self.device)
         run = self.run_pipeline if self.world.layout.pp > 1 else self.run_micro_batches
-        with self.loss_over_shards():
-            total = run(x, y, micro, score or loss_sum, documents=documents)
+        over_shards = score is not None and self.world.layout.tp > 1  # logits of V/tp words
+        with loss_parallel() if over_shards else contextlib.nullcontext():
+            total = run(x, y, micro, score, documents=documents)
         self.reshard()
         return total
 
@@ -713,19 +715,18 @@ class Worker:
         the loss of these rows in nats, summed, on one rank of each dp rank, and 0 on its other
         ranks; and the supervised tokens of the whole batch.
 
-        stop: called in each micro-batch, not in a pipeline. The function that it returns is called
-        before the next one; where that says True, Stopped is raised, and what .grad holds is
+        stop: called in each micro-batch but the last, not in a pipeline. The function that it
+        returns is called before the next one; where that says True, Stopped is raised, and what .grad holds is
         worthless. documents: as for `forward`."""
         first = self.world.at("tp") == self.world.at("pp") == 0  # the others have the same rows
         self.supervised = self.world.begin_sum((targets != IGNORE).sum().item() if first else 0)
         x = tokens.to(self.device, non_blocking=True)
         y = targets.to(self.device, non_blocking=True)
         cut = {"documents": documents if documents is None else documents.to(self.device)}
-        with self.loss_over_shards():
-            if self.world.layout.pp > 1:
-                nats = self.run_pipeline(x, y, micro, loss_sum, training=True, **cut)
-            else:
-                nats = self.run_micro_batches(x, y, micro, loss_sum, True, stop, **cut)
+        if self.world.layout.pp > 1:
+            nats = self.run_pipeline(x, y, micro, None, training=True, **cut)
+        else:
+            nats = self.run_micro_batches(x, y, micro, None, True, stop, **cut)
         if self.tied_end is not None:  # both ends get the sum of their gradients
             dist.all_reduce(local(self.tied_end.grad), group=self.tie)
         return nats.item() if self.world.at("tp") == 0 else 0.0, int(self.supervised()[0])
@@ -735,20 +736,13 @@ class Worker:
         first call waits for the sum over all ranks."""
         return self.world.layout.dp / max(1, self.supervised()[0])
 
-    def loss_over_shards(self):
-        """The context in which a loss is computed, and its backward pass run.
-
-        Under tp each rank holds the logits of V/tp words: cross-entropy then all-reduces the
-        maximum, the sum of exponentials and the target's logit of each token."""
-        return loss_parallel() if self.world.layout.tp > 1 else contextlib.nullcontext()
-
     def run_micro_batches(
         self, x, y, micro, score, training=False, stop=None, documents=None
     ) -> torch.Tensor:
         """Without a pipeline: forward passes of `micro` rows and, when training, backward passes.
-        Returns score(logits, targets), summed over the micro-batches."""
+        Returns score(logits, targets), summed over the micro-batches; without a score the model's
+        loss, which needs no tensor of all logits."""
         model = self.ddp if training and self.ddp is not None else self.parts[0]
-        by_model = score is loss_sum  # without a tensor of all logits
         autocast = self.arithmetic == torch.bfloat16 and not self.world.layout.sharded
         total, stopped = 0, None
         for i in range(0, len(x), micro):
@@ -758,11 +752,12 @@ class Worker:
             cut = {"documents": documents if documents is None else documents[i : i + micro]}
             with self.gradient_exchange(model, training, last=i + micro >= len(x)):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-                    if by_model:
+                    if score is None:
                         value = model(rows, targets, **cut)
                     else:
                         value = score(model(rows, **cut), targets)
-                stopped = stop and stop()  # the ranks tell each other during the backward pass
+                if stop is not None and i + micro < len(x):
+                    stopped = stop()  # the ranks tell each other during the backward pass
                 if training:
                     (value * self.scale()).backward()
             total = total + local(value.detach())
@@ -782,7 +777,7 @@ class Worker:
         Along pp, hidden states (micro, T, C) are sent forward and their gradients back. Of
         `documents` nothing is sent: all ranks of a pipeline have the same rows. The schedule of
         training is kept; that of an evaluation holds activations, and goes."""
-        n, by_model = len(x) // micro, score is loss_sum
+        n, by_model = len(x) // micro, score is None
         if training:
             if n not in self.pipelines:
                 self.pipelines[n] = self.make_pipeline(n, lambda nats, _: nats * self.scale())
@@ -808,7 +803,7 @@ class Worker:
         layout, group = self.world.layout, self.world.mesh.get_group("pp")
         ids = layout.stage_ids(self.world.at("pp"))
         stages = [
-            Stage(part, i, layout.pipeline_stages, self.device, group=group)
+            LeanPipelineStage(part, i, layout.pipeline_stages, self.device, group=group)
             for i, part in zip(ids, self.parts)
         ]
         held = stages if len(stages) > 1 else stages[0]

@@ -8,7 +8,8 @@
 2. A piece            its tokens; which of its documents are held out
 3. All pieces         the workers; a signal's shards; how a killed preparation goes on
 4. prepare            the whole, from a request to meta.json; more text for a folder
-5. merge              several folders become one
+5. Where it is made   the lock; what a kill or a full disk leaves
+6. merge              several folders become one
 
 How the text is divided into pieces depends on the files alone. So the same bytes are written with
 any number of workers, and however often the work is stopped.
@@ -42,7 +43,7 @@ from tiktoken import Encoding
 from tqdm import tqdm
 
 import console
-from console import refuse
+from console import refuse, replace_file
 from textfiles import (
     PIECE,
     SHOWN,
@@ -129,20 +130,21 @@ def read_meta(folder: Path) -> dict:
         raise ValueError(f"{folder} {what}. To make one, {command}")
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
-        if meta["version"] != VERSION:
-            raise ValueError(f"version {meta['version']}; this program reads version {VERSION}")
+        version = meta["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is damaged: {error!r}. Remove {folder}, then {command}"
         ) from error
+    if version != VERSION:
+        raise ValueError(
+            f"{folder} is of version {version}, and this program reads version {VERSION}: remove "
+            f"it with rm -r {shlex.quote(str(folder))}, and prepare it again"
+        )
     return meta
 
 
-def replace_file(path: Path, value):
-    """Write a value as JSON, whole or not at all."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+def as_json(value) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,7 +247,7 @@ def tokenize(job: Job, piece: Piece) -> dict:
     part.replace(piece.file(job, ".tokens"))
     result = {split: count | {"digest": f"{count['digest']:x}"} for split, count in counts.items()}
     result["hashes"] = min(hashes, default=1 << 64), max(hashes, default=-1)
-    replace_file(saved, result | {"skipped": skipped})
+    replace_file(saved, as_json(result | {"skipped": skipped}))
     return result | {"skipped": skipped}
 
 
@@ -346,7 +348,7 @@ def write_signal(job: Job, inputs: list[Input], entries: dict) -> dict:
     with tqdm(**options) as bar:
         for piece, result in tokenize_all(job, cut_pieces(inputs, job.field, state), workers):
             append_piece(job, piece, result, state)
-            replace_file(job.state_file, state)
+            replace_file(job.state_file, as_json(state))
             for suffix in (".json", ".tokens"):
                 piece.file(job, suffix).unlink()
             bar.update(piece.on_disk - bar.n)
@@ -437,6 +439,9 @@ def prepare(
     weights = (old["weights"] if old else {}) | (weights or {})
     val, workers = val or {}, cores() if workers is None else workers
     problems = check_request(sources, val, teacher, val_fraction, workers, old)
+    if old and val_fraction != old["val_fraction"]:
+        share = old["val_fraction"]
+        problems.append(f"--val-fraction {val_fraction}: {out} holds out {share}; leave it out")
     problems += check_weights(weights, [*trained(old), *sources])
     inputs = {"language": find_inputs(sources, val, problems)}
     inputs["teacher"] = find_inputs({"teacher": teacher}, {}, problems)
@@ -448,7 +453,7 @@ def prepare(
     job = Job(out, field, tokenizer, workers, progress)
     with building(out, fingerprint(job, inputs, val_fraction, old), old):
         tokenized, problems = tokenize_request(job, inputs, old, val_fraction, bool(val))
-        problems += check_trained(tokenized["entries"]["language"], sources)
+        problems += check_sources(tokenized["entries"]["language"], sources, val)
         if problems:
             remove_made(out, old)
             refuse([*problems, describe_skipped(tokenized["skipped"])])
@@ -573,9 +578,12 @@ def check_weights(weights: dict[str, float], names: Iterable[str]) -> list[str]:
     return problems
 
 
-def check_trained(entries: dict[str, dict], sources: Iterable[str]) -> list[str]:
-    """Problems: the sources that have no document to train on."""
-    problems = []
+def check_sources(
+    entries: dict[str, dict], sources: Iterable[str], val: Iterable[str]
+) -> list[str]:
+    """Problems: the sources that have no document to train on, or none of their validation set."""
+    empty = (name for name in val if not entries[name]["val"]["documents"])
+    problems = [f"the validation set {name!r} has no document: give it text" for name in empty]
     for source in sources:
         entry = entries[source]
         if not entry["train"]["documents"]:
@@ -623,7 +631,7 @@ def write_meta(
         "sources": [{"name": name, "weight": shares[name]} | language[name] for name in language],
         "skipped": skipped,
     }
-    replace_file(out / "meta.json", meta)
+    replace_file(out / "meta.json", as_json(meta))
     return meta
 
 
@@ -671,10 +679,12 @@ def building(out: Path, request: str, old: dict | None) -> Iterator[None]:
                 f"repeat that command, or remove it with rm -r {shlex.quote(str(what))}"
             )
         try:
+            if unfinished.is_dir() and not mark.is_file():
+                shutil.rmtree(unfinished)  # of work that was finished, or given up
             unfinished.mkdir(exist_ok=True)
-            replace_file(mark, request)
+            replace_file(mark, as_json(request))
             yield
-            mark.unlink()  # first: without it the folder means nothing
+            mark.unlink()  # first: without it the rest means nothing
             shutil.rmtree(unfinished)
         except OSError as error:
             raise OSError(
@@ -774,15 +784,16 @@ def merge(
 
 def check_merged(metas: dict[Path, dict]) -> list[str]:
     """Why prepared folders cannot become one."""
-    problems, (first, *others) = [], metas.items()
-    for folder, meta in others:
+    problems, limits, first = [], {}, next(iter(metas.items()))
+    for folder, meta in metas.items():
         if meta["tokenizer"] != first[1]["tokenizer"]:
             names = (f"{path}: {one['tokenizer']['name']}" for path, one in (first, (folder, meta)))
             problems.append(f"the tokens are not of one tokenizer: {', '.join(names)}")
-        for signal in meta["limits"].keys() & first[1]["limits"]:
-            if meta["limits"][signal] != first[1]["limits"][signal]:
+        for signal, limit in meta["limits"].items():
+            known, where = limits.setdefault(signal, (limit, folder))
+            if limit != known:
                 problems.append(
-                    f"{folder} holds out other documents ({signal}) than {first[0]}: prepare both "
+                    f"{folder} holds out other documents ({signal}) than {where}: prepare both "
                     "with the same --val-fraction; what has only a few documents takes another "
                     "share, so add its files with --append in place of merging"
                 )

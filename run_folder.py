@@ -21,7 +21,7 @@ import torch
 import data
 import schedule
 from checkpoint import find_checkpoint, list_checkpoints, read_info
-from console import make_folder, refuse
+from console import make_folder, refuse, replace_file
 from flm import FLMConfig
 from machine import Machine
 from parallel import World
@@ -38,16 +38,6 @@ from tokenizer import get_tokenizer
 LOCK_MARK = (
     "locked by train.py: "  # how the lock of a run begins; by this a folder is known as ours
 )
-
-
-def replace_file(path: Path, text: str):
-    """Write a file whole or not at all."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        tmp.write_text(text)
-        tmp.replace(path)
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 def read_run(folder) -> tuple[Settings, list[Stage]]:
@@ -343,7 +333,7 @@ def check_corpus(s: Settings, corpus: data.Corpus, digest: str | None):
 def tell_repeats(corpus: data.Corpus, samples: int, teacher_fraction: float):
     """Say which sources a run of so many samples reads more than once."""
     for name, epochs in corpus.epochs(samples, teacher_fraction).items():
-        if epochs > 1:
+        if epochs >= 1.05:
             print(
                 f"note: this run reads {name} {epochs:.1f} times, each time in another order: more "
                 "text, or a smaller share of the rows, repeats less"

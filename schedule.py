@@ -42,7 +42,7 @@ class Stage:
     end: int | None = None
     ramp: int = 0  # from the growth until the mask is at 1
     layers: str | list = "stack"  # where new layers come from: grow.layer_origins
-    lr: float | None = None  # at the start of the stage; None: the cosine just goes on
+    lr: float | None = None  # at the start of the stage; None: it just goes on
     warmup: int | None = None
     batch_size: int | None = None  # rows of a step
     # what the stage costs: lab/plan.py
@@ -217,7 +217,7 @@ RECIPES = {  # of each preset; those of the demos are ours, by trying
     "iq-demo": {"steps": 4000, "batch_size": 8, "lr": 2e-3, "warmup": 1000},
     "flm-proxy": paper_recipe(PAPER_STAGES[0]),  # the paper's search on the proxy was for its 16B
     **{given["preset"]: paper_recipe(given) for given in PAPER_STAGES},
-    # the demo's, not tuned
+    # ours, not tuned
     "tele-demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800},
     **{f"tele-flm-{size}": TELE_RECIPE for size in ("proxy", "52b", "102b", "1t")},
 }
@@ -380,6 +380,11 @@ def decay_start(stages: list[Stage], decay: float) -> int:
     """The sample at which the last `decay` (a share) of the run begins."""
     begin, end = stages[0].start, stages[-1].end
     return end - round(decay * (end - begin))
+
+
+def decay_step(stages: list[Stage], decay: float) -> int:
+    """The last step before the last `decay` (a share) of the run."""
+    return total_steps(stages) - total_steps(stages, decay_start(stages, decay))
 
 
 def wsd(stages: list[Stage], samples: int, min_lr: float, decay: float) -> float:

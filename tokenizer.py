@@ -4,6 +4,7 @@ There are two tokenizers: `bytes`, which needs nothing, and `cl100k_base`, which
 tokenizer is always a tiktoken.Encoding. V is the size of the vocabulary.
 """
 
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -83,6 +84,7 @@ def cl100k_from(file: str | Path) -> Encoding:
         return Encoding(**tiktoken_ext.openai_public.cl100k_base())
 
 
+@functools.cache
 def byte_lengths(tokenizer: Encoding) -> np.ndarray:
     """(V,) int64: the bytes of text that each id stands for; 0 for an id that is no text.
 

@@ -195,8 +195,7 @@ class Run:
         self.last_step = state.step + schedule.total_steps(stages, state.samples)
         self.decay_step = None  # the last one before wsd's decay; its checkpoint is kept
         if settings.lr_decay is not None:
-            decay = schedule.decay_start(stages, settings.lr_decay)
-            self.decay_step = self.last_step - schedule.total_steps(stages, decay)
+            self.decay_step = schedule.decay_step(stages, settings.lr_decay)
         self.worker = self.optimizer = None  # see build
         self.metrics = self.bar = None  # the open log and the progress bar; see train
         self.signals = []  # the numbers of those that this process has received
@@ -307,8 +306,8 @@ class Run:
     def begin_asking(self) -> Callable[[], bool]:
         """Begin to ask all ranks whether one has received a signal. Returns a function that waits
         for the answer."""
-        sums = self.world.begin_sum(*self.questions())
-        return lambda: sums()[0] > 0
+        signals = self.world.begin_sum(len(self.signals))
+        return lambda: signals()[0] > 0
 
     def log(self, **values):
         """One line of metrics.jsonl."""
@@ -446,7 +445,7 @@ def read_state(source: str | None, resume: bool, stages: list[Stage]) -> tuple:
     state = RunState(samples=info["samples"], growth=info["growth"])
     if resume:
         state.step, state.stage = info["step"], info["stage"]
-        if info["config"] != stages[state.stage].config.to_dict():
+        if FLMConfig.from_dict(info["config"]) != stages[state.stage].config:
             place = f"stage {state.stage + 1} of {Path(source) / 'config.json'}"
             raise ValueError(f"{path} holds another model than {place}: one of them was edited")
     return state, path, info["tokenizer"]

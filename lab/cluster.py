@@ -49,7 +49,7 @@ from console import refuse
 from flm import FLM, FLMConfig, count_parameters, forward_flops
 from lab.collectives import Collectives, TracedRun, TracedStage, Watch
 from lab.timetable import SCHEDULES, closed_bubble, draw
-from parallel import Layout, Stage, Worker, World, local
+from parallel import Layout, LeanPipelineStage, Worker, World, local
 from settings import MODES, Settings, flag, option, plan_layout, resolve
 
 GiB = 2**30
@@ -125,13 +125,13 @@ def fake_cluster(job: Job, pp_rank: int):
     world = FakeWorld(layout, rank, mesh)
 
     def stage_with_shapes(part, *args, **options):
-        stage = Stage(part, *args, **options, **stage_shapes(job, part))
+        stage = LeanPipelineStage(part, *args, **options, **stage_shapes(job, part))
         stage._inference_mode = InferenceMode.STATIC
         return stage
 
     with (
         mock.patch.object(_PipelineSchedule, agree_on_shapes.__name__, lambda *_: None),
-        mock.patch.object(parallel, "Stage", stage_with_shapes),
+        mock.patch.object(parallel, "LeanPipelineStage", stage_with_shapes),
     ):
         yield world
     dist.destroy_process_group()
@@ -584,7 +584,7 @@ def main(argv: list[str] | None = None, world: World = World()) -> int:
             "one process has no collectives: start several, as in\n  torchrun --standalone "
             "--nproc-per-node 2 -m lab.cluster trace --pp 2 --steps 1"
         )
-    with mock.patch.object(parallel, "Stage", TracedStage):
+    with mock.patch.object(parallel, "LeanPipelineStage", TracedStage):
         return train.main(words[1:], world, TracedRun)
 
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from machine import name_of
-from parallel import Stage, Worker
+from parallel import LeanPipelineStage, Worker
 
 
 class Watch(TorchDispatchMode):
@@ -122,7 +122,7 @@ class Trace(Collectives):
         sys.__stdout__.flush()
 
 
-class TracedStage(Stage):
+class TracedStage(LeanPipelineStage):
     """A pipeline stage that notes on which micro-batch it works and, in each tensor that it sends
     or receives, to which micro-batch and pass the tensor belongs."""
 
@@ -130,8 +130,8 @@ class TracedStage(Stage):
         Trace.micro = micro
         return method(self, micro, *args, **options)
 
-    forward_one_chunk = partialmethod(work, Stage.forward_one_chunk)
-    backward_one_chunk = partialmethod(work, Stage.backward_one_chunk)
+    forward_one_chunk = partialmethod(work, LeanPipelineStage.forward_one_chunk)
+    backward_one_chunk = partialmethod(work, LeanPipelineStage.backward_one_chunk)
 
     def messages(self, method, which, micro):
         found = method(self, micro)
@@ -139,10 +139,10 @@ class TracedStage(Stage):
             message.tensor.passing = f"micro-batch {micro} {which}"
         return found
 
-    get_fwd_recv_ops = partialmethod(messages, Stage.get_fwd_recv_ops, "forward")
-    get_fwd_send_ops = partialmethod(messages, Stage.get_fwd_send_ops, "forward")
-    get_bwd_recv_ops = partialmethod(messages, Stage.get_bwd_recv_ops, "backward")
-    get_bwd_send_ops = partialmethod(messages, Stage.get_bwd_send_ops, "backward")
+    get_fwd_recv_ops = partialmethod(messages, LeanPipelineStage.get_fwd_recv_ops, "forward")
+    get_fwd_send_ops = partialmethod(messages, LeanPipelineStage.get_fwd_send_ops, "forward")
+    get_bwd_recv_ops = partialmethod(messages, LeanPipelineStage.get_bwd_recv_ops, "backward")
+    get_bwd_send_ops = partialmethod(messages, LeanPipelineStage.get_bwd_send_ops, "backward")
 
 
 def next_micro_batch(module, inputs):

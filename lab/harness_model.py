@@ -70,7 +70,7 @@ class HarnessModel(TemplateLM):
     batch_size: rows that are computed at once. The result does not depend on it, but for rounding.
     cut: {"contexts": how many were cut at their left to fit, "longest": tokens of the longest}.
 
-    Raises ValueError as checkpoint.load_model and data.get_tokenizer do. The three methods raise
+    Raises ValueError as checkpoint.load_model and tokenizer.get_tokenizer do. The three methods raise
     ValueError for what this model cannot be asked: a text to be scored that has no token, or more
     tokens than the context, and unknown settings of generation."""
 

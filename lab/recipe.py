@@ -36,8 +36,8 @@ import torch
 from tqdm import tqdm
 
 import console
-import data
 import iqeval
+from console import replace_file
 from evaluation import eval_only
 from flm import FLMConfig, count_parameters, forward_flops, preset
 from lab import runs, transfer
@@ -46,9 +46,12 @@ from lab.report import write_texts
 from lab.runs import FinishedRun, mean
 from machine import pick_device
 from muP import at_widths
-from run_folder import lock_folder, replace_file
+from prepare import prepare
+from run_folder import lock_folder
 from schedule import cosine, in_samples, total_steps, training_flops
 from settings import Settings, resolve
+from textfiles import stdlib_files
+from tokenizer import get_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # 1. How large
@@ -222,10 +225,10 @@ def make_corpus(recipe: Recipe):
     for file, rows in zip(files.values(), iqeval.corpus(size.documents, recipe.seed)):
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         replace_file(file, "".join(lines))
-    sources = {"text": data.stdlib_files()[: size.files], "iq": [files["iq"]]}
+    sources = {"text": stdlib_files()[: size.files], "iq": [files["iq"]]}
     weights = {"text": 1 - IQ_SHARE, "iq": IQ_SHARE}
-    tokenizer = data.get_tokenizer("bytes")
-    data.prepare(sources, folder, tokenizer, teacher=[files["teacher"]], weights=weights)
+    tokenizer = get_tokenizer("bytes")
+    prepare(sources, folder, tokenizer, teacher=[files["teacher"]], weights=weights)
 
 
 def flops_of(settings: Settings) -> int:

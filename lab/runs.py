@@ -40,7 +40,7 @@ import train
 from checkpoint import list_checkpoints, read_info, step_of
 from flm import FLMConfig, count_parameters
 from run_folder import open_corpus, read_log, read_run, resumed
-from schedule import Stage, decay_start, total_steps, training_flops
+from schedule import Stage, decay_step, total_steps, training_flops
 from settings import Settings, flag, make_parser, resolve
 
 # ----------------------------------------------------------------------------------------------
@@ -215,7 +215,9 @@ class MeasuredRun(train.Run):
         super().log(**values, cpu_seconds=cpu, wall_seconds=wall)
         try:
             self.report(self.offset + training_flops(self.stages, self.state.samples))
-        except BrokenPipeError:  # the study was killed: complete this step, and end as after SIGTERM
+        except (
+            BrokenPipeError
+        ):  # the study was killed: complete this step, and end as after SIGTERM
             self.signals.append(signal.SIGTERM)
 
 
@@ -339,7 +341,7 @@ def trunk_job(key: str, members: list[tuple[Settings, list[Stage]]]) -> Job:
     """The job of runs that share a trunk. key: what they share."""
     branches = []
     for settings, stages in members:
-        start = total_steps(stages) - total_steps(stages, decay_start(stages, settings.lr_decay))
+        start = decay_step(stages, settings.lr_decay)
         samples = samples_after(stages, start)
         branches.append(Branch(settings, stages, start, training_flops(stages, samples)))
     branches.sort(key=lambda branch: (branch.start, branch.settings.steps))

@@ -95,8 +95,10 @@ def test_an_append_that_fails_changes_nothing(tmp_path, three, monkeypatch):
     assert shards(out) == shards(tmp_path / "once")
 
 
-def test_a_given_up_append_leaves_no_trace(tmp_path, three, monkeypatch):
-    """After rm -r of the unfinished work, as advised, the next append begins behind the text."""
+@pytest.mark.parametrize("mark_alone", [False, True])
+def test_a_given_up_append_leaves_no_trace(tmp_path, three, monkeypatch, mark_alone):
+    """After rm -r of the unfinished work, as advised, the next append begins behind the text; also
+    where a kill has left that work without its mark."""
     out = tmp_path / "out"
     prepare({"s": [three["a"]]}, out, BYTES, progress=False)
     with monkeypatch.context() as patch:
@@ -105,7 +107,10 @@ def test_a_given_up_append_leaves_no_trace(tmp_path, three, monkeypatch):
         )
         with pytest.raises(OSError):
             prepare({"s": [three["b"]]}, out, BYTES, append=True, progress=False)
-    subprocess.run(["rm", "-r", out / "unfinished"], check=True)
+    if mark_alone:
+        (out / "unfinished" / "request.json").unlink()
+    else:
+        subprocess.run(["rm", "-r", out / "unfinished"], check=True)
     prepare({"s": [three["c"]]}, out, BYTES, append=True, progress=False)
     prepare({"s": [three["a"], three["c"]]}, tmp_path / "once", BYTES, progress=False)
     assert shards(out) == shards(tmp_path / "once")
@@ -121,6 +126,8 @@ def test_appends_that_do_not_fit(tmp_path, three, cl100k):
         prepare({"s": [three["b"]]}, tmp_path / "no", BYTES, append=True, progress=False)
     with pytest.raises(ValueError, match="leave nothing for t"):
         prepare({"t": [three["b"]]}, out, BYTES, append=True, progress=False)
+    with pytest.raises(ValueError, match="--val-fraction 0.3: .* holds out 0.05; leave it out"):
+        prepare({"s": [three["b"]]}, out, BYTES, val_fraction=0.3, append=True, progress=False)
     assert not (tmp_path / "no").exists()
 
 
@@ -186,6 +193,22 @@ def test_merges_that_do_not_fit(tmp_path, three, cl100k):
     assert not (tmp_path / "out").exists()
 
 
+def test_teacher_limits_are_compared_with_every_folder(tmp_path, three):
+    """Two folders that hold out other items do not fit together, whatever the first one has."""
+    items = [{"text": t, "proposition": "So.", "label": i % 2} for i, t in enumerate(words(60))]
+    teacher = write_rows(tmp_path / "t.jsonl", items)
+    prepare({"s": [three["a"]]}, tmp_path / "a", BYTES, progress=False)
+    prepare({"s": [three["b"]]}, tmp_path / "b", BYTES, progress=False)
+    prepare({}, tmp_path / "b", BYTES, teacher=[teacher], append=True, progress=False)
+    prepare({"s": [three["c"]]}, tmp_path / "c", BYTES, teacher=[teacher], progress=False)
+    meta = tmp_path / "c" / "meta.json"
+    changed = json.loads(meta.read_text())
+    changed["limits"]["teacher"] += 1
+    meta.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"c holds out other documents \(teacher\) than .*b:"):
+        merge([tmp_path / name for name in "abc"], tmp_path / "out", progress=False)
+
+
 def test_a_killed_merge_is_repeated(tmp_path, three, monkeypatch):
     """A merge that was stopped in the middle can be repeated; the parts are not changed."""
     for name, path in three.items():
@@ -248,6 +271,15 @@ def test_a_validation_set_of_its_own(tmp_path, three):
     assert list(rows) == ["s", "exam"] and sum(rows.values()) == corpus.n_rows("val", "language")
     with pytest.raises(ValueError, match="val_fraction is 0, .* or be 0 with a validation set"):
         prepare({"s": [three["a"]]}, tmp_path / "no", BYTES, val_fraction=0, progress=False)
+
+
+def test_a_validation_set_without_a_document(tmp_path, three):
+    """It is refused by its name: nothing else is held out in its place."""
+    (broken := tmp_path / "exam.jsonl").write_text('{"text": 7}\n')
+    options = {"val": {"exam": [broken]}, "val_fraction": 0, "progress": False}
+    with pytest.raises(ValueError, match="the validation set 'exam' has no document"):
+        prepare({"s": [three["a"]]}, tmp_path / "out", BYTES, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_share_and_a_validation_set(tmp_path, three):
