@@ -48,6 +48,11 @@ PARTS = re.compile(r"checkpoint\.json|\.metadata(\.tmp)?|__\d+_\d+\.distcp")  # 
 LEFTOVER = re.compile(r"step-\d{8,}(\.old)?\.tmp")  # folders of a process killed while it wrote
 
 
+def step_name(step: int) -> str:
+    """The name of a step folder: the inverse of step_of."""
+    return f"step-{step:08d}"
+
+
 def step_of(name: str) -> int | None:
     """The step that the name of a step folder stands for; None for any other name.
 

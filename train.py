@@ -210,7 +210,7 @@ class Run:
     @property
     def checkpoint(self) -> Path:
         """The step folder of the state that the run is in."""
-        return self.folder / f"step-{self.state.step:08d}"
+        return self.folder / checkpoint.step_name(self.state.step)
 
     def build(self, path: Path | None = None):
         """The model of the present stage and its optimizer: from a checkpoint, or with initial

@@ -6,8 +6,8 @@ It asks, in this order:
 
     parity          does the GPU compute what the CPU computes, in float64, fp32 and bf16?
     deterministic   does --deterministic give the same bits twice?
-    training        tokens per second, utilisation and peak memory of models of several sizes, beside
-                    the memory that lab.cluster rehearses; one of them with --compile as well
+    training        tokens per second, utilisation and peak memory of models of several sizes,
+                    beside the memory that lab.cluster rehearses; one of them with --compile as well
     generation      tokens per second at batch 1 and 32, beside transformers' (pip install
                     transformers), which is optional
 
@@ -240,6 +240,14 @@ def attempt(name: str, action: Callable, *args) -> dict:
     return found | {"seconds": seconds}
 
 
+def has_failed(result: object) -> bool:
+    """Whether a part, at any depth, has an error or did not pass."""
+    if not isinstance(result, dict):
+        return False
+    here = "error" in result or result.get("passed") is False
+    return here or any(map(has_failed, result.values()))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda", help="cuda or cpu (default %(default)s)")
@@ -247,6 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a file for the JSON (not given: the screen)")
     args = parser.parse_args(argv)
     device, sizes = pick_device(args.device), TINY if args.tiny else SIZES
+    out = args.out and console.output_file(args.out)  # before ten minutes of work
     lengths = (8, 8) if args.tiny else (128, 128)
     configs = [config for config, _ in sizes.values()]
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
@@ -262,13 +271,11 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         shutil.rmtree(folder)
     text = json.dumps(result, indent=1)
-    if args.out:
-        args.out.write_text(text + "\n")
+    if out:
+        out.write_text(text + "\n")
     else:
         print(text)
-    return (
-        0 if not any("error" in part for part in result.values() if isinstance(part, dict)) else 1
-    )
+    return int(has_failed(result))
 
 
 if __name__ == "__main__":

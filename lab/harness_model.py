@@ -67,12 +67,13 @@ def batches(rows: list, size: int) -> Iterator[list]:
 class HarnessModel(TemplateLM):
     """A CHECKPOINT (checkpoint.find_checkpoint) as a model of the harness.
 
-    batch_size: rows that are computed at once. The result does not depend on it, but for rounding.
+    batch_size: rows that are computed at once. The result does not depend on it, but for rounding
+    and for the draws of a task that samples.
     cut: {"contexts": how many were cut at their left to fit, "longest": tokens of the longest}.
 
-    Raises ValueError as checkpoint.load_model and tokenizer.get_tokenizer do. The three methods raise
-    ValueError for what this model cannot be asked: a text to be scored that has no token, or more
-    tokens than the context, and unknown settings of generation."""
+    Raises ValueError as checkpoint.load_model and tokenizer.get_tokenizer do. The three methods
+    raise ValueError for what this model cannot be asked: a text to be scored that has no token, or
+    more tokens than the context, and unknown settings of generation."""
 
     def __init__(
         self,

@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import console
 import iqeval
+from checkpoint import step_name
 from console import replace_file
 from evaluation import eval_only
 from flm import FLMConfig, count_parameters, forward_flops, preset
@@ -172,7 +173,7 @@ class Recipe:
 
 def check_unused(out: Path):
     """Raises ValueError for a folder that holds something else than a recipe."""
-    names = {path.name for path in out.iterdir()} - {"lock", "recipe.json.tmp"}
+    names = {path.name for path in out.iterdir() if path.suffix != ".tmp"} - {"lock"}
     if names and "recipe.json" not in names:
         raise ValueError(f"--out {out}: holds something that is no recipe; name another folder")
 
@@ -453,7 +454,7 @@ def stage_checkpoints(finished: list[FinishedRun]) -> dict[str, Path]:
         for number in range(1, len(run.stages) + 1):
             steps = total_steps(run.stages[:number])
             name = f"stage-{number}" if len(run.stages) > 1 else "scratch"
-            found[name] = run.folder / f"step-{steps:08d}"
+            found[name] = run.folder / step_name(steps)
     return found
 
 
@@ -543,7 +544,7 @@ def run_parts(recipe: Recipe, bar: tqdm) -> dict:
 def run(recipe: Recipe) -> dict:
     """The whole recipe, or what is left of it. Returns the numbers of the report."""
     pick_device(recipe.device)
-    recipe.out.mkdir(parents=True, exist_ok=True)
+    console.make_folder(recipe.out)
     check_unused(recipe.out)
     before = signal.signal(signal.SIGTERM, runs.stop)
     try:

@@ -26,23 +26,16 @@ from lab import pictures, report
 from lab.plan import PAPER_SCRATCH_DAYS, cost_plan
 from lab.runs import FinishedRun
 from run_folder import read_log
-from schedule import training_flops
+from schedule import PAPER_STAGES, training_flops
 
 # --------------------------------------------------------------------------------------------------
 # 1. The numbers
-
-TARGET = {"nodes": 24, "gpus": 8}  # the paper's: 24 machines with 8 A800 each
-LAYOUTS = {  # the paper's Table 2
-    "16B": "--tp 2 --pp 1 --dp 96",
-    "51B": "--tp 4 --pp 2 --dp 24",
-    "101B": "--tp 4 --pp 4 --dp 12",
-}
 
 
 def cluster_commands() -> list[str]:
     """What to type for the real thing. The job ends at each growth, and the next one begins the
     next stage in its own layout."""
-    start = f"torchrun --nnodes {TARGET['nodes']} --nproc-per-node {TARGET['gpus']}"
+    start = "torchrun --nnodes 24 --nproc-per-node 8"  # the paper's 24 machines with 8 A800 each
     start += " --rdzv-backend c10d --rdzv-id 101 --rdzv-endpoint FIRST_MACHINE:29500 train.py"
     job = "--preset flm-16b --stages paper --data corpora/large --sequence-parallel --micro-batch 1"
     commands = [
@@ -50,7 +43,8 @@ def cluster_commands() -> list[str]:
         " --sequence-parallel --micro-batch 1",
         "python data.py prepare TEXT --out corpora/large --tokenizer cl100k_base",
     ]
-    for layout in LAYOUTS.values():
+    for stage in PAPER_STAGES:
+        layout = " ".join(f"--{axis} {stage[axis]}" for axis in ("tp", "pp", "dp"))
         commands.append(f"{start} {job} {layout} --auto-resume --out runs/flm-101b")
     return commands + ["python iqeval.py run runs/flm-101b"]
 

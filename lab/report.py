@@ -376,7 +376,7 @@ def stages_table(run: dict) -> str:
 
 
 def html_text(text: str) -> str:
-    """A text that a model wrote; what cannot be printed is shown as such."""
+    """A text in a box; what cannot be printed is shown as such."""
     written = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
     return f'<div class="scroll"><pre>{html.escape(written)}</pre></div>'
 

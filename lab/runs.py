@@ -37,7 +37,7 @@ from tqdm import tqdm
 import console
 import machine
 import train
-from checkpoint import list_checkpoints, read_info, step_of
+from checkpoint import list_checkpoints, read_info, step_name, step_of
 from flm import FLMConfig, count_parameters
 from run_folder import open_corpus, read_log, read_run, resumed
 from schedule import Stage, decay_step, total_steps, training_flops
@@ -269,10 +269,6 @@ def train_trunk(job: Job, step: int) -> int:
     return train_run(job.settings, stop_at=step)
 
 
-def step_name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
 def copy_trunk(trunk: Path, branch: Branch):
     """The folder of a branch, whole or not there, as if the run had been stopped where it leaves
     the trunk. Branches of a trunk that diverged have diverged."""
@@ -389,7 +385,7 @@ def finish(job: Job, code: int) -> FinishedRun:
         raise ValueError("\n  ".join([heading, *words]))
     text_log(job.folder).unlink()
     if job.branches:
-        shutil.rmtree(job.folder)
+        shutil.rmtree(job.folder, ignore_errors=True)  # not there where all branches were begun
         return read_finished(Path(job.branches[-1].settings.out))
     if not job.keep:
         remove_checkpoints(job.folder)
