@@ -84,8 +84,8 @@ class Size:
 
 
 AXES = {
-    "lr": (0.006, 0.012, 0.024),
-    "init_std": (0.025, 0.05, 0.1),
+    "lr": (0.01, 0.02, 0.04),
+    "init_std": (0.05, 0.1, 0.2),
     "output_mult": (1.0, 2.0, 4.0),
 }
 # The parameters of the stages are as 1 : 3.0 : 6.3. The paper's 16B, 51B, 101B are as 1 : 3.2 : 6.3
@@ -299,7 +299,9 @@ def search(recipe: Recipe, bar: tqdm) -> dict:
 
     "luck" is how far one seed lies from its cell's mean: the standard deviation within the
     finalists. The winner's lead is "clear" where it is more than twice its standard error, which is
-    that of a difference of two means. Raises ValueError where all cells diverged."""
+    that of a difference of two means. "edge": the hyper-parameters whose best value is the first or
+    the last of the grid, so that a better one may lie outside. Raises ValueError where all cells
+    diverged."""
     size, width = recipe.size, recipe.size.narrow[0]
     grid = list(itertools.product(*size.axes.values()))
     cells = [cell_settings(recipe, values, 1000 * recipe.seed) for values in grid]
@@ -314,6 +316,8 @@ def search(recipe: Recipe, bar: tqdm) -> dict:
     found = {"width": width, "steps": size.search_steps, "runs": len(grid), "alive": len(alive)}
     found |= {"means": means, "finalists": rows, "best": rows[0]["values"]}
     found |= {"luck": luck, "lead": lead, "error": error, "clear": lead > 2 * error}
+    ends = {axis: (values[0], values[-1]) for axis, values in size.axes.items() if len(values) > 1}
+    found["edge"] = [axis for axis, pair in ends.items() if found["best"][axis] in pair]
     return write(recipe, "search", found)
 
 
