@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -138,6 +139,10 @@ class Recipe:
     device: str
     control: bool
     jobs: int  # runs at a time
+
+    def seeds(self, count: int) -> list[int]:
+        """The first seeds of this recipe. The large runs have the first one."""
+        return [1000 * self.seed + k for k in range(count)]
 
     def model(self, width: int, layers: int | None = None) -> FLMConfig:
         """A model of this recipe: by default of the first stage's depth, as all narrow ones."""
@@ -283,7 +288,7 @@ def cell_settings(recipe: Recipe, values: tuple[float, ...], seed: int) -> Setti
 
 def more_seeds(recipe: Recipe, cells: list[tuple], bar: tqdm) -> list[dict]:
     """The finalists with all their seeds, the best first. One that diverged is left out."""
-    seeds, rows = [1000 * recipe.seed + k for k in range(recipe.size.search_seeds)], []
+    seeds, rows = recipe.seeds(recipe.size.search_seeds), []
     wanted = [cell_settings(recipe, values, seed) for values in cells for seed in seeds]
     train_all(recipe, [s for s in wanted if s.seed != seeds[0]], bar, recipe.jobs)
     finished = iter(wanted)
@@ -304,7 +309,7 @@ def search(recipe: Recipe, bar: tqdm) -> dict:
     diverged."""
     size, width = recipe.size, recipe.size.narrow[0]
     grid = list(itertools.product(*size.axes.values()))
-    cells = [cell_settings(recipe, values, 1000 * recipe.seed) for values in grid]
+    cells = [cell_settings(recipe, values, *recipe.seeds(1)) for values in grid]
     finished = train_all(recipe, cells, bar, recipe.jobs)
     alive = [(run.loss, values) for run, values in zip(finished, grid) if run.loss is not None]
     rows = more_seeds(recipe, [values for _, values in sorted(alive)[: size.finalists]], bar)
@@ -330,10 +335,10 @@ def search(recipe: Recipe, bar: tqdm) -> dict:
 B_RANGE = (-0.5, -0.25)
 
 
-def grown_shares(recipe: Recipe) -> list[dict]:
+def grown_shares(recipe: Recipe, best: dict) -> list[dict]:
     """The stages of the run that grows, in shares of its samples."""
-    size = recipe.size
-    first, *later = (recipe.model(*pair).to_dict() for pair in zip(size.widths, size.layers))
+    size, shapes = recipe.size, zip(recipe.size.widths, recipe.size.layers)
+    first, *later = (with_best(recipe.model(*shape), best).to_dict() for shape in shapes)
     stages = [{"config": first}]
     for config, share in zip(later, size.shares):
         grown = {name: config[name] for name in ("n_layers", "d_model", "n_heads", "d_ff")}
@@ -345,10 +350,10 @@ def grown_settings(recipe: Recipe, best: dict) -> Settings:
     """The run that grows, with the values of the search. Writes the file of its stages."""
     size, file = recipe.size, recipe.out / "stages.json"
     samples = size.steps * size.batch_size
-    replace_file(file, json.dumps(in_samples(grown_shares(recipe), samples), indent=1) + "\n")
+    replace_file(file, json.dumps(in_samples(grown_shares(recipe, best), samples), indent=1) + "\n")
     config = recipe.model(size.widths[-1], size.layers[-1])
     watch = {"eval_every": max(1, size.steps // 16), "save_every": max(1, size.steps // 8)}
-    watch |= {"keep": 100, "out": str(recipe.out / "train" / "grown"), "seed": recipe.seed}
+    watch |= {"keep": 100, "out": str(recipe.out / "train" / "grown"), "seed": recipe.seeds(1)[0]}
     watch |= {"stages": str(file), "lr": best["lr"]}
     return recipe.settings(with_best(config, best), size.steps, **watch)
 
@@ -359,7 +364,8 @@ def with_best(config: FLMConfig, best: dict) -> FLMConfig:
 
 
 def narrow_settings(recipe: Recipe, best: dict) -> list[Settings]:
-    """The runs of the narrow models: text, steps and learning rate of the first stage, other seeds.
+    """The runs of the narrow models: text, steps, learning rate and seed of the first stage, and
+    more seeds.
 
     The first stage ends in the middle of a cosine. So these runs grow, too, by a layer, in their
     last step: a growth logs the loss before it, and from the learning rate there the cosine of a
@@ -374,7 +380,7 @@ def narrow_settings(recipe: Recipe, best: dict) -> list[Settings]:
         file = recipe.out / f"stages-{width}.json"
         replace_file(file, json.dumps([{"config": config.to_dict()}, last], indent=1) + "\n")
         more = {"stages": str(file), "warmup": grown.warmup, "lr": best["lr"]}
-        for seed in (1000 * recipe.seed + k for k in range(1, size.seeds + 1)):
+        for seed in recipe.seeds(size.seeds):
             out = str(recipe.out / "narrow" / f"w{width:04}-seed{seed}")
             steps = end // size.batch_size + 1
             wanted.append(recipe.settings(config, steps, **more, seed=seed, out=out))
@@ -406,12 +412,14 @@ def predict(recipe: Recipe, bar: tqdm, best: dict) -> dict:
     )  # fmt: skip
     target = size.widths[0]
     N = count_parameters(recipe.model(target)) / 1e6
-    found = transfer.predict(points, 0, {target: N}, B_RANGE)
     sizes, losses = zip(*((p["N"], list(p["losses"].values())) for p in points.values()))
+    found = {"losses": {width: point["losses"] for width, point in points.items()}}
+    for point, values in zip(points.values(), transfer.at_first_seed(np.array(losses))):
+        point["losses"] = dict(zip(point["losses"], values.tolist()))
+    found |= transfer.predict(points, 0, {target: N}, B_RANGE)
     row = found["predicted"][0]
     row["interval"] = transfer.interval_of_one_run(sizes, losses, N, B_RANGE)
     row["half_width"] = (row["interval"][1] - row["interval"][0]) / 2 / row["predicted"]
-    found["losses"] = {width: point["losses"] for width, point in points.items()}
     found |= {"b_range": B_RANGE, "written": time.strftime("%Y-%m-%d %H:%M:%S")}
     return write(recipe, "prediction", found)
 

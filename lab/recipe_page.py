@@ -135,10 +135,10 @@ def summary(numbers: dict) -> list[str]:
         lines.append(f"{name}: {describe(result['held_out'])}")
     if "control" in numbers:
         control = numbers["control"]
-        words = "saved" if control["lead"] > 0 else "did NOT save"
+        words = "better" if control["lead"] > 0 else "NOT better"
         lines.append(
             f"at equal FLOPs: grown {control['grown']:.4f}, from scratch {control['scratch']:.4f}. "
-            f"Growth {words} anything: {control['lead']:+.4f} nats"
+            f"The grown run is {words}: {control['lead']:+.4f} nats"
         )
     return lines
 
