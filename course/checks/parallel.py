@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from course.checking import Wrong, check, expect, expect_close, normal, seeds
-from lab.timetable import UNITS, idle_share, start_times
+from lab.timetable import UNITS, idle_share, picture, start_times
 
 # --------------------------------------------------------------------------------------------------
 # one_f_one_b: order(rank, ranks, micro_batches) -> [("F" or "B", micro-batch), ...]
@@ -44,12 +44,19 @@ def named(task: tuple) -> str:
     return "" if not task else f"{task[0]}{task[2]} of pipeline stage {task[1]}"
 
 
+def pass_name(kind: str, stage: int, micro: int) -> str:
+    """A pass in a picture of one pipeline stage a rank."""
+    return f"{kind}{micro}"
+
+
 def timed(orders: list[list[tuple]], last: int, length=lambda task: UNITS[task[0]]) -> list:
     """lab.timetable.start_times; Wrong where the ranks wait for each other."""
     try:
         return start_times(orders, last, length)
-    except ValueError:
-        raise Wrong("the ranks wait for each other: this pipeline never ends") from None
+    except ValueError as error:
+        raise Wrong(
+            f"this pipeline never ends, {error} (kind, pipeline stage, micro-batch)"
+        ) from None
 
 
 def peaks_of(orders: list[list[tuple]], kept=lambda task: 1.0) -> list[float]:
@@ -82,9 +89,11 @@ def every_rank_does_every_pass_once(f, ranks, more):
 def the_bubble_is_the_formula(f, ranks, more):
     """The ranks idle (p-1) / (m+p-1) of the time, for p ranks and m micro-batches, where a backward
     pass takes twice as long as a forward pass."""
-    bubble = idle_share(timed(orders_of(f, ranks, ranks + more), ranks - 1))
-    exact = (ranks - 1) / (2 * ranks + more - 1)
-    expect(abs(bubble - exact) < 1e-12, f"the bubble is {bubble:.4f}, expected {exact:.4f}")
+    rows = timed(orders_of(f, ranks, ranks + more), ranks - 1)
+    bubble, exact = idle_share(rows), (ranks - 1) / (2 * ranks + more - 1)
+    drawn = [f"rank {rank}  {row}" for rank, row in enumerate(picture(rows, pass_name))]
+    text = "\n".join([f"the bubble is {bubble:.4f}, expected {exact:.4f}:", *drawn])
+    expect(abs(bubble - exact) < 1e-12, text)
 
 
 @check("one_f_one_b", **pipelines)
