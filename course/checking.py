@@ -151,7 +151,7 @@ def shown(value) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {shown(item)}" for key, item in value.items()) + "}"
     if isinstance(value, torch.Tensor):
-        return shown(value.tolist()) if value.numel() <= 12 else f"a tensor {tuple(value.shape)}"
+        return shown(value.tolist()) if value.numel() <= 24 else f"a tensor {tuple(value.shape)}"
     if isinstance(value, (list, tuple)):
         marks = "[]" if isinstance(value, list) else "()"
         return marks[0] + ", ".join(map(shown, value)) + marks[1]

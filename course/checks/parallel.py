@@ -15,7 +15,9 @@ from lab.timetable import UNITS, idle_share, picture, start_times
 # --------------------------------------------------------------------------------------------------
 # one_f_one_b: order(rank, ranks, micro_batches) -> [("F" or "B", micro-batch), ...]
 
-pipelines = {"ranks": st.integers(2, 6), "more": st.integers(0, 6)}
+pipelines = st.integers(2, 6).flatmap(
+    lambda ranks: st.tuples(st.just(ranks), st.integers(ranks, ranks + 6))
+)
 
 
 def orders_of(f, ranks: int, micro_batches: int) -> list[list[tuple]]:
@@ -76,41 +78,44 @@ def peaks_of(orders: list[list[tuple]], kept=lambda task: 1.0) -> list[float]:
     return peaks
 
 
-@check("one_f_one_b", **pipelines)
-def every_rank_does_every_pass_once(f, ranks, more):
+@check("one_f_one_b", ranks_and_micro_batches=pipelines)
+def every_rank_does_every_pass_once(f, ranks_and_micro_batches):
     """Each rank does the forward and the backward pass of every micro-batch once, and the ranks do
     not wait for each other without end."""
-    orders = orders_of(f, ranks, ranks + more)
-    expect_each_pass_once(orders, [[rank] for rank in range(ranks)], ranks + more)
+    ranks, micro_batches = ranks_and_micro_batches
+    orders = orders_of(f, ranks, micro_batches)
+    expect_each_pass_once(orders, [[rank] for rank in range(ranks)], micro_batches)
     timed(orders, ranks - 1)
 
 
-@check("one_f_one_b", **pipelines)
-def the_bubble_is_the_formula(f, ranks, more):
+@check("one_f_one_b", ranks_and_micro_batches=pipelines)
+def the_bubble_is_the_formula(f, ranks_and_micro_batches):
     """The ranks idle (p-1) / (m+p-1) of the time, for p ranks and m micro-batches, where a backward
     pass takes twice as long as a forward pass."""
-    rows = timed(orders_of(f, ranks, ranks + more), ranks - 1)
-    bubble, exact = idle_share(rows), (ranks - 1) / (2 * ranks + more - 1)
+    ranks, micro_batches = ranks_and_micro_batches
+    rows = timed(orders_of(f, ranks, micro_batches), ranks - 1)
+    bubble, exact = idle_share(rows), (ranks - 1) / (micro_batches + ranks - 1)
     drawn = [f"rank {rank}  {row}" for rank, row in enumerate(picture(rows, pass_name))]
     text = "\n".join([f"the bubble is {bubble:.4f}, expected {exact:.4f}:", *drawn])
     expect(abs(bubble - exact) < 1e-12, text)
 
 
-@check("one_f_one_b", **pipelines)
-def few_activations_are_kept(f, ranks, more):
+@check("one_f_one_b", ranks_and_micro_batches=pipelines)
+def few_activations_are_kept(f, ranks_and_micro_batches):
     """Rank r keeps the activations of at most p - r micro-batches (4, 3, 2, 1 for four ranks),
     however many micro-batches there are."""
-    found = [int(peak) for peak in peaks_of(orders_of(f, ranks, ranks + more))]
+    ranks, micro_batches = ranks_and_micro_batches
+    found = [int(peak) for peak in peaks_of(orders_of(f, ranks, micro_batches))]
     limit = [ranks - rank for rank in range(ranks)]
     text = f"the ranks keep {found} micro-batches, the limit is {limit}"
     expect(all(a <= b for a, b in zip(found, limit)), text)
 
 
-@check("one_f_one_b", **pipelines)
-def micro_batches_come_in_order(f, ranks, more):
+@check("one_f_one_b", ranks_and_micro_batches=pipelines)
+def micro_batches_come_in_order(f, ranks_and_micro_batches):
     """Forward passes, and backward passes, come in the order of the micro-batches: messages between
     two ranks are received in the order in which they were sent."""
-    for rank, order in enumerate(orders_of(f, ranks, ranks + more)):
+    for rank, order in enumerate(orders_of(f, *ranks_and_micro_batches)):
         for kind in "FB":
             found = [task[2] for task in order if task[0] == kind]
             expect(found == sorted(found), f"rank {rank} does the {kind} passes {found}")
