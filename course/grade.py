@@ -281,8 +281,13 @@ def main(argv: list[str] | None = None) -> int:
     # PowerShell hands submissions/* on as it is.
     words = args.file or [str(STARTERS)]
     paths = [Path(path) for word in words for path in sorted(glob.glob(word)) or [word]]
-    work = {str(path): assigned(path, args.name) for path in paths}
-    submissions = {}
+    work, problems, submissions = {}, [], {}
+    for path in paths:
+        try:
+            work[str(path)] = assigned(path, args.name)
+        except ValueError as error:
+            problems.append(str(error))
+    console.refuse(problems)
     for path, pairs in work.items():
         if len(work) > 1:
             print(f"grading {path}", file=sys.stderr)

@@ -259,6 +259,13 @@ def test_a_loop_without_end_is_stopped(graded):
     assert graded(RIGHT).result == "passed"
 
 
+def test_a_file_does_not_take_all_memory(graded):
+    """8 GB in a call are a MemoryError of the student's code, not the end of the machine's memory.
+    (On Linux, where the system can limit a process.)"""
+    found = graded(RIGHT.replace("    T, D", "    bytearray(2**33)\n    T, D"))
+    assert found.result == "failed" and "MemoryError" in reasons(found)
+
+
 HOSTILE = {
     "os._exit": "import os\nos._exit(0)\n",
     "sys.exit": "import sys\nsys.exit(0)\n",
