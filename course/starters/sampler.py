@@ -16,7 +16,7 @@ def pick(sample: int, share: int) -> tuple[int, int]:
 
     Of the first s samples exactly floor(s * share / 2**32) belong to part 0, for every s. So sample
     number s belongs to part 0 if that count rises between s and s + 1. Use whole numbers alone:
-    `sample` may be 10**12, where a float is no longer exact. Nothing may be remembered.
+    `sample` may be 10**18, where a float is no longer exact. Nothing may be remembered.
 
     >>> [pick(sample, 2**30) for sample in range(6)]  # a quarter
     [(1, 0), (1, 1), (1, 2), (0, 0), (1, 3), (1, 4)]
@@ -30,8 +30,7 @@ def shuffled(sample: int, n: int, seed: int) -> int:
     Samples 0 .. n-1 are the first epoch, n .. 2n-1 the second, and so on. In each epoch every row
     comes exactly once. Each pair of an epoch and a seed has an order of its own, which looks
     random: the second epoch of seed 0 is not the first of seed 1.
-    n: at least 1. seed: a whole number from 0, of any size (the seeds of PyTorch and of numpy end
-    at 2**64 and 2**32).
+    n: at least 1. seed: a whole number from 0, of any size (those of PyTorch end at 2**64).
 
     It is a pure function, the same in every process: nothing may be remembered, and Python's `hash`
     of a text will not do (it differs from process to process; hashlib does not). It must work for
