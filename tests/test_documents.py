@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from course.assignments import ASSIGNMENTS
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("tutorials/*.md"), *ROOT.glob("course/*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
@@ -80,6 +82,40 @@ def test_every_link_leads_somewhere(path):
         assert not anchor or anchor in anchors(where), f"{path.name}: {file} has no #{anchor}"
         named = anchor or where.name != "glossary.md" or words == "glossary"
         assert named, f"{path.name}: [{words}] goes to the top of the glossary, not to a word"
+
+
+def cells(path: Path) -> list[str]:
+    """The code cells of a chapter that was opened as a notebook."""
+    jupytext = pytest.importorskip("jupytext", reason="pip install jupytext")
+    notebook = jupytext.reads(path.read_text(encoding="utf-8"), fmt="md")
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tutorials/0*.md")), ids=lambda path: path.name)
+def test_a_chapter_is_a_notebook(path):
+    """Its code cells are the chapter's blocks in their order: Python as it stands, commands after
+    %%sh, and no cell of anything else."""
+    text = re.sub(r"^```sh\n", "```python\n%%sh\n", path.read_text(encoding="utf-8"), flags=re.M)
+    assert cells(path) == [block.strip("\n") for block in BLOCK.findall(text)]
+
+
+def test_the_plans_of_the_course_name_every_assignment():
+    """Each assignment has its row and its chapter, the week and the term name each of them, and the
+    minutes of a plan are the sum of its assignments'."""
+    text = (ROOT / "course/README.md").read_text(encoding="utf-8")
+    table, _, plans = text.partition("## Plans")
+    rows = re.findall(r"^\| `(\w+)` \| (\d) \|.*\| (\d+) \|$", table, flags=re.M)
+    assert {name: int(chapter) for name, chapter, _ in rows} == {
+        name: assignment.chapter for name, assignment in ASSIGNMENTS.items()
+    }
+    minutes = {name: int(number) for name, _, number in rows}
+    week, term = plans.split("**One week.**")[1].split("**A term")
+    for plan in week, term.partition("**To prepare")[0]:
+        assert {*re.findall(r"`(\w+)`", plan)} == {*minutes}
+        for named, total in re.findall(r"\| (`[^|]*`) \| (\d+) \|", plan):
+            assert sum(minutes[name] for name in re.findall(r"\w+", named)) == int(total)
+    two_hours = plans.partition("**One week.**")[0]
+    assert sum(map(int, re.findall(r"^\| (\d+) \|", two_hours, flags=re.M))) == 120
 
 
 def test_no_two_words_of_the_glossary_share_an_anchor():
