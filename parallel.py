@@ -42,6 +42,7 @@ import datetime
 import functools
 import os
 import platform
+import queue
 import re
 import signal
 import sys
@@ -854,8 +855,8 @@ def connect(timeout_minutes: float = 10) -> World:
     """Connect to the other ranks that torchrun started. The layout comes later, when all agree.
 
     timeout_minutes: how long a rank waits for another one, here and in every collective. Raises
-    ValueError where torchrun could not restart the ranks, TimeoutError where a rank is missing.
-    """
+    ValueError where torchrun could not restart the ranks, TimeoutError where a rank is missing,
+    ConnectionError where a rank cannot be reached."""
     if sys.platform == "win32":
         raise ValueError("several processes need Linux or macOS: on Windows, use WSL")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -864,17 +865,64 @@ def connect(timeout_minutes: float = 10) -> World:
     if dist.get_node_local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(dist.get_node_local_rank())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+    def form_groups():
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        return dist.new_group(backend="gloo", timeout=timeout)
+
     try:
         store = open_store(rank, timeout)
         call_ranks(store, rank, size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        roll_call = dist.new_group(backend="gloo", timeout=timeout)
-    except dist.DistError as error:
+        roll_call = do_together(form_groups, store, rank, timeout)
+    except (dist.DistError, TimeoutError) as error:
         text = f"rank {rank} has not met the {size - 1} other ranks in {timeout_minutes:g} minutes"
         raise TimeoutError(f"{text}: {str(error).splitlines()[0]}") from error
     world = World(rank=rank, control=dist.group.WORLD, roll_call=roll_call, timeout=timeout)
     machines = world.gather(platform.node())
     return dataclasses.replace(world, neighbours=machines.count(platform.node()))
+
+
+def do_together(form: Callable, store: dist.Store, rank: int, timeout: datetime.timedelta):
+    """form(), in which ranks connect to each other; its result. A rank that fails tells the others
+    why, and no rank waits longer than `timeout` for them: gloo alone would wait five times as long.
+
+    Raises ConnectionError with what the first rank said that failed, TimeoutError."""
+    outcome, news = queue.SimpleQueue(), store.clone()  # form() may keep `store` busy
+
+    def work():
+        try:
+            outcome.put((form(), None))
+        except RuntimeError as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    end = time.monotonic() + timeout.total_seconds()
+    while not news.check(["failed"]):
+        if time.monotonic() > end:
+            raise TimeoutError(f"the ranks do not reach each other. {INTERFACES}")
+        with contextlib.suppress(queue.Empty):
+            result, error = outcome.get(timeout=0.5)
+            if error is None:
+                return result
+            news.compare_set("failed", "", explain_no_connection(rank, error))
+    raise ConnectionError(news.get("failed").decode())
+
+
+INTERFACES = (
+    "On each host, `ip -brief address` lists the interfaces; set GLOO_SOCKET_IFNAME to the one by "
+    "which the other hosts reach it, and open all ports between the hosts"
+)
+
+
+def explain_no_connection(rank: int, error: RuntimeError) -> str:
+    """What to say where gloo cannot connect, or not even listen."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    used = f"interface {interface} (GLOO_SOCKET_IFNAME)" if interface else "the address of its name"
+    reason = str(error).splitlines()[0].rpartition("] ")[2]
+    return (
+        f"rank {rank} on {platform.node()} cannot connect to the other ranks: {reason}\n"
+        f"It uses {used}. {INTERFACES}"
+    )
 
 
 def open_store(rank: int, timeout: datetime.timedelta) -> dist.Store:

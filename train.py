@@ -837,7 +837,7 @@ def launch(main: Callable[..., int] = main):
         if torchrun:
             try:
                 world = parallel.connect(early_timeout())
-            except TimeoutError as error:  # of this rank: it does not know of the others
+            except (TimeoutError, ConnectionError) as error:  # the ranks do not know who says it
                 print(f"train.py: {error}", file=sys.stderr)
                 return 1
         return call_main(main, world)
