@@ -918,7 +918,9 @@ def explain_no_connection(rank: int, error: RuntimeError) -> str:
     """What to say where gloo cannot connect, or not even listen."""
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     used = f"interface {interface} (GLOO_SOCKET_IFNAME)" if interface else "the address of its name"
-    reason = str(error).splitlines()[0].rpartition("] ")[2]
+    line = str(error).splitlines()[0]
+    reason = re.sub(r".*\[.*?\] |\$\d+$", "", line)  # without places in gloo's code
+    reason = reason.removeprefix("ifa != nullptr. ")
     return (
         f"rank {rank} on {platform.node()} cannot connect to the other ranks: {reason}\n"
         f"It uses {used}. {INTERFACES}"

@@ -1,13 +1,17 @@
 """Ranks that are late, lost or wrong: what the others say, and that all of them end."""
 
+import datetime
 import re
 import socket
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import distributed
 import frozen
 import pytest
+import torch.distributed as dist
 from processes import Shared, start, wait
 
 import parallel
@@ -89,6 +93,39 @@ def test_a_rank_that_never_comes_is_an_error_for_people(tmp_path):
     assert code == 1
     assert "TimeoutError: rank 0 has not met the 1 other ranks in 0.02 minutes: " in last
     del store
+
+
+def test_a_rank_that_cannot_connect_tells_the_others(monkeypatch):
+    """Rank 1 asks for an interface that its host does not have, and rank 0 waits for its
+    connection: both raise the same error, which names the rank and the interface."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such")
+    store, forever = dist.HashStore(), threading.Event()
+    minute = datetime.timedelta(minutes=1)
+
+    def form(rank: int):
+        if rank == 0:
+            forever.wait()
+        dist.ProcessGroupGloo.create_device(interface="no-such")
+
+    with ThreadPoolExecutor(2) as pool:
+        calls = [
+            pool.submit(parallel.do_together, lambda rank=rank: form(rank), store, rank, minute)
+            for rank in (0, 1)
+        ]
+        said = {str(call.exception()) for call in calls}
+    forever.set()
+    assert len(said) == 1
+    assert "rank 1 on " in min(said)
+    assert ": Unable to find address for: no-such" in min(said)
+    assert "interface no-such (GLOO_SOCKET_IFNAME)" in min(said)
+
+
+def test_connections_that_are_never_complete():
+    """No rank fails, and none is done: TimeoutError, with what to look at."""
+    forever, moment = threading.Event(), datetime.timedelta(seconds=0.01)
+    with pytest.raises(TimeoutError, match="open all ports between the hosts"):
+        parallel.do_together(forever.wait, dist.HashStore(), 0, moment)
+    forever.set()
 
 
 LIBRARY = """
