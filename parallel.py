@@ -886,7 +886,7 @@ def do_together(form: Callable, store: dist.Store, rank: int, timeout: datetime.
     """form(), in which ranks connect to each other; its result. A rank that fails tells the others
     why, and no rank waits longer than `timeout` for them: gloo alone would wait five times as long.
 
-    Raises ConnectionError with what the first rank said that failed, TimeoutError."""
+    Raises ConnectionError with what the first rank said that failed, TimeoutError, DistError."""
     outcome, news = queue.SimpleQueue(), store.clone()  # form() may keep `store` busy
 
     def work():
@@ -904,6 +904,8 @@ def do_together(form: Callable, store: dist.Store, rank: int, timeout: datetime.
             result, error = outcome.get(timeout=0.5)
             if error is None:
                 return result
+            if isinstance(error, dist.DistError):  # of the store: a rank is missing
+                raise error
             news.compare_set("failed", "", explain_no_connection(rank, error))
     raise ConnectionError(news.get("failed").decode())
 
@@ -988,7 +990,7 @@ def redirect_library_output(folder: Path, rank: int) -> Path:
 
 def explain_lost_rank(world: World, error: BaseException) -> str | None:
     """What to say of an error in a collective: which ranks do not answer any more, as far as this
-    rank can know. Empty where another rank knows it; None if the error has another cause.
+    rank can know. Empty where another rank says it; None if the error has another cause.
 
     Rank 0 asks all ranks, for half a timeout. The others wait longer for it: it leaves when it
     knows. So all ranks end within twice the timeout."""
@@ -1006,12 +1008,29 @@ def explain_lost_rank(world: World, error: BaseException) -> str | None:
     except RuntimeError as answer:
         found = re.search(r"Ranks ([\d, ]+) failed", str(answer))
         if found is None and "Timed out" not in str(answer):
-            return ""
+            return explain_closed_connection(f"{error} {answer}")
     lost = found[1] if found else "0"
     return (
-        f"no answer from rank {lost} (for {minutes:g} minutes, or the connection was closed): this "
-        "job ends. torchrun --max-restarts N starts all ranks again, and train.py --auto-resume "
-        "goes on from the last checkpoint"
+        f"no answer from rank {lost} (for {minutes:g} minutes, or the connection was closed): "
+        f"{GO_ON}"
+    )
+
+
+GO_ON = (
+    "this job ends. torchrun --max-restarts N starts all ranks again, and train.py --auto-resume "
+    "goes on from the last checkpoint"
+)
+
+
+def explain_closed_connection(text: str) -> str:
+    """What the first rank of each host says where gloo has told in `text` that another rank has
+    closed its connection; gloo knows only the address."""
+    if dist.get_node_local_rank(fallback_rank=0) > 0:
+        return ""
+    found = re.search(r"peer \[(.*?)\]", text)
+    return (
+        f"a rank on {found[1] if found else 'another host'} has closed its connection: it has "
+        f"ended, and torchrun says there why, or its host has; {GO_ON}"
     )
 
 

@@ -324,12 +324,23 @@ def open_corpus(
     folder = folder or world.on_rank_0(default_corpus, tokenizer, tokenizer_file, config)
     options = folder, config.max_seq_len, tokenizer_file, document_mask
     corpus = world.raise_on_all_ranks(data.Corpus, *options)
+    digest = world.broadcast_from_rank_0(corpus.digest)
+    world.raise_on_all_ranks(check_same_corpus, corpus, digest)
     check_vocabulary(corpus.tokenizer, config, folder)
     for split, n in corpus.teacher_left_out.items():
         if n:
             too_long = f"longer than {config.max_seq_len} tokens and left out"
             print(f"{folder}: {n:,} teacher items ({split}) are {too_long}")
     return corpus
+
+
+def check_same_corpus(corpus: data.Corpus, digest: str):
+    """Raises ValueError where this host's text is not that of rank 0, which has this digest."""
+    if corpus.digest != digest:
+        raise ValueError(
+            f"{corpus.path} on {platform.node()} is not the text that rank 0 has under that name: "
+            "copy it from rank 0's host, or give --data a folder that all hosts share"
+        )
 
 
 def check_corpus(s: Settings, corpus: data.Corpus, digest: str | None):

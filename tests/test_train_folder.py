@@ -195,6 +195,14 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path):
                 run_folder.check_shared(folder, lock, 0)
 
 
+def test_another_text_on_another_host_is_refused(corpus, other_corpus):
+    """Rank 0 has other text under the same name: a rank refuses, and names the folder."""
+    found = data.Corpus(corpus, 32)
+    run_folder.check_same_corpus(found, data.Corpus(corpus, 32).digest)
+    with pytest.raises(ValueError, match=f"{found.path} on .* is not the text that rank 0 has"):
+        run_folder.check_same_corpus(found, data.Corpus(other_corpus, 32).digest)
+
+
 def test_two_first_runs_that_prepare_the_default_corpus(monkeypatch, capsys):
     """Another process finishes the same default corpus while this one prepares it: this one takes
     it. Any other failure of the preparation is told."""
