@@ -48,8 +48,10 @@ train() {
     local launch=(torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id two-hosts
         --rdzv-endpoint host1:29500 train.py --device cpu)
     on host2 env OMP_NUM_THREADS=1 "${launch[@]}" "$@" &
-    on host1 env OMP_NUM_THREADS=1 "${launch[@]}" "$@"
-    wait $!
+    local code=0
+    on host1 env OMP_NUM_THREADS=1 "${launch[@]}" "$@" || code=$?
+    wait $! || code=$?
+    return $code
 }
 
 case ${1-} in
