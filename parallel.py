@@ -892,20 +892,21 @@ def do_together(form: Callable, store: dist.Store, rank: int, timeout: datetime.
     def work():
         try:
             outcome.put((form(), None))
-        except RuntimeError as error:
+        except Exception as error:
             outcome.put((None, error))
 
     threading.Thread(target=work, daemon=True).start()
     end = time.monotonic() + timeout.total_seconds()
     while not news.check(["failed"]):
         if time.monotonic() > end:
-            raise TimeoutError(f"the ranks do not reach each other. {INTERFACES}")
+            problem = "some ranks have not come, or do not reach the others"
+            raise TimeoutError(f"{problem}. {INTERFACES}")
         with contextlib.suppress(queue.Empty):
             result, error = outcome.get(timeout=0.5)
             if error is None:
                 return result
-            if isinstance(error, dist.DistError):  # of the store: a rank is missing
-                raise error
+            if isinstance(error, dist.DistError) or not isinstance(error, RuntimeError):
+                raise error  # a rank is missing, or there is a fault
             news.compare_set("failed", "", explain_no_connection(rank, error))
     raise ConnectionError(news.get("failed").decode())
 
