@@ -14,11 +14,13 @@ import json
 import os
 import platform
 import shlex
+import time
 from pathlib import Path
 
 import torch
 
 import data
+import parallel
 import schedule
 from checkpoint import find_checkpoint, list_checkpoints, read_info
 from console import make_folder, refuse, replace_file
@@ -120,6 +122,21 @@ def lock_folder(folder: Path, stack: contextlib.ExitStack):
     lock.truncate(0)
     lock.write(f"{LOCK_MARK}process {os.getpid()} on {platform.node()}\n")
     lock.flush()
+    os.fsync(lock.fileno())  # a network file system shows it to others only now
+
+
+def check_shared(folder: Path, lock: str, patience: float = parallel.PATIENCE):
+    """Raises ValueError where the folder's lock does not become what rank 0 has read there, in
+    `patience` seconds: then this host has another folder under that name, and every checkpoint
+    would lack its pieces."""
+    end = time.monotonic() + patience
+    while not is_ours(folder) or (folder / "lock").read_text() != lock:
+        if time.monotonic() > end:
+            raise ValueError(
+                f"{platform.node()} does not have the folder {folder} that rank 0 writes to: give "
+                "--out a folder on a file system that all hosts share"
+            )
+        time.sleep(0.2)
 
 
 def claim_folder(s: Settings, stack: contextlib.ExitStack) -> str:
@@ -307,12 +324,23 @@ def open_corpus(
     folder = folder or world.on_rank_0(default_corpus, tokenizer, tokenizer_file, config)
     options = folder, config.max_seq_len, tokenizer_file, document_mask
     corpus = world.raise_on_all_ranks(data.Corpus, *options)
+    digest = world.broadcast_from_rank_0(corpus.digest)
+    world.raise_on_all_ranks(check_same_corpus, corpus, digest)
     check_vocabulary(corpus.tokenizer, config, folder)
     for split, n in corpus.teacher_left_out.items():
         if n:
             too_long = f"longer than {config.max_seq_len} tokens and left out"
             print(f"{folder}: {n:,} teacher items ({split}) are {too_long}")
     return corpus
+
+
+def check_same_corpus(corpus: data.Corpus, digest: str):
+    """Raises ValueError where this host's text is not that of rank 0, which has this digest."""
+    if corpus.digest != digest:
+        raise ValueError(
+            f"{corpus.path} on {platform.node()} is not the text that rank 0 has under that name: "
+            "copy it from rank 0's host, or give --data a folder that all hosts share"
+        )
 
 
 def check_corpus(s: Settings, corpus: data.Corpus, digest: str | None):

@@ -60,6 +60,7 @@ from machine import Machine, name_of, now, peak_memory, set_up
 from parallel import Worker, World
 from run_folder import (
     check_corpus,
+    check_shared,
     check_tokenizer,
     claim_folder,
     cut_log,
@@ -470,6 +471,9 @@ def open_run(
     if resume:
         world.on_rank_0(lock_folder, Path(s.out), stack)
     out = s.out if resume else world.on_rank_0(claim_folder, s, stack)
+    if world.size > 1:
+        lock = world.on_rank_0(Path.read_text, Path(out) / "lock")
+        world.raise_on_all_ranks(check_shared, Path(out), lock)
     s = dataclasses.replace(s, dtype=name_of(machine.dtype), out=out)
     text, digest = world.on_rank_0(find_text, Path(out), s.data) if resume else (s.data, None)
     options = stages[-1].config, world, s.document_mask
@@ -837,7 +841,7 @@ def launch(main: Callable[..., int] = main):
         if torchrun:
             try:
                 world = parallel.connect(early_timeout())
-            except TimeoutError as error:  # of this rank: it does not know of the others
+            except (TimeoutError, ConnectionError) as error:  # the ranks do not know who says it
                 print(f"train.py: {error}", file=sys.stderr)
                 return 1
         return call_main(main, world)

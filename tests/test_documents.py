@@ -167,3 +167,42 @@ def test_a_chapter_is_pasted_into_a_terminal(tmp_path):
     assert "101,701,570,560 parameters, 203 GB in bf16" in shown
     assert not ERROR.search(shown), shown[-3000:]
     assert ERROR.search(paste("for i in 1, 2:\n    print(i)\nprint(3)\n", tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------
+# The script for Slurm, with programs in place of Slurm's
+
+SLURM = {
+    "scontrol": """[ "$1" = requeue ] && echo "back into the queue: $2" || echo host1""",
+    "scancel": """kill -TERM "$(cat srun.pid)" """,
+    "srun": """echo $$ >srun.pid
+[ -z "${CODE-}" ] || exit "$CODE"
+trap 'echo saved; exit 1' TERM
+kill -USR1 $PPID
+for i in {1..600}; do sleep 0.1; done""",
+}
+
+
+@pytest.mark.parametrize(
+    "environment, code, printed",
+    [
+        ({}, 1, ["saved", "back into the queue: 7"]),  # the time of the job is nearly over
+        ({"CODE": "1"}, 1, ["back into the queue: 7"]),  # a host is lost
+        ({"CODE": "0"}, 0, []),
+        ({"CODE": "1", "SLURM_RESTART_COUNT": "20"}, 1, []),
+    ],
+)
+def test_the_slurm_script_saves_and_goes_back_into_the_queue(tmp_path, environment, code, printed):
+    """After Slurm's signal it waits until the ranks have saved, and asks for a new start; so it does
+    after an accident, but neither at the end of the run nor after 20 starts."""
+    text = (ROOT / "tutorials" / "05b-cluster.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```sh\n(#!/bin/bash\n#SBATCH.*?)^```", text, re.M | re.S)
+    for name, body in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host[1-2]"}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.splitlines()) == (code, printed), done.stderr

@@ -177,6 +177,32 @@ def test_a_second_writer_is_refused(corpus):
     go_on(s.out)
 
 
+def test_a_folder_that_is_not_shared_is_refused(tmp_path):
+    """A rank on another host sees no such folder, or a copy of an older run: refused, with the
+    name. It sees the folder that rank 0 has locked: accepted."""
+    shared, copy, missing = (tmp_path / name for name in ("shared", "copy", "missing"))
+    shared.mkdir()
+    with contextlib.ExitStack() as stack:
+        run_folder.lock_folder(shared, stack)
+        shutil.copytree(shared, copy)
+    with contextlib.ExitStack() as stack:
+        (copy / "lock").write_text(f"{run_folder.LOCK_MARK}process 1 on host9\n")
+        run_folder.lock_folder(shared, stack)
+        lock = (shared / "lock").read_text()
+        run_folder.check_shared(shared, lock, 0)
+        for folder in copy, missing:
+            with pytest.raises(ValueError, match=f"the folder {folder} that rank 0 writes to"):
+                run_folder.check_shared(folder, lock, 0)
+
+
+def test_another_text_on_another_host_is_refused(corpus, other_corpus):
+    """Rank 0 has other text under the same name: a rank refuses, and names the folder."""
+    found = data.Corpus(corpus, 32)
+    run_folder.check_same_corpus(found, data.Corpus(corpus, 32).digest)
+    with pytest.raises(ValueError, match=f"{found.path} on .* is not the text that rank 0 has"):
+        run_folder.check_same_corpus(found, data.Corpus(other_corpus, 32).digest)
+
+
 def test_two_first_runs_that_prepare_the_default_corpus(monkeypatch, capsys):
     """Another process finishes the same default corpus while this one prepares it: this one takes
     it. Any other failure of the preparation is told."""
