@@ -218,7 +218,8 @@ class World:
     layout: Layout = Layout()
     rank: int = 0
     mesh: DeviceMesh | None = None  # axes pp, dp, tp
-    control: dist.ProcessGroup | None = None  # all ranks: plain numbers, checkpoints
+    control: dist.ProcessGroup | None = None  # all ranks: plain numbers
+    files: dist.ProcessGroup | None = None  # all ranks: checkpoints, which a thread writes
     neighbours: int = 1  # ranks on this machine
     roll_call: dist.ProcessGroup | None = None  # all ranks: who still answers after a failure
     timeout: datetime.timedelta = datetime.timedelta(minutes=10)  # of every wait for another rank
@@ -716,11 +717,12 @@ def connect(timeout_minutes: float = 10) -> World:
         store = open_store(rank, timeout)
         call_ranks(store, rank, size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        roll_call = dist.new_group(backend="gloo", timeout=timeout)
+        roll_call, files = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     except dist.DistError as error:
         text = f"rank {rank} has not met the {size - 1} other ranks in {timeout_minutes:g} minutes"
         raise TimeoutError(f"{text}: {str(error).splitlines()[0]}") from error
-    world = World(rank=rank, control=dist.group.WORLD, roll_call=roll_call, timeout=timeout)
+    groups = {"control": dist.group.WORLD, "files": files, "roll_call": roll_call}
+    world = World(rank=rank, timeout=timeout, **groups)
     machines = world.gather(platform.node())
     return dataclasses.replace(world, neighbours=machines.count(platform.node()))
 
