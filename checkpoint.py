@@ -11,8 +11,8 @@ PyTorch's distributed checkpoint (DCP) writes the tensors: each process writes t
 holds, and each process reads the pieces that it needs. So a model may be cut over processes in one
 way (a layout, parallel.py) when it is written, and in another way when it is read.
 
-Security: .metadata is a pickle. Trust a step folder as you trust code. `export_weights` writes one
-file that holds no code; pass that file around.
+Security: .metadata is a pickle. Trust a step folder as you trust code. `python -m lab.publish save
+RUN --to FILE --as pt` writes one file that holds no code; pass that file around.
 
 Read it from top to bottom:
 
@@ -20,7 +20,7 @@ Read it from top to bottom:
     2. writing                 at once, or while training goes on; why a write failed
     3. reading                 read_info, read_tensors
     4. training                AdamW's moments beside the weights
-    5. one model               load_model, export_weights
+    5. one model               load_model
 """
 
 import contextlib
@@ -106,7 +106,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if not steps:
         raise ValueError(
             f"no checkpoint in {path}: expected a run folder with step folders such as "
-            "step-00000200, one of those, or a file written by train.py --export"
+            "step-00000200, one of those, or a file from lab.publish save --as pt"
         )
     return steps[-1]
 
@@ -374,13 +374,13 @@ def read_training(named: Named, optimizer: torch.optim.AdamW, path: Path):
 
 
 def read_exported(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(info, {name: tensor}) of a file that export_weights wrote. Raises ValueError for another."""
+    """(info, {name: tensor}) of a file that lab/publish.py wrote. Raises ValueError for another."""
     try:
         blob = torch.load(file, map_location="cpu", weights_only=True)
         info, weights = blob["info"], blob["model"]
     except Exception as error:  # torch.load fails in many ways on a file that is no such file
         raise ValueError(
-            f"{file} is not a file of weights written by train.py --export, or it was cut off "
+            f"{file} is not a file of weights from lab.publish save --as pt, or it was cut off "
             f"({type(error).__name__})"
         ) from error
     check_info(file, info)
@@ -442,25 +442,3 @@ def load_model(path: str | Path, device="cpu") -> tuple[FLM, dict]:
         advice = f"use {sound}" if sound else "train again with a smaller --lr, a longer --warmup"
         raise ValueError(f"{path} holds weights that are not finite: the run diverged; {advice}")
     return model, info
-
-
-def export_weights(checkpoint: str | Path, file: str | Path):
-    """Write the weights of a CHECKPOINT into one file, which torch.load(weights_only=True) reads:
-    {"info": ..., "model": {name: tensor}}. Raises OSError where it cannot be written."""
-    model, info = load_model(checkpoint)
-    file = Path(file)
-    if file.is_dir():
-        raise ValueError(f"{file} is a folder: give the name of a file")
-    info = {key: value for key, value in info.items() if key != "files"}
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    tmp = file.with_name(f".{file.name}.exporting")
-    try:
-        with open(tmp, "wb") as stream:  # a stream of Python's: PyTorch's own hides a full disk
-            torch.save({"info": info, "model": weights}, stream)
-        tmp.replace(file)
-    except (OSError, RuntimeError) as error:
-        raise failed_write(str(file), error) from error
-    finally:
-        with contextlib.suppress(NotADirectoryError):
-            tmp.unlink(missing_ok=True)
-    print(f"wrote {file}: python sample.py {shlex.quote(str(file))} --prompt TEXT")

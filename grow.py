@@ -46,7 +46,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import console
 import muP
@@ -506,17 +505,21 @@ def grow_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     stored = stored_tensors(path)
     old = {key: file_backed(size, dtype, folder) for key, (size, dtype) in stored.items()}
-    read_tensors(path, old)
     with torch.device("meta"):
-        names = [name for name, _ in FLM(new_config).named_parameters()]
-    bar = tqdm(names, desc="growing", unit="parameter", disable=None)
-    grown = {}
-    for kind, name, value in grown_tensors(bar, old, new_config, record, seed=seed, draw=draw):
-        tensor = file_backed(value.shape, value.dtype, folder).copy_(value)
-        grown.setdefault(kind, {})[name] = tensor
-    kept = {key: value for key, value in info.items() if key not in ("format", "files")}
-    info = {**kept, "config": new_config.to_dict(), "growth": record}
-    write_checkpoint(out, grown, info)
+        sizes = {name: p.numel() for name, p in FLM(new_config).named_parameters()}
+    options, grown = {"seed": seed, "draw": draw}, {}
+    count = {"total": sum(sizes.values()), "unit": "weights", "unit_scale": True}
+    with console.progress(desc="reading", **count) as bar:
+        read_tensors(path, old)
+        bar.set_description_str("growing")
+        for kind, name, value in grown_tensors(sizes, old, new_config, record, **options):
+            tensor = file_backed(value.shape, value.dtype, folder).copy_(value)
+            grown.setdefault(kind, {})[name] = tensor
+            bar.update(value.numel() if kind == "model" else 0)
+        bar.set_description_str("writing")
+        kept = {key: value for key, value in info.items() if key not in ("format", "files")}
+        info = {**kept, "config": new_config.to_dict(), "growth": record}
+        write_checkpoint(out, grown, info)
     return info
 
 

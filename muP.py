@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 import console
-from flm import FLM, FLMConfig, loss_sum, parse_fields, preset
+from flm import FLM, FLMConfig, forward_flops, loss_sum, parse_fields, preset
 
 # --------------------------------------------------------------------------------------------------
 # 1. The parametrization
@@ -247,14 +247,19 @@ def coord_check(
     narrowest width first. The narrowest is the base width (m = 1), where the two are one model.
     batch: tokens and targets (B, T). A learning rate larger than in training shows more
     (microsoft/mup's advice)."""
-    configs, sizes = at_widths(config, widths), {}
+    configs, sizes, seeds = at_widths(config, widths), {}, list(seeds)
+    costs = [forward_flops(wide, wide.max_seq_len) for wide in configs.values()]
+    count = {"total": 2 * len(seeds) * sum(costs), "unit": "FLOP", "unit_scale": True}
+    bar = console.progress(desc="training", **count)
     for name in ("muP", "standard"):
         choice = {"mup": name == "muP", "mup_base_width": min(configs)}
-        runs = [
-            [early_sizes(wide.replace(**choice), seed, batch, lr, steps) for seed in seeds]
-            for wide in configs.values()
-        ]
-        sizes[name] = torch.tensor(runs, dtype=torch.float64)
+        runs = []
+        for wide, cost in zip(configs.values(), costs):
+            for seed in seeds:
+                runs.append(early_sizes(wide.replace(**choice), seed, batch, lr, steps))
+                bar.update(cost)
+        sizes[name] = torch.tensor(runs, dtype=torch.float64).unflatten(0, (-1, len(seeds)))
+    bar.close()
     return sizes
 
 

@@ -223,6 +223,7 @@ class World:
     neighbours: int = 1  # ranks on this machine
     roll_call: dist.ProcessGroup | None = None  # all ranks: who still answers after a failure
     timeout: datetime.timedelta = datetime.timedelta(minutes=10)  # of every wait for another rank
+    begun: float | None = None  # when the ranks began to meet, by time.perf_counter
 
     @property
     def size(self) -> int:
@@ -478,6 +479,10 @@ class Stopped(Exception):
     """Worker.gradients was asked to stop between two micro-batches: the step is not complete."""
 
 
+class NonFinite(RuntimeError):
+    """The loss or the norm of the gradient is not a finite number; every rank has this error."""
+
+
 @functools.cache
 def group_of_tied_ends(mesh: DeviceMesh, timeout: datetime.timedelta) -> dist.ProcessGroup | None:
     """The process group of the first and the last pp rank with this rank's dp and tp coordinates;
@@ -707,7 +712,7 @@ def connect(timeout_minutes: float = 10) -> World:
     """
     if sys.platform == "win32":
         raise ValueError("several processes need Linux or macOS: on Windows, use WSL")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    begun, rank, size = time.perf_counter(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = datetime.timedelta(minutes=timeout_minutes)
     # With fewer GPUs than ranks, --device cpu still works.
     if dist.get_node_local_rank() < torch.cuda.device_count():
@@ -722,7 +727,7 @@ def connect(timeout_minutes: float = 10) -> World:
         text = f"rank {rank} has not met the {size - 1} other ranks in {timeout_minutes:g} minutes"
         raise TimeoutError(f"{text}: {str(error).splitlines()[0]}") from error
     groups = {"control": dist.group.WORLD, "files": files, "roll_call": roll_call}
-    world = World(rank=rank, timeout=timeout, **groups)
+    world = World(rank=rank, timeout=timeout, begun=begun, **groups)
     machines = world.gather(platform.node())
     return dataclasses.replace(world, neighbours=machines.count(platform.node()))
 

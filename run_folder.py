@@ -58,12 +58,15 @@ def read_run(folder) -> tuple[Settings, list[Stage]]:
         ) from error
 
 
+ONCE = {"data_changed": False, "profile": None}  # asked for once, not for ever
+
+
 def write_run(
     folder: Path, s: Settings, stages: list[Stage], machine: Machine, corpus: data.Corpus
 ):
     """Write config.json: everything that the run can be repeated from."""
     content = {
-        "settings": dataclasses.asdict(s) | {"data_changed": False},  # said once, not for ever
+        "settings": dataclasses.asdict(s) | ONCE,
         "stages": [stage.to_dict() for stage in stages],
         "corpus": str(corpus.path),
         "corpus_digest": corpus.digest,

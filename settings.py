@@ -255,7 +255,7 @@ def read_settings(file: str) -> dict:
     if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
         raise ValueError(f'--settings {file}: must hold {{"settings": {{option: value, ...}}}}')
     others = [key for key in content if key not in ("settings", *OUTCOMES)]
-    problems = [f"unknown key {key!r}: options stand under \"settings\"" for key in others]
+    problems = [f'unknown key {key!r}: options stand under "settings"' for key in others]
     given = {key: value for key, value in content["settings"].items() if value is not None}
     for key, value in given.items():
         near = difflib.get_close_matches(key, fields, n=2)

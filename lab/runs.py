@@ -49,6 +49,7 @@ DECIDED = {"out", "preset", "seed", "stages", "steps", "threads"}
 NEUTRAL = {"out", "preset", "model", "stages", "data", "data_changed", "tokenizer_file", "device"}
 NEUTRAL |= {"threads", "compile", "deterministic", "eval_every", "eval_batch"}
 NEUTRAL |= {"save_every", "save_minutes", "keep", "timeout_minutes"}
+NEUTRAL |= {"log_every", "log_to", "profile"}
 
 
 def add_options(parser: argparse.ArgumentParser, out: str):
@@ -320,7 +321,8 @@ def run_all(runs: list[Settings], at_a_time: int) -> list[FinishedRun]:
         left = sum(job.total - job.done for job in jobs)
         before = signal.signal(signal.SIGTERM, stop)
         try:
-            with tqdm(total=left, unit="FLOP", unit_scale=True, smoothing=0) as bar:
+            options = {"desc": "training", "unit": "FLOP", "unit_scale": True, "delay": 0}
+            with console.progress(total=left, **options) as bar:
                 train_jobs(jobs, at_a_time, bar)
         finally:
             signal.signal(signal.SIGTERM, before)
