@@ -48,6 +48,11 @@ PARTS = re.compile(r"checkpoint\.json|\.metadata(\.tmp)?|__\d+_\d+\.distcp")  # 
 LEFTOVER = re.compile(r"step-\d{8,}(\.old)?\.tmp")  # folders of a process killed while it wrote
 
 
+def step_name(step: int) -> str:
+    """The name of a step folder: the inverse of step_of."""
+    return f"step-{step:08d}"
+
+
 def step_of(name: str) -> int | None:
     """The step that the name of a step folder stands for; None for any other name.
 
@@ -123,11 +128,13 @@ def remove_parts(folder: Path):
         folder.rmdir()
 
 
-def remove_old_checkpoints(run: str | Path, keep: int):
-    """Keep the `keep` newest whole checkpoints of a run, at least one, and remove the older ones,
-    and what a killed process left half written. Nothing else in the run is touched."""
+def remove_old_checkpoints(run: str | Path, keep: int, spare: int | None = None):
+    """Keep the `keep` newest whole checkpoints of a run, at least one, and that of the step
+    `spare`. Remove the older ones, and what a killed process left half written. Nothing else in the
+    run is touched."""
     for folder in list_checkpoints(run)[: -max(1, keep)]:
-        remove_parts(folder)
+        if step_of(folder.name) != spare:
+            remove_parts(folder)
     for folder in Path(run).glob("step-*.tmp"):
         if LEFTOVER.fullmatch(folder.name):
             remove_parts(folder)
@@ -164,12 +171,14 @@ def failed_write(what: str | Path, error: BaseException) -> BaseException:
 
 
 class OneProcess:
-    """What a write needs of a parallel.World, where one process writes alone."""
+    """What files above parallel.py need of its World, where one process works alone."""
 
-    rank, files = 0, None
+    rank, size, files = 0, 1, None
 
-    def on_rank_0(self, action: Callable, *args):
-        return action(*args)
+    def on_rank_0(self, action: Callable, *args, **options):
+        return action(*args, **options)
+
+    on_all_ranks = on_rank_0
 
 
 def make_empty(folder: Path):

@@ -6,8 +6,11 @@ prints such an error as one screen, without a traceback. Any other error is a fa
 repository, and keeps its traceback.
 """
 
+import codecs
 import contextlib
+import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -63,6 +66,69 @@ def progress(things: Iterable | None = None, delay: float = 3, **options) -> tqd
         return tqdm(things, dynamic_ncols=True, smoothing=0, **options)
     form = "{desc}: {percentage:.0f}% of {total_fmt} {unit}, {remaining} left{postfix}"
     return tqdm(things, file=Lines(delay), bar_format=form, smoothing=0, **options)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file that the user names: UTF-8, with or without a byte order mark.
+
+    Raises ValueError for another encoding, with what to type, and where it cannot be read."""
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        old, new = shlex.quote(str(path)), shlex.quote(str(path.with_name(f"utf8-{path.name}")))
+        raise ValueError(
+            f"{path} is UTF-16, as older versions of PowerShell write text with >. Make UTF-8 of "
+            f"it, in PowerShell with\n  Get-Content {old} | Set-Content -Encoding utf8 {new}\n"
+            f"elsewhere with\n  iconv -f UTF-16 -t UTF-8 {old} > {new}"
+        )
+    try:
+        return content.replace(b"\0", b"\xff").decode("utf-8-sig")  # a NUL is no text, either
+    except UnicodeDecodeError as error:
+        problem = f"the byte at offset {error.start} fits no UTF-8 character"
+        raise ValueError(f"{path} is no UTF-8 text, {problem}: save it as UTF-8") from None
+
+
+def make_folder(folder: str | Path):
+    """Make a folder and those above it, where they are missing. Raises ValueError where a file has
+    the name of one of them."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        there = [path for path in (folder, *folder.parents) if path.exists() or path.is_symlink()]
+        problem = f"{there[0]} is no folder, but must be one: choose another path"
+        raise ValueError(problem) from error
+
+
+def output_file(file: str | Path) -> Path:
+    """The path of a file that will be written, in a folder that is there from now on. Raises
+    ValueError where a folder has its name, or a file that of its folder."""
+    file = Path(file)
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder: give the name of a file")
+    make_folder(file.parent)
+    return file
+
+
+def replace_file(path: Path, text: str):
+    """Write a file whole or not at all."""
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        tmp.write_text(text, encoding="utf-8")
+        tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def write_numbers(file: str | Path, value):
+    """Write what a study measured as JSON; say where, and how to draw it."""
+    output_file(file).write_text(json.dumps(value, indent=1) + "\n")
+    numbers, picture = (shlex.quote(str(path)) for path in (file, Path(file).with_suffix(".svg")))
+    print(f"numbers: {file}; to draw them:")
+    print(f"  python -m lab.report {numbers} --out {picture}")
 
 
 def program_name() -> str:

@@ -25,23 +25,37 @@ from parallel import Worker, World
 from run_folder import check_tokenizer, find_text, is_ours, open_corpus, read_run
 from schedule import Stage
 from settings import FIELDS, LAYOUT, Settings, check_same_settings, check_settings
+from tokenizer import EMOJI, byte_lengths
 
 # --------------------------------------------------------------------------------------------------
 # 1. A model
 
 
+def pick_rows(corpus: data.Corpus, signal_name: str, rows: int) -> dict[str, list[int]]:
+    """{source: the numbers of some of its held-out rows}: `rows` of all, spread from the first to
+    the last, and one at least of each source that has any."""
+    by_source = corpus.rows_by_source("val", signal_name)
+    n_rows = sum(by_source.values())
+    n, picked, first = min(rows, n_rows), {}, 0
+    spread = [j * n_rows // n for j in range(n)]
+    for name, length in by_source.items():
+        end = first + length
+        found = [number for number in spread if first <= number < end]
+        picked[name] = found or list(range(first, end))[:1]
+        first = end
+    return {name: numbers for name, numbers in picked.items() if numbers}
+
+
 def held_out_rows(
-    corpus: data.Corpus, signal_name: str, rows: int, micro: int, world: World
+    corpus: data.Corpus, signal_name: str, numbers: list[int], micro: int, world: World
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """This dp rank's share of `rows` held-out rows, spread from the first to the last: tokens and
-    targets (b, T), and how many of them go through the model at once. Rows without targets fill up
-    what a pipeline needs."""
-    n_rows = corpus.n_rows("val", signal_name)
-    n = min(rows, n_rows)
-    share = -(-n // world.layout.dp)  # the last rank may have fewer
+    """This dp rank's share of the held-out rows with these numbers: tokens and targets (b, T), and
+    how many of them go through the model at once. Rows without targets fill up what a pipeline
+    needs."""
+    share = -(-len(numbers) // world.layout.dp)  # the last rank may have fewer
     size, begin = min(micro, share), world.at("dp") * share
-    picked = range(begin, min(begin + share, n))
-    mine = [corpus.rows("val", signal_name, j * n_rows // n, 1) for j in picked]
+    picked = numbers[begin : begin + share]
+    mine = [corpus.rows("val", signal_name, number, 1) for number in picked]
     blank = torch.zeros(1, corpus.seq_len, dtype=torch.long)
     missing = parallel.rows_needed(world.layout, share, size) - len(mine)
     mine += [(blank, blank + IGNORE)] * missing
@@ -69,36 +83,48 @@ def score_labels(
     return torch.stack([loss.sum(), (right * is_label).sum()])
 
 
+def score_rows(
+    worker: Worker, corpus: data.Corpus, signal_name: str, numbers: list[int], micro: int
+) -> list[float]:
+    """[nats, tokens that are predicted, their bytes, labels that are right, labels] of held-out
+    rows, summed over all ranks."""
+    world, tokenizer = worker.world, corpus.tokenizer
+    lengths = torch.from_numpy(byte_lengths(tokenizer))  # (V,)
+    angry, devil = (tokenizer.encode_ordinary(EMOJI[label])[-1] for label in (1, 0))
+    score = functools.partial(score_labels, angry=angry, devil=devil)
+    score = score if signal_name == "teacher" else None
+    tokens, targets, size = held_out_rows(corpus, signal_name, numbers, micro, world)
+    cut = corpus.documents(tokens)
+    found = worker.forward(tokens, targets, size, score, documents=cut).flatten().tolist()
+    nats, right = [*found, 0.0][:2] if world.last and world.at("tp") == 0 else (0.0, 0.0)
+    known = targets[targets != IGNORE] if world.at("tp") == world.at("pp") == 0 else targets[:0]
+    labels = ((known == angry) | (known == devil)).sum()
+    counts = [int(value) for value in (known.numel(), lengths[known].sum())]
+    return world.sum(nats, *counts, right, int(labels))
+
+
 def evaluate(worker: Worker, corpus: data.Corpus, rows: int, micro: int) -> dict:
     """Held-out loss: {"val_loss": nats per token, "val_bpb": bits per byte of text, "val_tokens"}.
 
-    Where the corpus has a teacher signal also {"teacher_loss": nats per label token,
+    Where several sources have held-out rows, also {"val_by_source": {source: the same three of its
+    own rows}}. Where the corpus has a teacher signal, also {"teacher_loss": nats per label token,
     "teacher_accuracy": share of labels that are right, "teacher_labels"}; see score_labels. Bits
     per byte divide by the bytes that the predicted tokens stand for, so tokenizers can be compared.
     rows: rows of each signal. micro: rows at once. All ranks of the worker's world take part."""
-    world, tokenizer, result = worker.world, corpus.tokenizer, {}
-    lengths = torch.from_numpy(data.byte_lengths(tokenizer))  # (V,)
-    angry, devil = (tokenizer.encode_ordinary(data.EMOJI[label])[-1] for label in (1, 0))
-    scores = {
-        "language": None,
-        "teacher": functools.partial(score_labels, angry=angry, devil=devil),
-    }
-    for name, score in scores.items():
-        if corpus.n_rows("val", name) == 0:
-            continue
-        tokens, targets, size = held_out_rows(corpus, name, rows, micro, world)
-        found = worker.forward(tokens, targets, size, score=score).flatten().tolist()
-        nats, right = [*found, 0.0][:2] if world.last and world.at("tp") == 0 else (0.0, 0.0)
-        known = targets[targets != IGNORE] if world.at("tp") == world.at("pp") == 0 else targets[:0]
-        labels = ((known == angry) | (known == devil)).sum()
-        counts = [int(value) for value in (known.numel(), lengths[known].sum(), labels)]
-        nats, right, count, length, labels = world.sum(nats, right, *counts)
-        if name == "language":
-            bits = nats / math.log(2) / length
-            result |= {"val_loss": nats / count, "val_bpb": bits, "val_tokens": int(count)}
-        else:
-            result |= {"teacher_loss": nats / count, "teacher_accuracy": right / labels}
-            result |= {"teacher_labels": int(labels)}
+
+    def loss(nats: float, count: float, length: float, *_) -> dict:
+        bits = nats / math.log(2) / length
+        return {"val_loss": nats / count, "val_bpb": bits, "val_tokens": int(count)}
+
+    picked = pick_rows(corpus, "language", rows)
+    found = {name: score_rows(worker, corpus, "language", picked[name], micro) for name in picked}
+    result = loss(*map(sum, zip(*found.values())))
+    if len(found) > 1:
+        result["val_by_source"] = {name: loss(*sums) for name, sums in found.items()}
+    for numbers in pick_rows(corpus, "teacher", rows).values():
+        nats, count, _, right, labels = score_rows(worker, corpus, "teacher", numbers, micro)
+        result |= {"teacher_loss": nats / count, "teacher_accuracy": right / labels}
+        result["teacher_labels"] = int(labels)
     return result
 
 
@@ -106,6 +132,9 @@ def describe(result: dict) -> str:
     """An evaluation in one line."""
     text = f"held-out loss {result['val_loss']:.4f} nats per token, "
     text += f"{result['val_bpb']:.4f} bits per byte"
+    if "val_by_source" in result:
+        parts = (f"{name} {part['val_loss']:.4f}" for name, part in result["val_by_source"].items())
+        text += f" ({', '.join(parts)} nats)"
     if "teacher_loss" in result:
         text += f"; teacher {result['teacher_loss']:.4f} nats per label token, "
         text += f"{result['teacher_accuracy']:.1%} of {result['teacher_labels']} labels right"
@@ -160,7 +189,8 @@ def eval_only(source: str, given: dict, world: World = World()) -> dict:
     worker, info = load_worker(path, machine, world)
     text = world.on_rank_0(find_text, run, s.data)[0] if run else s.data
     tokenizer = s.tokenizer if run or "tokenizer" in given else info["tokenizer"]
-    corpus = open_corpus(text, tokenizer, s.tokenizer_file, worker.config, world)
+    options = worker.config, world, s.document_mask
+    corpus = open_corpus(text, tokenizer, s.tokenizer_file, *options)
     check_tokenizer(corpus, info["tokenizer"], path)
     micro = s.eval_batch or (1 if s.pp > 1 else s.micro_batch or s.batch_size)
     result = evaluate(worker, corpus, s.eval_rows, micro)

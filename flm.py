@@ -57,7 +57,9 @@ MUST_BE = {  # {type of a field: what its value must be}
     "bool": "true or false",
     "int": "a whole number above 0",
     "float": "a finite number above 0",
+    "Share": "a number from 0 to 1",
 }
+Share = float
 CHOICES = {  # {field: its values}, FLM-101B's first
     "norm": ("layernorm", "rmsnorm"),
     "activation": ("gelu", "gelu_tanh", "swiglu"),
@@ -70,7 +72,9 @@ def fits(kind: str, value: object) -> bool:
     if kind == "bool" or isinstance(value, bool):
         return kind == type(value).__name__
     number = int if kind == "int" else (int, float)
-    return isinstance(value, number) and 0 < value <= sys.float_info.max
+    if not isinstance(value, number):
+        return False
+    return 0 <= value <= 1 if kind == "Share" else 0 < value <= sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class FLMConfig:
     """Every number that defines a model (FLM-101B, sections 2.1, 2.4 and 3).
 
     All fields are plain JSON values. `n_heads * head_dim` need not equal `d_model`: growth adds
-    heads and keeps `head_dim`, on which the rotary frequencies depend. The last six fields are
+    heads and keeps `head_dim`, on which the rotary frequencies depend. The last eight fields are
     explained in muP.py; a "proxy" is a narrow model on which hyper-parameters are searched. Raises
     ValueError that names every field out of range.
     """
@@ -104,6 +108,8 @@ class FLMConfig:
     init_std: float = 0.016  # found by the paper's search on the proxy
     input_mult: float = 1.0
     output_mult: float = 2.0  # the paper's "softmax temperature 2.0"
+    depth_alpha: Share = 0.0  # 1: CompleteP; 0: nothing is multiplied by a power of the depth
+    base_layers: int = 6  # of the proxy: CompleteP leaves a model of this depth as it is
 
     def __post_init__(self):
         refuse(self.check(), "this model configuration does not fit together:")
@@ -168,6 +174,11 @@ class FLMConfig:
         """What muP multiplies the logits by."""
         return self.output_mult / self.m_width
 
+    @property
+    def branch_mult(self) -> float:
+        """What CompleteP multiplies every branch of a block by; 1 at depth_alpha = 0."""
+        return (self.base_layers / self.n_layers) ** self.depth_alpha
+
     def replace(self, **changes) -> FLMConfig:
         """The same configuration with some fields changed."""
         return dataclasses.replace(self, **changes)
@@ -202,8 +213,9 @@ def _tele(L: int, C: int, H: int, F: int, V: int = 80384, **changes) -> FLMConfi
 
 
 PRESETS = {
-    # For a laptop: bytes (256 and the end-of-text token, padded to a multiple of 32).
-    "demo": _flm(6, 256, 4, V=288, T=256, D=64),
+    # For a laptop: bytes (256 and the end-of-text token, padded to a multiple of 32). Its learning
+    # rate was searched at this width.
+    "demo": _flm(6, 128, 4, V=288, T=256, D=32).replace(mup_base_width=128),
     # For the IQ evaluation's tasks (iqeval.py): small, with room for few-shot prompts in bytes.
     "iq-demo": _flm(4, 128, 4, V=288, T=768, D=32),
     # The paper: width 256, 2 heads, under 100M parameters, all else as in the 16B model (section 3)
@@ -315,8 +327,9 @@ def rotate(x: Tensor, tables: Tensor) -> Tensor:
 # 3. The block
 #
 # Every `mask` is None, and costs nothing, unless a growth is under way. Then it holds 1 for what
-# was there before, and c in [0, 1] for what is new (FLM.set_masks, section 4). Masks are buffers
-# outside the state dict: a growth changes none of its keys.
+# was there before, and c in [0, 1] for what is new (FLM.set_masks, section 4; with CompleteP an old
+# block's mask goes from r to 1). Masks are buffers outside the state dict: a growth changes none of
+# its keys.
 
 
 class Norm(nn.LayerNorm):
@@ -424,7 +437,8 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ff_norm = Norm(*norm)
         self.ff = FeedForward(config)
-        self.register_buffer("mask", None, persistent=False)  # (), for a block that is new
+        self.branch_mult = config.branch_mult
+        self.register_buffer("mask", None, persistent=False)  # (), see FLM.set_masks
 
     def forward(
         self,
@@ -435,10 +449,13 @@ class Block(nn.Module):
         layer: int = 0,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C). All other arguments are the attention's: see there."""
-        y = self.attn(self.attn_norm(x), tables, visible, cache, layer)
-        x = x + (y if self.mask is None else y * self.mask.to(y.dtype))
-        y = self.ff(self.ff_norm(x))
-        return x + (y if self.mask is None else y * self.mask.to(y.dtype))
+        x = self.add(x, self.attn(self.attn_norm(x), tables, visible, cache, layer))
+        return self.add(x, self.ff(self.ff_norm(x)))
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """The residual stream x (B, T, C) with the output y of a branch added to it."""
+        y = y if self.mask is None else y * self.mask.to(y.dtype)
+        return torch.add(x, y, alpha=self.branch_mult)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -500,6 +517,7 @@ class FLM(nn.Module):
         cache: KVCache | None = None,
         blockwise: bool = False,
         last_only: bool = False,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Tokens (B, T) -> logits (B, T, V), or (B, 1, V) with `last_only`.
 
@@ -509,12 +527,15 @@ class FLM(nn.Module):
         blockwise: blockwise causal attention (arXiv 2212.10554, section 3.2), for inference past
         the trained length: a query sees its own block of max_seq_len/2 positions and the block
         before. Training never uses it.
+        documents: (B, T), the number of the document that each token belongs to: attention is cut
+        between documents. Scores depend on distances alone, so each document is then computed as
+        if it stood alone.
         Raises ValueError where x does not fit the cache, or its length leaves xPos's range.
         """
         T, config = x.shape[1], self.config
         start, pad = (0, None) if cache is None else (cache.length, cache.pad)
         block_length = max(1, config.max_seq_len // 2) if blockwise else None
-        visible = visible_slots(start, T, pad, block_length, x.device)  # None: causal attention
+        visible = visible_slots(start, T, pad, block_length, x.device, documents)
         tables = self._tables(start, T, cache)
         if self.embedding is not None:
             x = self.embedding(x) * config.input_mult  # (B, T) -> (B, T, C)
@@ -529,8 +550,12 @@ class FLM(nn.Module):
         x = self.norm(x) * config.logit_mult
         if targets is None:
             return self.head(x)  # (B, T, C) -> (B, T, V)
-        weight, with_gradient = self.head.weight, torch.is_grad_enabled()
-        return HeadLoss.apply(x.flatten(0, 1), weight, targets.flatten(), with_gradient)
+        return self.head_loss(x, targets)
+
+    def head_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """loss_sum(head(hidden), targets) of hidden (B, T, C). parallel.py puts another function in
+        its place where the head is cut."""
+        return head_loss(hidden, self.head.weight, targets)
 
     def _tables(self, start: int, T: int, cache: KVCache | None) -> Tensor:
         """xPos's factors from position `start` on; attention takes the first T of them."""
@@ -549,6 +574,9 @@ class FLM(nn.Module):
         "layer_map": for each layer the old layer that it continues, or None for a new one,
         "start" and "ramp" in samples}. At c = 1, or without a record, no mask is left: this is an
         ordinary model. Raises ValueError for a c outside [0, 1].
+
+        A new block's mask is c. With CompleteP an old block has one too: branch_mult is smaller in
+        the deeper model, by a factor r, and the mask goes from r down to 1 (ours).
         """
         if not 0 <= c <= 1:
             raise ValueError(f"a growth mask of {c}: must lie in [0, 1]")
@@ -559,11 +587,13 @@ class FLM(nn.Module):
         names = ("d_model", "n_heads", "d_ff")
         channels, heads, hidden = (self._mask(old[k], getattr(config, k), c) for k in names)
         new_layer = self._mask(0, 1, c).squeeze()  # ()
+        r = (config.n_layers / old["n_layers"]) ** config.depth_alpha
+        old_layer = None if r == 1 else new_layer + (1 - c) * r
         for number, block in self.layers.items():
             block.attn_norm.mask = block.ff_norm.mask = channels
             block.attn.mask = heads
             block.ff.mask = hidden
-            block.mask = new_layer if layer_map[int(number)] is None else None
+            block.mask = new_layer if layer_map[int(number)] is None else old_layer
         if self.norm is not None:
             self.norm.mask = channels
 
@@ -631,11 +661,21 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
+def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor, words=None) -> Tensor:
+    """loss_sum(hidden @ weight.T, targets) without all logits at once: hidden (B, T, C), weight
+    (V, C), targets (B, T). words: see HeadLoss."""
+    with_gradient = torch.is_grad_enabled()
+    return HeadLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), with_gradient, words)
+
+
 class HeadLoss(torch.autograd.Function):
-    """loss_sum(head(hidden), targets), some rows (tokens) at a time, without all logits at once.
+    """The loss of the head, some rows (tokens) at a time.
 
     hidden (B*T, C), weight (V, C), targets (B*T,), with_gradient: whether a backward pass may
     follow. (forward cannot find out: PyTorch switches gradients off in it.)
+    words: a parallel.Words where the weight has V/tp of the words, and other processes have the
+    rest. Then all of them get the whole loss, and the part of hidden's gradient that comes from
+    their own words.
 
     The logits of 3072 tokens over 50,304 words are 620 MB, and so is each step of their softmax
     and its gradient: memory takes more time than arithmetic. Here a piece of the logits lives
@@ -645,7 +685,7 @@ class HeadLoss(torch.autograd.Function):
     PIECE = 2**25  # logits held at a time
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, with_gradient):
+    def forward(ctx, hidden, weight, targets, with_gradient, words=None):
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
@@ -661,14 +701,22 @@ class HeadLoss(torch.autograd.Function):
                 t = targets[i : i + rows, None]  # (rows, 1)
                 supervised = t != IGNORE
                 t = t.masked_fill(~supervised, 0)  # an id outside the vocabulary fails in gather
+                here = supervised
                 z = (x @ w.T).to(total.dtype)  # logits (rows, V); then, in place, what follows
-                z -= z.amax(-1, keepdim=True)
-                chosen = z.gather(-1, t)  # (rows, 1)
+                largest = z.amax(-1, keepdim=True)  # (rows, 1)
+                if words is not None:
+                    t, here = words.find(t)
+                    here &= supervised
+                    largest = words.max(largest)
+                z -= largest
+                chosen = z.gather(-1, t) * here  # (rows, 1)
                 normalizer = z.exp_().sum(-1, keepdim=True)  # (rows, 1)
+                if words is not None:
+                    chosen, normalizer = words.sum(torch.stack((chosen, normalizer)))
                 total += ((normalizer.log() - chosen) * supervised).sum()
                 if with_gradient:
                     z *= supervised / normalizer  # softmax; 0 where not supervised
-                    z.scatter_add_(-1, t, -supervised.to(z.dtype))  # - one-hot
+                    z.scatter_add_(-1, t, -here.to(z.dtype))  # - one-hot
                     z = z.to(dtype)
                     d_hidden[i : i + rows] = z @ w
                     d_weight += z.T @ x
@@ -680,7 +728,9 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_total, (d_weight * d_total).to(ctx.dtype), None, None
+        scaled = torch.empty_like(d_weight, dtype=ctx.dtype)  # no second one in fp32
+        torch.mul(d_weight, d_total, out=scaled)
+        return d_hidden * d_total, scaled, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -688,15 +738,23 @@ class HeadLoss(torch.autograd.Function):
 
 
 def visible_slots(
-    start: int, T: int, pad: Tensor | None, block: int | None, device
+    start: int,
+    T: int,
+    pad: Tensor | None,
+    block: int | None,
+    device,
+    documents: Tensor | None = None,
 ) -> Tensor | None:
     """Which of the S = start+T slots each of the last T queries may attend to.
 
     pad (B,): slots at the left of each row that hold padding. block: length of a block of
-    blockwise attention. Returns bool (B or 1, 1, T, S); or None where plain causal attention is
-    asked for, which F.scaled_dot_product_attention does faster without a mask."""
-    if block is None and pad is None and (start == 0 or T == 1):
+    blockwise attention. documents (B, T): as in FLM.forward, without a cache. Returns bool (B or 1,
+    1, T, S); or None where plain causal attention is asked for, which
+    F.scaled_dot_product_attention does faster without a mask."""
+    if block is None and pad is None and documents is None and (start == 0 or T == 1):
         return None
+    if documents is not None:
+        T = documents.shape[1]  # under sequence parallelism a rank may hold less of x
     q = torch.arange(start, start + T, device=device)[:, None]  # (T, 1)
     k = torch.arange(start + T, device=device)  # (S,)
     left = torch.zeros(1, dtype=torch.long, device=device) if pad is None else pad
@@ -704,6 +762,8 @@ def visible_slots(
     visible = (k <= q) & (k >= left)  # (B or 1, T, S)
     if block is not None:
         visible &= (q - left) // block - (k - left) // block <= 1
+    if documents is not None:
+        visible = visible & (documents[:, :, None] == documents[:, None, :])
     # A query in the padding sees itself. Else its softmax were empty, and its NaN would reach
     # other positions as 0 * NaN.
     return (visible | (k == q))[:, None]

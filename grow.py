@@ -49,7 +49,14 @@ import torch
 
 import console
 import muP
-from checkpoint import find_checkpoint, read_info, read_tensors, stored_tensors, write_checkpoint
+from checkpoint import (
+    OneProcess,
+    find_checkpoint,
+    read_info,
+    read_tensors,
+    stored_tensors,
+    write_checkpoint,
+)
 from flm import FLM, PRESETS, FLMConfig, growth_mask, parse_fields, preset
 
 # --------------------------------------------------------------------------------------------------
@@ -69,6 +76,8 @@ REASONS = {  # why another value of a field would change what the model computes
     "xpos_scale_base": "it is the base of xPos's decay",
     "mup": "it sets the multiplier of the logits",
     "mup_base_width": "it sets the multiplier of the logits",
+    "depth_alpha": "it sets the multiplier of every branch",
+    "base_layers": "it sets the multiplier of every branch",
 }
 
 
@@ -102,7 +111,9 @@ def check_growth(old: FLMConfig, new: FLMConfig):
 #     H    on the outputs of the new heads. Heads are added whole, after the old ones: the rows of
 #          qkv are laid out (H, 3, D).
 #     F    on the activations of the new hidden units
-#     L    on both branches of a new layer
+#     L    on both branches of a new layer. With CompleteP (muP.py) the multiplier of all branches
+#          falls by a factor r when L grows. Then an old layer has a mask too, which goes from r to
+#          1: at c = 0 its branches are what they were, with the same weights, gradients and moments
 #
 # All other parameters are vectors: a bias has the rows of its matrix, a LayerNorm has C.
 
@@ -395,15 +406,16 @@ def larger_optimizer(optimizer: torch.optim.AdamW, grown: FLM) -> torch.optim.Ad
     """The AdamW of a grown model, still without its state. Raises ValueError for an optimizer whose
     state is not known here."""
     groups = optimizer.param_groups
-    known = all("lr_scale" in group and not group["amsgrad"] for group in groups)
+    known = all("eps_scale" in group and not group["amsgrad"] for group in groups)
     if type(optimizer) is not torch.optim.AdamW or not known:
         raise ValueError(
             "the optimizer must be an AdamW (without amsgrad) over muP.param_groups(model, ...): "
             "other state is not known here"
         )
-    base = [group for group in groups if group["lr_scale"] == 1]  # the groups where m = 1
+    # the groups that muP leaves as they are, the embedding's among them
+    base = [group for group in groups if group["lr_scale"] == group["eps_scale"] == 1]
     weight_decay = max(group["weight_decay"] for group in base)
-    new_groups = muP.param_groups(grown, base[0]["lr"], weight_decay)
+    new_groups = muP.param_groups(grown, base[0]["lr"], weight_decay, base[0]["eps"])
     return torch.optim.AdamW([{**base[0], **group} for group in new_groups])  # betas, eps, ...
 
 
@@ -437,7 +449,13 @@ def step_folder(checkpoint) -> Path:
 
 
 def next_record(
-    path: Path, info: dict, new_config: FLMConfig, *, layers, ramp: int | None, finish_ramp: bool
+    path: Path,
+    info: dict,
+    new_config: FLMConfig,
+    *,
+    layers="stack",
+    ramp: int | None = None,
+    finish_ramp: bool = False,
 ) -> dict:
     """growth_record for a checkpoint, from what its checkpoint.json says. Raises ValueError for a
     checkpoint in mid-ramp, unless finish_ramp."""
@@ -479,15 +497,17 @@ def grow_checkpoint(
     out,
     *,
     seed: int = 0,
-    layers="stack",
-    ramp: int | None = None,
-    finish_ramp: bool = False,
     draw: Callable = muP.initial_value,
+    world=OneProcess(),
+    **options,
 ) -> dict:
     """Grow a CHECKPOINT (see find_checkpoint) into the folder `out`; returns the info of the new
     checkpoint. It holds the same tensors, bit for bit, as `grow` makes. Options as there; ramp, in
     samples, is by default a tenth of the samples seen (ours). finish_ramp: grow a checkpoint in
     mid-ramp as if its own mask had reached 1.
+
+    world: a parallel.World, whose ranks all call this; each grows its share of the tensors, on a
+    file system that all of them see.
 
     Any layout may have saved the checkpoint, with or without an optimizer. Old and new tensors lie
     in file-backed memory, so the memory that this takes is a few times the largest tensor. For a
@@ -495,32 +515,49 @@ def grow_checkpoint(
 
     Raises ValueError for what cannot grow, a checkpoint in mid-ramp without finish_ramp, or an
     `out` that exists; OSError where the disk is full."""
-    path, out = step_folder(checkpoint), Path(out)
+    job = checkpoint, new_config, Path(out)
+    info, grown = world.on_all_ranks(grow_share, *job, world, options, seed=seed, draw=draw)
+    write_checkpoint(Path(out), grown, info, world)
+    return info
+
+
+def grow_share(
+    checkpoint, new_config: FLMConfig, out: Path, world, options: dict, **how
+) -> tuple[dict, dict]:
+    """(info of the new checkpoint, this rank's share of its tensors: {kind: {name: tensor}})."""
+    path = step_folder(checkpoint)
     if out.exists() or out.is_symlink():  # a link to nowhere: nothing can be renamed to it
         raise ValueError(f"{out} exists: choose another folder for the grown checkpoint")
     info = read_info(path)
-    options = {"layers": layers, "ramp": ramp, "finish_ramp": finish_ramp}
     record = next_record(path, info, new_config, **options)
     folder = out.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = stored_tensors(path)
-    old = {key: file_backed(size, dtype, folder) for key, (size, dtype) in stored.items()}
+    console.make_folder(folder)
     with torch.device("meta"):
         sizes = {name: p.numel() for name, p in FLM(new_config).named_parameters()}
-    options, grown = {"seed": seed, "draw": draw}, {}
-    count = {"total": sum(sizes.values()), "unit": "weights", "unit_scale": True}
-    with console.progress(desc="reading", **count) as bar:
-        read_tensors(path, old)
-        bar.set_description_str("growing")
-        for kind, name, value in grown_tensors(sizes, old, new_config, record, **options):
+    by_size = sorted(sizes, key=sizes.get, reverse=True)  # so that all ranks have as much to do
+    mine = by_size[world.rank :: world.size]
+    total, grown = sum(sizes[name] for name in mine), {}
+    count = {"total": total, "unit": "weights", "unit_scale": True, "disable": world.rank > 0}
+    with console.progress(desc="growing", **count) as bar:
+        old = old_tensors(path, {old_name(name, record) for name in mine}, folder)
+        for kind, name, value in grown_tensors(mine, old, new_config, record, **how):
             tensor = file_backed(value.shape, value.dtype, folder).copy_(value)
             grown.setdefault(kind, {})[name] = tensor
             bar.update(value.numel() if kind == "model" else 0)
-        bar.set_description_str("writing")
-        kept = {key: value for key, value in info.items() if key not in ("format", "files")}
-        info = {**kept, "config": new_config.to_dict(), "growth": record}
-        write_checkpoint(out, grown, info)
-    return info
+    kept = {key: value for key, value in info.items() if key not in ("format", "files")}
+    return {**kept, "config": new_config.to_dict(), "growth": record}, grown
+
+
+def old_tensors(path: Path, names: set[str | None], folder: Path) -> dict[str, torch.Tensor]:
+    """The parameters `names` of a checkpoint and AdamW's states of them, and of the final norm,
+    which has the dtype of all: {"model.norm.weight": tensor, ...}."""
+    old = {}
+    for key, (size, dtype) in stored_tensors(path).items():
+        name, _, ending = key.split(".", 1)[1].rpartition(".")
+        if (name if ending in STATES else f"{name}.{ending}") in names | {"norm.weight"}:
+            old[key] = file_backed(size, dtype, folder)
+    read_tensors(path, old)
+    return old
 
 
 # --------------------------------------------------------------------------------------------------
@@ -530,11 +567,11 @@ def grow_checkpoint(
 def read_json(option: str, file: str):
     """What a JSON file holds. Raises ValueError that names the option."""
     try:
-        return json.loads(Path(file).read_text())
+        return json.loads(console.read_text(file))
     except json.JSONDecodeError as error:
         raise ValueError(f"{option} {file} is not JSON: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{option} {file}: cannot be read ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from error
 
 
 def read_config(file: str) -> FLMConfig:

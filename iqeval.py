@@ -38,7 +38,6 @@ import math
 import random
 import re
 import shlex
-import shutil
 import string
 import sys
 import tempfile
@@ -54,9 +53,11 @@ from tqdm import tqdm
 
 import console
 from checkpoint import load_model
-from data import EMOJI, get_tokenizer, prepare
+from flm import FLM
 from machine import pick_device
+from prepare import prepare
 from sample import fill_cache, generate, writable
+from tokenizer import EMOJI, get_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # 1. Items
@@ -68,13 +69,30 @@ class Item(NamedTuple):
     That is the task's gap (a space or nothing), then the answer, then a line end.
 
     labels: the choices of a task that is scored by log-likelihood; else empty.
-    facts:  JSON values about the item; "query" decides the split."""
+    facts:  JSON values about the item; "query" decides the split.
+    shots:  what of the prompt stands before the query."""
 
     prompt: str
     answer: str
     facts: dict
     labels: tuple[str, ...] = ()
     task: Task | None = None
+    shots: Shots | None = None
+
+
+class Shots(NamedTuple):
+    """The instruction and the examples in front of a query.
+
+    examples: (text, answer) of each, with a space between the two. end: what follows each."""
+
+    instruction: str
+    examples: list[tuple[str, str]]
+    end: str
+
+    def text(self) -> str:
+        """All of it, as it stands in a prompt."""
+        examples = [f"{text} {answer}{self.end}" for text, answer in self.examples]
+        return self.instruction + "".join(examples)
 
 
 SPLITS = ("train", "eval")
@@ -273,12 +291,13 @@ def labelled_item(
     shown = dict(zip(words, drawn if labels == "symbols" else words.values()))
     # The instruction names the labels in random order. A fixed order would tell their meaning.
     choices = either.join(shown[k] for k in rng.sample(list(words), len(words)))
-    lines = [f"{instruction} {choose.format(choices)}"]
-    lines += [f"{block}\n{label} {shown[k]}" for block, (_, k) in zip(blocks[:-1], cases)]
-    lines += [f"{blocks[-1]}\n{label}"]
+    texts = [f"{block}\n{label}" for block in blocks]
+    examples = [(text, shown[k]) for text, (_, k) in zip(texts[:-1], cases)]
+    shots = Shots(f"{instruction} {choose.format(choices)}\n\n", examples, "\n\n")
     query, asked = cases[-1]
     facts = {"query": fields_text(query), "class": asked, "mapping": shown}
-    return Item("\n\n".join(lines), shown[asked], facts, tuple(shown.values()))
+    labels = tuple(shown.values())
+    return Item(shots.text() + texts[-1], shown[asked], facts, labels, shots=shots)
 
 
 def few_shot(
@@ -398,19 +417,19 @@ def strings(
     return pool.different(lambda: letters(pool.rng, shortest, longest, alphabet), k)
 
 
-def rewritten(texts: list[str], rewrite: Callable[[str], str]) -> Item:
+def rewritten(texts: list[str], rewrite: Callable[[str], str], instruction: str = "") -> Item:
     """Examples "Input: x", "Output: rewrite(x)", and the input of the query, the last text."""
-    *shown, query = texts
-    lines = [f"Input: {text}\nOutput: {rewrite(text)}\n" for text in shown]
-    prompt = "".join(lines) + f"Input: {query}\nOutput:"
-    return Item(prompt, rewrite(query), {"query": query})
+    lines = [f"Input: {text}\nOutput:" for text in texts]
+    answers = [rewrite(text) for text in texts]
+    shots = Shots(instruction, list(zip(lines[:-1], answers)), "\n")
+    return Item(shots.text() + lines[-1], answers[-1], {"query": texts[-1]}, shots=shots)
 
 
 def replace_lowercase(pool: Pool, length: int) -> Item:
     """Every uppercase letter becomes lowercase."""
-    item = rewritten(strings(pool, 5, 3, length, string.ascii_letters), str.lower)
+    texts = strings(pool, 5, 3, length, string.ascii_letters)
     instruction = "For the following text, please modify all uppercase letters to lowercase.\n"
-    return item._replace(prompt=instruction + item.prompt)
+    return rewritten(texts, str.lower, instruction)
 
 
 def replace_word(pool: Pool, words: int) -> Item:
@@ -422,14 +441,15 @@ def replace_word(pool: Pool, words: int) -> Item:
         old, new = pool.rng.choice(sentence), letters(pool.rng, 4, 4, string.ascii_uppercase)
         return " ".join([*sentence, old, new])
 
-    prompt = "In the following sentence, replace the specified word with the target word."
-    found, answers = pool.different(draw, 5), []
-    for text in found:
+    instruction = "In the following sentence, replace the specified word with the target word.\n"
+    drawn, cases = pool.different(draw, 5), []
+    for text in drawn:
         *sentence, old, new = text.split()
-        prompt += f" {answers[-1]}" if answers else ""
-        prompt += f"\nword to replace: **{old}** target word: **{new}**\n{' '.join(sentence)} ->"
-        answers.append(" ".join(new if word == old else word for word in sentence))
-    return Item(prompt, answers[-1], {"query": found[-1]})
+        shown = f"word to replace: **{old}** target word: **{new}**\n{' '.join(sentence)} ->"
+        cases.append((shown, " ".join(new if word == old else word for word in sentence)))
+    *examples, (query, answer) = cases
+    shots = Shots(instruction, examples, "\n")
+    return Item(shots.text() + query, answer, {"query": drawn[-1]}, shots=shots)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -569,8 +589,9 @@ def story(rng: random.Random, statements: int, supports: int) -> Story | None:
 def story_item(stories: list[Story]) -> Item:
     """An item with all stories but the last as its examples."""
     *examples, query = stories
-    prompt = "".join(f"{example.told()} {example.place}\n\n" for example in examples)
-    return Item(prompt + query.told(), query.place, {"query": query.told(), **query._asdict()})
+    shots = Shots("", [(example.told(), example.place) for example in examples], "\n\n")
+    facts = {"query": query.told(), **query._asdict()}
+    return Item(shots.text() + query.told(), query.place, facts, shots=shots)
 
 
 def draw_stories(pool: Pool, k: int, supports: int, shortest: int, longest: int) -> list[Story]:
@@ -832,26 +853,48 @@ class CheckpointModel:
         )
         return [self.tokenizer.decode(row, errors="replace") for row in rows]
 
-    @torch.inference_mode()
     def likelihoods(self, prompts: list[list[int]], options: list[list[list[int]]]) -> torch.Tensor:
-        """Log-probability of each row's k-th option after the row's prompt, summed over the
-        option's tokens: (B, K).
+        """Log-probability of each row's k-th option after the row's prompt: (B, K)."""
+        return option_scores(self.model, prompts, options)[0]
 
-        A prompt is computed once. Its keys and values stay in the cache, and each option is tried
-        after them."""
-        device, P = self.model.xpos.device, max(map(len, prompts))
-        longest = max(len(option) for row in options for option in row)
-        first, cache = fill_cache(self.model, prompts, P + longest)  # (B, 1, V)
-        scores = []
-        for column in zip(*options):  # the k-th option of every row
-            ids = pad_sequence([torch.tensor(option) for option in column], True, -1)
-            real, ids = (ids >= 0).to(device), ids.clamp(0).to(device)  # (B, M)
-            cache.length = P  # forget the option before
-            logits = [first] + ([self.model(ids[:, :-1], cache=cache)] if ids.shape[1] > 1 else [])
-            log_p = torch.cat(logits, dim=1).float().log_softmax(-1)  # (B, M, V)
-            log_p = log_p.gather(-1, ids[..., None])[..., 0]  # (B, M)
-            scores.append((log_p * real).sum(-1))
-        return torch.stack(scores, dim=1).cpu()  # (B, K)
+
+PIECE = 2**26  # logits that are computed at once, at most, where an option is long
+
+
+@torch.inference_mode()
+def option_scores(
+    model: FLM, prompts: list[list[int]], options: list[list[list[int]]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probability of each row's k-th option after the row's prompt, summed over the option's
+    tokens; whether each token of it is the likeliest one): (B, K) each.
+
+    A prompt is computed once. Its keys and values stay in the cache, and each option is tried
+    after them."""
+    device, P = model.xpos.device, max(map(len, prompts))
+    longest = max(len(option) for row in options for option in row)
+    step = max(1, PIECE // (len(prompts) * model.config.vocab_size))
+    first, cache = fill_cache(model, prompts, P + longest)  # (B, 1, V)
+    scores, greedy = [], []
+    for column in zip(*options):  # the k-th option of every row
+        ids = pad_sequence([torch.tensor(option) for option in column], True, -1)
+        real, ids = (ids >= 0).to(device), ids.clamp(0).to(device)  # (B, M)
+        cache.length = P  # forget the option before
+        found = [token_scores(first, ids[:, :1])]
+        for begin in range(1, ids.shape[1], step):
+            end = min(begin + step, ids.shape[1])
+            logits = model(ids[:, begin - 1 : end - 1], cache=cache)
+            found.append(token_scores(logits, ids[:, begin:end]))
+        log_p, likeliest = (torch.cat(parts, dim=1) for parts in zip(*found))  # (B, M) each
+        scores.append((log_p * real).sum(-1))
+        greedy.append((likeliest | ~real).all(-1))
+    return torch.stack(scores, dim=1).cpu(), torch.stack(greedy, dim=1).cpu()
+
+
+def token_scores(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probabilities of tokens (B, T), whether each is the likeliest one), of logits
+    (B, T, V)."""
+    log_p = logits.float().log_softmax(-1)
+    return log_p.gather(-1, ids[..., None])[..., 0], log_p.argmax(-1) == ids
 
 
 def budget(items: list[Item]) -> int:
@@ -1054,7 +1097,7 @@ def corpus(documents: int, seed: int) -> tuple[list[dict], list[dict]]:
 def make_corpus(out: str | Path, documents: int, seed: int) -> dict:
     """Write the corpus as text.jsonl and teacher.jsonl, and prepare it, in the new folder `out`.
 
-    Returns the meta of data.prepare. ValueError before any work if `out` is not free."""
+    Returns the meta of prepare.prepare. ValueError before any work if `out` is not free."""
     out, problems = Path(out).absolute(), []
     if documents < 100:
         problems.append(f"--documents {documents}: too few to train on, make at least 100")
@@ -1062,15 +1105,20 @@ def make_corpus(out: str | Path, documents: int, seed: int) -> dict:
         problems.append(f"--out {out}: exists and is not an empty folder; choose another name")
     console.refuse(problems)
     signals = corpus(documents, seed)
-    with tempfile.TemporaryDirectory() as folder:
+    console.make_folder(out.parent)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.part-", dir=out.parent) as folder:
+        made = Path(folder) / "corpus"
         files = [Path(folder) / name for name in ("text.jsonl", "teacher.jsonl")]
         for path, rows in zip(files, signals):
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             path.write_text("".join(lines), encoding="utf-8")
         sources, tokenizer = {"text": files[:1]}, get_tokenizer("bytes")
-        meta = prepare(sources, out, tokenizer, teacher=files[1:], progress=False)
+        meta = prepare(sources, made, tokenizer, teacher=files[1:], progress=False)
         for path in files:
-            shutil.move(path, out / path.name)
+            path.rename(made / path.name)
+        if out.exists():
+            out.rmdir()  # it is empty
+        made.rename(out)
     return meta
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import console
 import parallel
+from checkpoint import causes
 from parallel import NonFinite, World
 
 
@@ -51,12 +52,13 @@ def describe_error(error: Exception, world: World) -> tuple[str, int]:
     """What this rank prints of an error (nothing where another rank does), and the exit code: 2 for
     a mistake, which torchrun does not repeat (parallel.leave), 1 for a fault, after which it may
     start again. An error that nobody but its author can mend is raised again."""
+    for cause in causes(error):  # a rank may be lost in the middle of a save
+        lost = parallel.explain_lost_rank(world, cause)
+        if lost is not None:
+            return lost, 1
     if isinstance(error, (ValueError, OSError, NonFinite)):  # all ranks have it
         mistake = isinstance(error, ValueError) or world.size == 1 and isinstance(error, OSError)
         return "" if world.rank > 0 else str(error), 2 if mistake else 1
-    lost = parallel.explain_lost_rank(world, error)
-    if lost is not None:
-        return lost, 1
     advice = advice_for(error)
     if not advice:
         raise error

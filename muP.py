@@ -20,6 +20,20 @@ layers, s = init_std, n = the learning rate, wd = the weight decay:
 The standard parametrization is this table with every m = 1. `mup=False` in the config sets that
 and changes nothing else. At the base width both are the same model, bit for bit.
 
+The table asks for a proxy as deep as the large model. CompleteP (arXiv 2505.01618), which FLM-101B
+does not have, asks for more, so that the depth L may change too. d = L / base_layers is the ratio
+of depths, a = depth_alpha (1 in the paper's advice):
+
+    in the blocks                 init std         AdamW lr   weight decay   AdamW eps  forward
+    q, k, v, up, gate             s / sqrt(m)      n d^(a-1)/m  wd m d^(1-a) eps d^-a   1
+    o, down                       s / sqrt(2L'm)   the same   the same       eps d^-a   x d^-a
+    LayerNorm gain, bias; biases  1, 0; 0          n d^(a-1)  0              eps d^-a   1
+
+L' = base_layers: the initial values do not depend on the depth any more, so a layer that is copied
+into a deeper model (grow.py) starts as a layer of that model would. Ours: the weight decay for a
+below 1, so that what a step takes off does not depend on the depth; and 2L' in place of the paper's
+1, so that at L = base_layers nothing changes. a = 0 turns all of it off: the table above.
+
 Every value is a plain number in the config or in one of the optimizer's parameter groups, never an
 attribute of a tensor: it survives torch.compile, a model cut over processes (parallel.py),
 checkpoints and growth (grow.py).
@@ -40,10 +54,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
-import json
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -82,8 +94,21 @@ def init_std(config: FLMConfig, name: str) -> float:
     """Standard deviation of the initial values of a matrix or an embedding (section 3)."""
     std = config.init_std / width_mult(config, name) ** 0.5
     if kind(name) in ("o", "down"):  # 2L branches add up in the residual stream
-        std /= (2 * config.n_layers) ** 0.5
+        std /= (2 * (config.base_layers if config.depth_alpha else config.n_layers)) ** 0.5
     return std
+
+
+def lr_divisor(config: FLMConfig, name: str) -> float:
+    """What the learning rate of a parameter is divided by: m, and in blocks CompleteP's factor.
+
+    >>> deep = preset("demo").replace(n_layers=24, depth_alpha=0.5)
+    >>> lr_divisor(deep, "layers.9.ff.up.weight"), lr_divisor(deep, "norm.weight")
+    (2.0, 1.0)
+    """
+    m = width_mult(config, name)
+    if config.depth_alpha == 0 or not name.startswith("layers."):
+        return m
+    return m * (config.n_layers / config.base_layers) ** (1 - config.depth_alpha)
 
 
 def initial_value(
@@ -114,21 +139,31 @@ def init_weights(model: FLM, seed: int) -> FLM:
     return model
 
 
-def param_groups(model: FLM, lr: float, weight_decay: float) -> list[dict]:
-    """AdamW's parameter groups, one for each pair of m and decay in the table (TP-V).
+def param_groups(model: FLM, lr: float, weight_decay: float, eps: float = 1e-8) -> list[dict]:
+    """AdamW's parameter groups, one for each row of learning rate, decay and eps in the tables
+    (TP-V, CompleteP).
 
-    lr: the proxy's learning rate. Each group has `lr_scale` = 1/m beside its own "lr": who changes
-    the learning rate sets group["lr"] to the new one times group["lr_scale"]. AdamW multiplies
-    decay by the learning rate, so decay is multiplied by m: what a step takes off a weight does not
-    depend on the width. Biases and LayerNorms do not decay.
+    lr: the proxy's learning rate. Each group has `lr_scale` beside its own "lr": who changes the
+    learning rate sets group["lr"] to the new one times group["lr_scale"]; `eps_scale` likewise.
+    AdamW multiplies decay by the learning rate, so decay is divided by lr_scale: what a step takes
+    off a weight does not depend on width or depth. Biases and LayerNorms do not decay.
     """
     rows: dict[tuple, list] = {}
     for name, parameter in model.named_parameters():
         decay = 0.0 if kind(name) == "vector" else weight_decay
-        rows.setdefault((width_mult(model.config, name), decay), []).append(parameter)
+        eps_scale = model.config.branch_mult if name.startswith("layers.") else 1.0
+        key = lr_divisor(model.config, name), decay, eps_scale
+        rows.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "lr": lr / m, "lr_scale": 1 / m, "weight_decay": decay * m}
-        for (m, decay), parameters in rows.items()
+        {
+            "params": parameters,
+            "lr": lr / m,
+            "lr_scale": 1 / m,
+            "weight_decay": decay * m,
+            "eps": eps * eps_scale,
+            "eps_scale": eps_scale,
+        }
+        for (m, decay, eps_scale), parameters in rows.items()
     ]
 
 
@@ -137,8 +172,13 @@ def param_groups(model: FLM, lr: float, weight_decay: float) -> list[dict]:
 #
 # Models of several widths take a few steps of AdamW. Under muP the outputs of every layer stay as
 # large in the wide models as in the narrow ones; under the standard parametrization they do not.
+# The same over depths: with CompleteP they stay, without it the residual stream grows.
 
 SMALL = {"n_layers": 2, "head_dim": 16, "max_seq_len": 128}  # the preset "demo", but faster
+CHOICES = {  # {what varies: {name: the fields of a parametrization}}, the one that is tested first
+    "width": {"muP": {"mup": True}, "standard": {"mup": False}},
+    "depth": {"alpha 1": {"depth_alpha": 1.0}, "alpha 0": {"depth_alpha": 0.0}},
+}
 LAYERS = ("embedding", "attn_norm", "q", "k", "v", "attn.o")
 LAYERS += ("ff_norm", "ff.up", "ff.down", "block", "norm", "logits")
 # A layer's mean |activation|, its "size", grows as width^p. In a "flat" layer p = 0. The weakest
@@ -148,13 +188,18 @@ LIMIT = 1 / 3
 ENOUGH_SEEDS = 4  # with fewer, the spread between seeds is not known well enough
 
 
-def model_config(words: Iterable[str]) -> FLMConfig:
+DECIDED = ("d_model", "n_heads", "d_ff", "mup", "mup_base_width")
+DECIDED_OF_DEPTHS = ("d_model", "n_heads", "d_ff", "mup_base_width")
+DECIDED_OF_DEPTHS += ("n_layers", "depth_alpha", "base_layers")
+
+
+def model_config(words: Iterable[str], decided: tuple[str, ...] = DECIDED) -> FLMConfig:
     """The model of the check: preset "demo" with SMALL, changed by words FIELD=VALUE.
     Raises ValueError with every bad word."""
     changes, problems = parse_fields(words)
-    for name in ("d_model", "n_heads", "d_ff", "mup", "mup_base_width"):
+    for name in decided:
         if name in changes:
-            problems.append(f"--model {name}: the widths decide it, leave it out")
+            problems.append(f"--model {name}: the check decides it, leave it out")
     console.refuse(problems)
     return preset("demo").replace(**SMALL | changes)
 
@@ -240,26 +285,32 @@ def coord_check(
     lr: float,
     steps: int = 3,
     seeds: Iterable[int] = range(8),
+    axis: str = "width",
 ) -> dict[str, Tensor]:
     """Mean |activation| of models of several widths in their first steps of AdamW.
 
     Returns {"muP": sizes, "standard": sizes}; sizes are (widths, seeds, steps+1, LAYERS), the
     narrowest width first. The narrowest is the base width (m = 1), where the two are one model.
     batch: tokens and targets (B, T). A learning rate larger than in training shows more
-    (microsoft/mup's advice)."""
-    configs, sizes, seeds = at_widths(config, widths), {}, list(seeds)
-    costs = [forward_flops(wide, wide.max_seq_len) for wide in configs.values()]
-    count = {"total": 2 * len(seeds) * sum(costs), "unit": "FLOP", "unit_scale": True}
-    bar = console.progress(desc="training", **count)
-    for name in ("muP", "standard"):
-        choice = {"mup": name == "muP", "mup_base_width": min(configs)}
-        runs = []
-        for wide, cost in zip(configs.values(), costs):
-            for seed in seeds:
-                runs.append(early_sizes(wide.replace(**choice), seed, batch, lr, steps))
-                bar.update(cost)
-        sizes[name] = torch.tensor(runs, dtype=torch.float64).unflatten(0, (-1, len(seeds)))
-    bar.close()
+    (microsoft/mup's advice).
+    axis "depth": `widths` are numbers of layers, and the names are those of CHOICES["depth"]."""
+    if axis == "width":
+        configs = at_widths(config, widths)
+        base = {"mup_base_width": min(configs)}
+    else:
+        configs = {L: config.replace(n_layers=L) for L in sorted(set(widths))}
+        base = {"base_layers": min(configs)}
+    sizes, seeds = {}, list(seeds)
+    costs = [forward_flops(c, c.max_seq_len) for c in configs.values()]
+    total = len(CHOICES[axis]) * len(seeds) * sum(costs)
+    with console.progress(total=total, desc="training", unit="FLOP", unit_scale=True) as bar:
+        for name, choice in CHOICES[axis].items():
+            runs = []
+            for c, cost in zip(configs.values(), costs):
+                for seed in seeds:
+                    runs.append(early_sizes(c.replace(**base | choice), seed, batch, lr, steps))
+                    bar.update(cost)
+            sizes[name] = torch.tensor(runs, dtype=torch.float64).unflatten(0, (-1, len(seeds)))
     return sizes
 
 
@@ -300,13 +351,13 @@ def verdict(p: Tensor, noise: Tensor) -> str:
 EXIT_CODES = {"flat": 0, "not flat": 1, "cannot tell": 3}  # 2 is an error, as everywhere
 
 
-def print_table(sizes: dict[str, Tensor], widths: list[int]):
+def print_table(sizes: dict[str, Tensor], widths: list[int], axis: str):
     """How much larger the widest model's layers are, and with which power of the width."""
-    steps = sizes["muP"].shape[2]
+    steps = next(iter(sizes.values())).shape[2]
     heading = "".join(f"  {name:{7 * steps}}   p ± noise" for name in sizes)
     print(
-        f"mean |activation| at width {widths[-1]} over width {widths[0]}, at step 0 to {steps - 1}"
-        f";\np: at the last step it grows as width^p\n\n{'':10}{heading}"
+        f"mean |activation| at {axis} {widths[-1]} over {axis} {widths[0]}, at step 0 to "
+        f"{steps - 1};\np: at the last step it grows as {axis}^p\n\n{'':10}{heading}"
     )
     for i, layer in enumerate(LAYERS):
         line = f"{layer:10}"
@@ -336,10 +387,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="is every layer's output as large in a wide model as in a narrow one?",
         description="Train models of several widths for a few steps, under muP and under the "
         "standard parametrization. A layer's mean |activation| grows as width^p; p is 0 in a flat "
-        "layer. Exit code 0: muP is flat. 1: it is not. 3: cannot tell, the seeds differ too much.",
+        "layer. Exit code 0: muP is flat. 1: it is not. 3: cannot tell, the seeds differ too much. "
+        "With --depths: the same for models of several depths, with CompleteP (depth_alpha 1) and "
+        "without it.",
     )
     add = p.add_argument
     add("--widths", type=int, nargs="+", default=[32, 64, 128, 256], metavar="C")
+    depths = "numbers of layers; then all models have the first of --widths"
+    add("--depths", type=int, nargs="+", metavar="L", help=depths)
     add("--seeds", type=int, nargs="+", default=list(range(8)), metavar="N", help="at least 4")
     add("--steps", type=int, default=3, metavar="N", help="steps of AdamW (default 3)")
     add("--lr", type=float, default=0.01, help="learning rate at the least width (default 0.01)")
@@ -352,33 +407,38 @@ def main(argv: list[str] | None = None) -> int:
     """`python muP.py coord-check`; returns the exit code."""
     args = make_parser().parse_args(argv)
     torch.set_num_threads(1)  # models this small are fastest so
-    widths, seeds = sorted(set(args.widths)), sorted(set(args.seeds))
-    if len(widths) < 2 or args.steps < 1 or not 0 < args.lr < math.inf:
+    axis = "depth" if args.depths else "width"
+    widths, seeds = sorted(set(args.depths or args.widths)), sorted(set(args.seeds))
+    if len(widths) < 2 or widths[0] < 1 or args.steps < 1 or not 0 < args.lr < math.inf:
         raise ValueError(
-            f"--widths {widths} --steps {args.steps} --lr {args.lr}: the check needs at least "
-            "2 widths, 1 step and a learning rate above 0"
+            f"--{axis}s {widths} --steps {args.steps} --lr {args.lr}: the check needs at least "
+            f"2 {axis}s, 1 step and a learning rate above 0"
         )
-    config = model_config(args.model)
+    config = model_config(args.model, DECIDED_OF_DEPTHS if args.depths else DECIDED)
+    if args.depths:
+        (config,) = at_widths(config, args.widths[:1]).values()
+        config = config.replace(mup_base_width=config.d_model)
+    console.output_file(args.json)
     batch = text_batch(4, config.max_seq_len, config.vocab_size)
-    sizes = coord_check(config, widths, batch, args.lr, args.steps, seeds)
-    print_table(sizes, widths)
-    p, noise = exponents(sizes["muP"], widths)
+    sizes = coord_check(config, widths, batch, args.lr, args.steps, seeds, axis)
+    print_table(sizes, widths, axis)
+    tested = next(iter(sizes))
+    p, noise = exponents(sizes[tested], widths)
     result = verdict(p, noise)
     farthest = int((p.abs() + noise.nan_to_num(posinf=0)).argmax())
     step, layer = divmod(farthest, len(LAYERS))
     print(
-        f"muP is farthest from flat at {LAYERS[layer]}, step {step}: p = {p[step, layer]:.2f} ± "
-        f"{noise[step, layer]:.2f}\nverdict: {result} (limit: {LIMIT:.2f}, noise included; the "
-        "logits at step 0 do not count)"
+        f"{tested} is farthest from flat at {LAYERS[layer]}, step {step}: "
+        f"p = {p[step, layer]:.2f} ± {noise[step, layer]:.2f}\n"
+        f"verdict: {result} (limit: {LIMIT:.2f}, noise included; the logits at step 0 do not count)"
     )
     if result == "cannot tell":
         more = " ".join(map(str, range(4 * len(seeds))))
         print(f"Four times as many seeds halve the noise: --seeds {more}")
     report = {"lr": args.lr, "seeds": seeds, "model": config.to_dict(), "verdict": result}
-    report |= {"torch": torch.__version__, "sizes": named_means(sizes, widths)}
-    Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-    print(f"numbers: {args.json}")
+    report |= {"axis": axis, "tested": tested, "torch": torch.__version__}
+    report["sizes"] = named_means(sizes, widths)
+    console.write_numbers(args.json, report)
     return EXIT_CODES[result]
 
 

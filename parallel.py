@@ -35,6 +35,7 @@ Neighbours in rank are neighbours along tp, where the traffic is heaviest. Lette
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -59,6 +60,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import get_schedule_class
 from torch.distributed.tensor import (
     DTensor,
+    Partial,
     Replicate,
     Shard,
     distribute_module,
@@ -74,7 +76,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import muP
-from flm import FLM, FLMConfig, loss_sum
+from flm import FLM, IGNORE, FLMConfig, head_loss
 
 # --------------------------------------------------------------------------------------------------
 # 1. Layouts
@@ -94,6 +96,7 @@ class Layout:
     pp: int = 1  # groups of layers
     sequence_parallel: bool = False  # between the cut matrices, each tp rank holds T/tp positions
     shard_optimizer: bool = False  # weights, gradients and AdamW's moments are cut over dp
+    reshard: bool = False  # of the weights and gradients, a rank holds one block's whole
     schedule: str = "1F1B"  # the pipeline schedule
     activation_checkpointing: bool = False  # keep a block's input; compute the rest again
 
@@ -110,7 +113,7 @@ class Layout:
     @property
     def sharded(self) -> bool:
         """Whether fully_shard holds the weights. Otherwise DistributedDataParallel is enough."""
-        return self.shard_optimizer or self.tp > 1 or self.pp > 1
+        return self.shard_optimizer or self.reshard or self.tp > 1 or self.pp > 1
 
     def stage_ids(self, pp_rank: int) -> list[int]:
         """The pipeline stages on one rank.
@@ -124,6 +127,7 @@ class Layout:
         words = [f"dp {self.dp}", f"tp {self.tp}", f"pp {self.pp}"]
         words += ["sequence parallel"] * self.sequence_parallel
         words += ["sharded optimizer"] * (self.sharded and self.dp > 1)
+        words += ["resharded"] * self.reshard
         words += [self.schedule] * (self.pp > 1)
         words += ["activation checkpointing"] * self.activation_checkpointing
         return ", ".join(words)
@@ -161,6 +165,10 @@ def check_layout(
             problems.append(f"{name} {value}: must be a multiple of {what} (remainder {value % n})")
     if layout.sequence_parallel and tp == 1:
         problems.append("--sequence-parallel: needs --tp 2 or more; add --no-sequence-parallel")
+    if layout.reshard and (dp == 1 or pp > 1):
+        problems.append(
+            f"--reshard: needs --dp 2 or more (now {dp}) and --pp 1 (now {pp}); add --no-reshard"
+        )
     if batch_size % dp == 0:
         problems += check_micro_batches(
             layout, batch_size, micro_rows(layout, batch_size, micro_batch)
@@ -239,13 +247,23 @@ class World:
         """Whether this rank has the last pipeline stage, which computes the loss."""
         return self.at("pp") == self.layout.pp - 1
 
+    def begin_sum(self, *numbers: float) -> Callable[[], list[float]]:
+        """Begin to sum each number over all ranks, in float64. Returns a function that waits for
+        the sums; until it is called, this rank can do something else."""
+        if self.control is None:
+            return lambda: list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64)
+        work = dist.all_reduce(total, group=self.control, async_op=True)
+
+        def wait() -> list[float]:
+            work.wait()
+            return total.tolist()
+
+        return wait
+
     def sum(self, *numbers: float) -> list[float]:
         """Each number summed over all ranks, in float64."""
-        if self.control is None:
-            return list(numbers)
-        total = torch.tensor(numbers, dtype=torch.float64)
-        dist.all_reduce(total, group=self.control)
-        return total.tolist()
+        return self.begin_sum(*numbers)()
 
     def gather(self, value) -> list:
         """Every rank's value, in the order of ranks, on every rank."""
@@ -268,7 +286,16 @@ class World:
 
         A ValueError or OSError of any rank is raised on all ranks, so that no rank waits for one
         that has left. ValueError, with the number of each rank, where the ranks' errors differ."""
-        result, failure = attempt(action, *args, **options)
+        return self.settle(*attempt(action, *args, **options))
+
+    def on_all_ranks(self, action: Callable, *args, **options):
+        """raise_on_all_ranks for what may take hours, and uses no collective."""
+        with self.all_wait():
+            outcome = attempt(action, *args, **options)
+        return self.settle(*outcome)
+
+    def settle(self, result, failure: Exception | None):
+        """This rank's result where no rank has a failure, else what raise_on_all_ranks raises."""
         failures = self.gather(failure)
         if not any(failures):
             return result
@@ -281,38 +308,42 @@ class World:
         raise ValueError("\n".join(f"rank {rank}: {text}" for text, rank in first_rank.items()))
 
     def on_rank_0(self, action: Callable, *args, **options):
-        """Run action(*args, **options) on rank 0 alone; its result, or its ValueError or OSError,
-        on every rank.
-
-        This may take hours (to grow a checkpoint): the others wait as long as rank 0 lives."""
+        """Run action(*args, **options) on rank 0 alone, which may take hours; its result, or its
+        ValueError or OSError, on every rank."""
         outcome = None
-        if self.rank == 0:
-            with self.others_wait():
+        with self.all_wait():
+            if self.rank == 0:
                 outcome = attempt(action, *args, **options)
-            self.broadcast_from_rank_0(outcome)
-        while outcome is None:
-            outcome = self.broadcast_from_rank_0(None)
-        result, failure = outcome
+        result, failure = self.broadcast_from_rank_0(outcome)
         if failure:
             raise failure
         return result
 
     @contextlib.contextmanager
-    def others_wait(self):
-        """Rank 0 is busy: a thread sends None to the other ranks, four times in each timeout."""
+    def all_wait(self):
+        """What stands inside may take hours on some ranks (to prepare a corpus, to grow a
+        checkpoint): no rank leaves before all are done, and each waits as long as the others live.
+
+        A thread tells the others that this rank lives, four times in each timeout. Inside, no
+        collective of `control` is possible."""
+        if self.control is None:
+            yield
+            return
         done = threading.Event()
 
-        def send():
-            while not done.wait(self.timeout.total_seconds() / 4):
-                self.broadcast_from_rank_0(None)
+        def tell():
+            while True:
+                done.wait(self.timeout.total_seconds() / 4)
+                if all(self.gather(done.is_set())):
+                    return
 
-        thread = threading.Thread(target=send, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            told = pool.submit(tell)
+            try:
+                yield
+            finally:
+                done.set()
+            told.result()  # raises what a lost rank causes
 
 
 def attempt(action: Callable, *args, **options) -> tuple:
@@ -326,7 +357,8 @@ def attempt(action: Callable, *args, **options) -> tuple:
 def arrange(world: World, layout: Layout, device: torch.device) -> World:
     """The same world with a layout and its mesh. All ranks call this with the same layout."""
     if layout.size == 1:  # no mesh, and nothing to cut the optimizer over
-        return dataclasses.replace(world, layout=dataclasses.replace(layout, shard_optimizer=False))
+        alone = dataclasses.replace(layout, shard_optimizer=False, reshard=False)
+        return dataclasses.replace(world, layout=alone)
     ranks = torch.arange(layout.size).view(layout.pp, layout.dp, layout.tp)
     groups = []
     for axis in range(3):  # not init_device_mesh: its groups would have a timeout of their own
@@ -365,8 +397,6 @@ def tensor_parallel(part: FLM, mesh: DeviceMesh, sequence_parallel: bool):
     # all-gather.
     out_of_block = RowwiseParallel(output_layouts=stream)
     table = {
-        # Each rank looks up the words that it holds, 0 for others. Forward: their sum, as above.
-        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=stream),
         # As into_block; each rank keeps the logits of V/tp words, for loss_parallel.
         "head": ColwiseParallel(
             input_layouts=stream, output_layouts=Shard(-1), use_local_output=False
@@ -383,8 +413,70 @@ def tensor_parallel(part: FLM, mesh: DeviceMesh, sequence_parallel: bool):
     present = {name: style for name, style in table.items() if modules.get(name) is not None}
     parallelize_module(part, mesh, present, src_data_rank=None)
     if part.embedding is not None:
-        # A compiled block drops the gradient of a tensor whose collective is not finished.
-        part.embedding.register_forward_hook(lambda module, x, y: y.clone())
+        cut_embedding(part.embedding, mesh, stream)
+    if part.head is not None:
+        part.head_loss = functools.partial(cut_head_loss, part.head, mesh, stream)
+
+
+@dataclass
+class Words:
+    """The words that a tp rank holds of the embedding or the head: V/tp rows from `first` on."""
+
+    first: int
+    count: int
+    group: dist.ProcessGroup
+
+    @staticmethod
+    def of(weight: DTensor) -> Words:
+        mesh, count = weight.device_mesh, len(local(weight))
+        return Words(mesh.get_local_rank() * count, count, mesh.get_group())
+
+    def find(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which row each id is here (0 for those of other ranks), and whether it is here."""
+        rows = ids - self.first
+        here = (rows >= 0) & (rows < self.count)
+        return rows.masked_fill(~here, 0), here
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """x, in place, summed over the ranks that share the words."""
+        dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
+        return x
+
+    def max(self, x: torch.Tensor) -> torch.Tensor:
+        """The largest of each entry of x, in place, over the ranks that share the words."""
+        dist.all_reduce(x, dist.ReduceOp.MAX, self.group)
+        return x
+
+
+def cut_embedding(embedding: torch.nn.Embedding, mesh: DeviceMesh, stream: Shard | Replicate):
+    """Cut an embedding by words. Each rank looks up those that it holds, 0 for others. Forward:
+    their sum, as out_of_block. Its gradient has the rows of this rank alone; that of DTensor's own
+    embedding had all V."""
+    weight = distribute_tensor(embedding.weight, mesh, [Shard(0)], src_data_rank=None)
+    embedding.weight = torch.nn.Parameter(weight)
+
+    def forward(tokens):
+        rows, here = Words.of(embedding.weight).find(tokens)
+        y = torch.nn.functional.embedding(rows, local(embedding.weight)) * here[..., None]
+        y = DTensor.from_local(y, mesh, [Partial()], run_check=False)
+        # A compiled block drops the gradient of a tensor whose collective is not finished: clone.
+        return y.redistribute(placements=[stream]).to_local().clone()
+
+    embedding.forward = forward
+
+
+def cut_head_loss(
+    head: torch.nn.Linear,
+    mesh: DeviceMesh,
+    stream: Shard | Replicate,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+) -> torch.Tensor:
+    """FLM.head_loss where the head is cut by words: the same HeadLoss on each rank's words.
+    Forward: under Shard(1) an all-gather of the positions. Backward: as into_block."""
+    hidden = DTensor.from_local(hidden, mesh, [stream], run_check=False)
+    hidden = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    return head_loss(hidden, local(head.weight), targets, Words.of(head.weight))
 
 
 def replicate_norm(norm: torch.nn.Module, mesh: DeviceMesh, stream: Shard | Replicate):
@@ -466,13 +558,66 @@ def build_parts(
             # Along dp: one all-gather of weights and one reduce-scatter of gradients for each block
             # and step. The last group is what no block holds, both ends of a tied embedding in it.
             for module in (*part.layers.values(), part):
-                fully_shard(module, mesh=mesh["dp"], reshard_after_forward=False, mp_policy=policy)
+                options = {"reshard_after_forward": layout.reshard, "mp_policy": policy}
+                fully_shard(module, mesh=mesh["dp"], **options)
         parts.append(part)
     return parts
 
 
 # --------------------------------------------------------------------------------------------------
 # 5. The worker
+
+
+class LeanPipelineStage(PipelineStage):
+    """A pipeline stage that holds a buffer for what it receives as long as it is in use. PyTorch's
+    own allocates one for every micro-batch before the first, and keeps all of them, and the
+    gradients that autograd puts into them."""
+
+    empty = False  # whether PyTorch's own buffers are gone
+
+    def make_empty(self):
+        if not self.empty:
+            for received in (*self.args_recv_info.values(), *self.grad_recv_info.values()):
+                set_buffers(received, there=False)
+            self.empty = True
+
+    def get_fwd_recv_ops(self, micro: int):
+        self.make_empty()
+        set_buffers(self.args_recv_info[micro], there=True)
+        return super().get_fwd_recv_ops(micro)
+
+    def get_bwd_recv_ops(self, micro: int):
+        set_buffers(self.grad_recv_info.get(micro, ()), there=True)  # an evaluation has none
+        return super().get_bwd_recv_ops(micro)
+
+    def forward_one_chunk(self, micro: int, *args, **options):
+        self.make_empty()
+        output = super().forward_one_chunk(micro, *args, **options)
+        if output.requires_grad and micro == self.chunks - 1:
+            # PyTorch would sum the gradients along dp after the last backward pass, not under it.
+            output.register_hook(lambda _: exchange_gradients(self.submod, True))
+        return output
+
+    def backward_one_chunk(self, micro: int, *args, **options):
+        super().backward_one_chunk(micro, *args, **options)
+        for received in self.args_recv_info[micro], self.grad_recv_info.get(micro, ()):
+            set_buffers(received, there=False)
+
+
+def exchange_gradients(part: FSDPModule, last: bool):
+    """Whether the next backward pass is the last one: each block's gradients are then summed along
+    dp as soon as they are complete, while the pass goes on."""
+    part.set_requires_gradient_sync(last)
+    part.set_is_last_backward(last)
+    part.set_reshard_after_backward(last)
+
+
+def set_buffers(received: tuple, there: bool):
+    """Allocate a buffer for each tensor of a message, or free it: one number keeps its shape."""
+    for info in received:
+        if info.buffer is not None:
+            new, shape = info.buffer.new_empty, info.buffer.shape
+            info.buffer = new(shape) if there else new(()).expand(shape)
 
 
 class Stopped(Exception):
@@ -507,7 +652,7 @@ class Worker:
         parameters = [item for part in parts for item in part.named_parameters()]
         self.named = [(tied.get(name, name), p) for name, p in parameters]
         self.pipelines = {}  # number of micro-batches -> pipeline schedule
-        self.scale = None  # factor of the loss in a step of the pipeline
+        self.supervised = None  # waits for the supervised tokens of the batch
         self.ddp = self.tie = self.tied_end = None
         layout = world.layout
         if layout.dp > 1 and not layout.sharded:
@@ -520,18 +665,18 @@ class Worker:
             elif world.last:
                 self.tied_end = parts[-1].head.weight
 
+    @torch.no_grad()
     def init_weights(self, seed: int):
         """muP.init_weights for a share: each rank draws the whole of each of its parameters and
         keeps its shard, so all layouts start from the same numbers."""
-        with torch.no_grad():
-            for name, p in self.named:
-                value = muP.initial_value(self.config, name, p.shape, seed)
-                if isinstance(p, DTensor):
-                    value = value.to(self.device, p.dtype)
-                    value = distribute_tensor(
-                        value, p.device_mesh, p.placements, src_data_rank=None
-                    )
-                p.copy_(value)
+        for name, p in self.named:
+            value = muP.initial_value(self.config, name, p.shape, seed)
+            if isinstance(p, DTensor):
+                place = p.device_mesh, p.placements
+                value = distribute_tensor(
+                    value.to(self.device, p.dtype), *place, src_data_rank=None
+                )
+            p.copy_(value)
 
     def set_masks(self, record: dict | None, c: float):
         """FLM.set_masks on every part: the growth's record and the mask's value c."""
@@ -545,16 +690,20 @@ class Worker:
         targets: torch.Tensor,
         micro: int,
         score: Callable | None = None,
+        documents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """score(logits, targets) of this dp rank's rows, summed over the micro-batches; by default
         the loss in nats, summed over the supervised tokens. No gradients.
 
-        tokens, targets: (b, T), the rows of this dp rank; micro: rows of one forward pass.
-        Returns zeros on ranks that do not have the last pipeline stage."""
+        tokens, targets: (b, T), the rows of this dp rank; micro: rows of one forward pass;
+        documents: (b, T), between which attention is cut, see FLM.forward. Returns zeros on ranks
+        that do not have the last pipeline stage."""
         x, y = tokens.to(self.device), targets.to(self.device)
+        documents = documents if documents is None else documents.to(self.device)
         run = self.run_pipeline if self.world.layout.pp > 1 else self.run_micro_batches
-        with self.loss_over_shards():
-            total = run(x, y, micro, score or loss_sum)
+        over_shards = score is not None and self.world.layout.tp > 1  # logits of V/tp words
+        with loss_parallel() if over_shards else contextlib.nullcontext():
+            total = run(x, y, micro, score, documents=documents)
         self.reshard()
         return total
 
@@ -563,101 +712,104 @@ class Worker:
         tokens: torch.Tensor,
         targets: torch.Tensor,
         micro: int,
-        count: float,
-        stop: Callable[[], bool] | None = None,
-    ) -> float:
-        """Add to .grad the gradient of the whole batch's loss: nats / `count`.
+        stop: Callable[[], Callable[[], bool]] | None = None,
+        documents: torch.Tensor | None = None,
+    ) -> tuple[float, int]:
+        """Add to .grad the gradient of the whole batch's loss: nats per supervised token.
 
-        tokens, targets: (b, T), the rows of this dp rank; micro: rows of one forward pass; count:
-        the supervised tokens of the whole batch. Returns the loss of these rows in nats, summed, on
-        one rank of each dp rank, and 0 on its other ranks.
+        tokens, targets: (b, T), the rows of this dp rank; micro: rows of one forward pass. Returns
+        the loss of these rows in nats, summed, on one rank of each dp rank, and 0 on its other
+        ranks; and the supervised tokens of the whole batch.
 
-        stop: asked between two micro-batches, not in a pipeline; where it says True, Stopped is
-        raised, and what .grad holds is worthless."""
+        stop: called in each micro-batch but the last, not in a pipeline. The function that it
+        returns is called before the next one; where that says True, Stopped is raised, and what .grad holds is
+        worthless. documents: as for `forward`."""
+        first = self.world.at("tp") == self.world.at("pp") == 0  # the others have the same rows
+        self.supervised = self.world.begin_sum((targets != IGNORE).sum().item() if first else 0)
         x = tokens.to(self.device, non_blocking=True)
         y = targets.to(self.device, non_blocking=True)
-        self.scale = self.world.layout.dp / count  # PyTorch's engines average over dp
-        with self.loss_over_shards():
-            if self.world.layout.pp > 1:
-                nats = self.run_pipeline(x, y, micro, loss_sum, self.scale)
-            else:
-                nats = self.run_micro_batches(x, y, micro, loss_sum, self.scale, stop)
+        cut = {"documents": documents if documents is None else documents.to(self.device)}
+        if self.world.layout.pp > 1:
+            nats = self.run_pipeline(x, y, micro, None, training=True, **cut)
+        else:
+            nats = self.run_micro_batches(x, y, micro, None, True, stop, **cut)
         if self.tied_end is not None:  # both ends get the sum of their gradients
             dist.all_reduce(local(self.tied_end.grad), group=self.tie)
-        return nats.item() if self.world.at("tp") == 0 else 0.0
+        return nats.item() if self.world.at("tp") == 0 else 0.0, int(self.supervised()[0])
 
-    def loss_over_shards(self):
-        """The context in which a loss is computed, and its backward pass run.
+    def scale(self) -> float:
+        """Factor of the loss in nats in a training step. PyTorch's engines average over dp. The
+        first call waits for the sum over all ranks."""
+        return self.world.layout.dp / max(1, self.supervised()[0])
 
-        Under tp each rank holds the logits of V/tp words: cross-entropy then all-reduces the
-        maximum, the sum of exponentials and the target's logit of each token."""
-        return loss_parallel() if self.world.layout.tp > 1 else contextlib.nullcontext()
-
-    def run_micro_batches(self, x, y, micro, score, scale=None, stop=None) -> torch.Tensor:
-        """Without a pipeline: forward passes of `micro` rows and, with `scale`, backward passes of
-        scale * loss. Returns score(logits, targets), summed over the micro-batches."""
-        model = self.parts[0] if scale is None or self.ddp is None else self.ddp
-        # The model itself computes the loss without a tensor of all logits.
-        by_model = score is loss_sum and self.world.layout.tp == 1
+    def run_micro_batches(
+        self, x, y, micro, score, training=False, stop=None, documents=None
+    ) -> torch.Tensor:
+        """Without a pipeline: forward passes of `micro` rows and, when training, backward passes.
+        Returns score(logits, targets), summed over the micro-batches; without a score the model's
+        loss, which needs no tensor of all logits."""
+        model = self.ddp if training and self.ddp is not None else self.parts[0]
         autocast = self.arithmetic == torch.bfloat16 and not self.world.layout.sharded
-        total = 0
+        total, stopped = 0, None
         for i in range(0, len(x), micro):
-            if stop is not None and i > 0 and stop():
+            if stopped is not None and stopped():
                 raise Stopped
             rows, targets = x[i : i + micro], y[i : i + micro]
-            with self.gradient_exchange(model, scale is not None, last=i + micro >= len(x)):
+            cut = {"documents": documents if documents is None else documents[i : i + micro]}
+            with self.gradient_exchange(model, training, last=i + micro >= len(x)):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-                    value = model(rows, targets) if by_model else score(model(rows), targets)
-                if scale is not None:
-                    (value * scale).backward()
+                    if score is None:
+                        value = model(rows, targets, **cut)
+                    else:
+                        value = score(model(rows, **cut), targets)
+                if stop is not None and i + micro < len(x):
+                    stopped = stop()  # the ranks tell each other during the backward pass
+                if training:
+                    (value * self.scale()).backward()
             total = total + local(value.detach())
         return total
 
     def gradient_exchange(self, model: torch.nn.Module, training: bool, last: bool):
         """The context of one micro-batch: gradients are exchanged along dp after the last one."""
         if training and isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last)
-            model.set_is_last_backward(last)
-            model.set_reshard_after_backward(last)
+            exchange_gradients(model, last or self.world.layout.reshard)
         if model is self.ddp and not last:
             return model.no_sync()
         return contextlib.nullcontext()
 
-    def run_pipeline(self, x, y, micro, score, scale=None) -> torch.Tensor:
-        """One pass of all micro-batches through the pipeline: forward and, with `scale`, backward.
+    def run_pipeline(self, x, y, micro, score, training=False, documents=None) -> torch.Tensor:
+        """One pass of all micro-batches through the pipeline: forward and, when training, backward.
 
-        Along pp, hidden states (micro, T, C) are sent forward and their gradients back. The
-        schedule of training is kept; that of an evaluation holds activations, and goes."""
-        n = len(x) // micro
-        if scale is None:
-            pipeline, stages = self.make_pipeline(n, score)
-        else:
+        Along pp, hidden states (micro, T, C) are sent forward and their gradients back. Of
+        `documents` nothing is sent: all ranks of a pipeline have the same rows. The schedule of
+        training is kept; that of an evaluation holds activations, and goes."""
+        n, by_model = len(x) // micro, score is None
+        if training:
             if n not in self.pipelines:
-                self.pipelines[n] = self.make_pipeline(n, self.scaled_loss)
+                self.pipelines[n] = self.make_pipeline(n, lambda nats, _: nats * self.scale())
             pipeline, stages = self.pipelines[n]
+        else:
+            pipeline, stages = self.make_pipeline(n, (lambda nats, _: nats) if by_model else score)
         inputs = [x] if self.world.at("pp") == 0 else []
-        losses = [] if self.world.last else None
-        target = y if self.world.last else None
-        run = pipeline.eval if scale is None else pipeline.step
-        run(*inputs, target=target, losses=losses, return_outputs=False)
-        if scale is None:
+        losses, options = [], {"documents": documents}
+        if self.world.last:
+            options |= {"target": y, "losses": losses} | ({"targets": y} if by_model else {})
+        run = pipeline.step if training else pipeline.eval
+        run(*inputs, return_outputs=False, **options)
+        if not training:
             for stage in stages:
                 stage.clear_runtime_states()
         if not self.world.last:
             return torch.zeros((), device=self.device)
         total = sum(local(value.detach()) for value in losses)
-        return total if scale is None else total / scale
-
-    def scaled_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The loss that a training step of the pipeline differentiates."""
-        return loss_sum(logits, targets) * self.scale
+        return total / self.scale() if training else total
 
     def make_pipeline(self, n: int, loss: Callable) -> tuple:
         """PyTorch's pipeline schedule for n micro-batches, and its stages: this rank's parts."""
         layout, group = self.world.layout, self.world.mesh.get_group("pp")
         ids = layout.stage_ids(self.world.at("pp"))
         stages = [
-            PipelineStage(part, i, layout.pipeline_stages, self.device, group=group)
+            LeanPipelineStage(part, i, layout.pipeline_stages, self.device, group=group)
             for i, part in zip(ids, self.parts)
         ]
         held = stages if len(stages) > 1 else stages[0]
@@ -791,7 +943,7 @@ def redirect_library_output(folder: Path, rank: int) -> Path:
     return path
 
 
-def explain_lost_rank(world: World, error: RuntimeError) -> str | None:
+def explain_lost_rank(world: World, error: BaseException) -> str | None:
     """What to say of an error in a collective: which ranks do not answer any more, as far as this
     rank can know. Empty where another rank knows it; None if the error has another cause.
 
@@ -799,7 +951,7 @@ def explain_lost_rank(world: World, error: RuntimeError) -> str | None:
     knows. So all ranks end within twice the timeout."""
     failed = "Timed out|Connection closed|Connection reset|Broken pipe"
     in_collective = isinstance(error, dist.DistError) or re.search(failed, str(error))
-    if world.size == 1 or not in_collective:
+    if world.size == 1 or not isinstance(error, RuntimeError) or not in_collective:
         return None
     minutes = world.timeout.total_seconds() / 60
     try:

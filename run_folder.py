@@ -20,13 +20,16 @@ import torch
 
 import data
 import schedule
-from checkpoint import find_checkpoint, read_info
-from console import refuse
+from checkpoint import find_checkpoint, list_checkpoints, read_info
+from console import make_folder, refuse, replace_file
 from flm import FLMConfig
 from machine import Machine
 from parallel import World
+from prepare import prepare_once
 from schedule import Stage
 from settings import FIELDS, Settings, check_settings, flag
+from textfiles import stdlib_files
+from tokenizer import get_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # 1. The folder
@@ -35,16 +38,6 @@ from settings import FIELDS, Settings, check_settings, flag
 LOCK_MARK = (
     "locked by train.py: "  # how the lock of a run begins; by this a folder is known as ours
 )
-
-
-def replace_file(path: Path, text: str):
-    """Write a file whole or not at all."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        tmp.write_text(text)
-        tmp.replace(path)
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 def read_run(folder) -> tuple[Settings, list[Stage]]:
@@ -136,14 +129,15 @@ def claim_folder(s: Settings, stack: contextlib.ExitStack) -> str:
     """Choose, make and lock the folder of a new run; two runs that start at once get two folders.
 
     If the run ends before its first checkpoint, what was made is removed again, and nothing else.
-    Raises ValueError for a folder that holds something, OSError where it cannot be made."""
+    Raises ValueError for a folder that holds something, and where a file is in its way; OSError
+    where it cannot be made."""
     for n in itertools.count(1):
         folder = Path(s.out or f"runs/{s.preset}" + (f"-{n}" if n > 1 else ""))
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         if s.out:
             check_unused(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=bool(s.out))
+            make_folder(folder) if s.out else folder.mkdir(parents=True)
             break
         except FileExistsError:  # a run of ours, perhaps one that began a moment ago
             continue
@@ -206,6 +200,30 @@ def resumed_stages(s: Settings) -> list[Stage]:
     return schedule.extend_stages(stages, s.steps - old.steps, s.lr / old.lr)
 
 
+def check_decay(s: Settings, samples: int):
+    """Raises ValueError where another end, or another decay, would make the learning rate of a run
+    with wsd jump: where the run is inside the old decay or the new one."""
+    old, stages = read_run(s.out)
+    before, now = (stages, old.lr_decay), (resumed_stages(s), s.lr_decay)
+    starts = schedule.decay_start(*before), schedule.decay_start(*now)
+    if samples <= min(starts):
+        return
+    paths = list_checkpoints(s.out)
+    newer = [path for path in paths if read_info(path)["samples"] > min(starts)]
+    advice = "no checkpoint from before it is left: begin a new run (--out)"
+    if len(newer) < len(paths):
+        names = " ".join(shlex.quote(str(path)) for path in newer)
+        advice = (
+            f"go back to {paths[-len(newer) - 1]}, which is from before it: remove the newer "
+            f"checkpoints, and give the same command again\n  rm -r {names}"
+        )
+    raise ValueError(
+        f"{s.out} is at sample {samples:,}. Its learning rate falls from sample {starts[0]:,} on; "
+        f"with --steps {s.steps} --lr-decay {s.lr_decay:g} it would from sample {starts[1]:,} on. "
+        f"So it would jump: {advice}"
+    )
+
+
 def program(world: World) -> str:
     return "python train.py" if world.size == 1 else "torchrun ... train.py"
 
@@ -233,7 +251,9 @@ def resumed(folder: str, given: dict) -> Settings:
     if not schedule.total_steps(resumed_stages(s), info["samples"]):
         more = f"ask for more, as in --resume {where} --steps {2 * info['step']}"
         raise ValueError(f"{folder} has done its {info['step']} steps: {more}")
-    for name in {"steps", "lr", "min_lr"} & set(changed):
+    if s.lr_schedule == "wsd" and changed.keys() & {"steps", "lr_decay"}:
+        check_decay(s, info["samples"])
+    for name in {"steps", "lr", "min_lr", "lr_decay"} & set(changed):
         follows = "the learning rate follows the new schedule from here on"
         print(f"{flag(name)} is now {changed[name]}: {follows}")
     return s
@@ -260,11 +280,11 @@ def default_corpus(tokenizer: str, tokenizer_file: str | None, config: FLMConfig
     """The folder of the default corpus, Python's standard library, prepared on first use."""
     version = platform.python_version()
     folder = f"corpora/stdlib-{version}-{tokenizer}"
-    if not Path(folder).exists():
-        encoding = data.get_tokenizer(tokenizer, tokenizer_file)
+    if not Path(folder, "meta.json").is_file():
+        encoding = get_tokenizer(tokenizer, tokenizer_file)
         check_vocabulary(encoding, config, folder)
         print(f"preparing the default corpus, Python {version}'s own source, in {folder}")
-        data.prepare_once({"stdlib": data.stdlib_files()}, folder, encoding)
+        prepare_once({"stdlib": stdlib_files()}, folder, encoding)
     return folder
 
 
@@ -283,11 +303,13 @@ def open_corpus(
     tokenizer_file: str | None,
     config: FLMConfig,
     world: World = World(),
+    document_mask: bool = False,
 ) -> data.Corpus:
     """A prepared folder; None: the default corpus, which rank 0 prepares on first use. Raises
     ValueError where its ids exceed the model's vocabulary."""
     folder = folder or world.on_rank_0(default_corpus, tokenizer, tokenizer_file, config)
-    corpus = world.raise_on_all_ranks(data.Corpus, folder, config.max_seq_len, tokenizer_file)
+    options = folder, config.max_seq_len, tokenizer_file, document_mask
+    corpus = world.raise_on_all_ranks(data.Corpus, *options)
     check_vocabulary(corpus.tokenizer, config, folder)
     for split, n in corpus.teacher_left_out.items():
         if n:
@@ -309,6 +331,16 @@ def check_corpus(s: Settings, corpus: data.Corpus, digest: str | None):
             "would be other ones: give the folder of the same text (--data DIR), or say that you "
             "want another text (--data-changed)"
         )
+
+
+def tell_repeats(corpus: data.Corpus, samples: int, teacher_fraction: float):
+    """Say which sources a run of so many samples reads more than once."""
+    for name, epochs in corpus.epochs(samples, teacher_fraction).items():
+        if epochs >= 1.05:
+            print(
+                f"note: this run reads {name} {epochs:.1f} times, each time in another order: more "
+                "text, or a smaller share of the rows, repeats less"
+            )
 
 
 def check_tokenizer(corpus: data.Corpus, name: str, where):

@@ -27,9 +27,9 @@ from torch import Tensor
 
 import console
 from checkpoint import load_model
-from data import decodable, get_tokenizer
 from flm import FLM, FLMConfig, KVCache
 from machine import pick_device
+from tokenizer import decodable, get_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # 1. Tokens
@@ -133,7 +133,7 @@ def generate(
     allowed: Tensor | None = None,
     capacity: int | None = None,
     blockwise: bool = False,
-    on_token: Callable[[int, int], None] = lambda row, token: None,
+    on_token: Callable[[int, int], bool | None] = lambda row, token: None,
 ) -> list[list[int]]:
     """Continue each prompt by at most `max_new_tokens` tokens; returns the new tokens of each.
 
@@ -145,7 +145,7 @@ def generate(
     capacity: cache slots, by default the trained length. n prompt tokens and M new ones need
     n + M - 1: nothing reads the last one.
     blockwise: see FLM.forward.
-    on_token(row, token): called for each new token.
+    on_token(row, token): called for each new token. The row ends with it where that returns True.
     Raises ValueError that names every argument out of range, or where logits are NaN or infinite.
     """
     capacity = model.config.max_seq_len if capacity is None else capacity
@@ -167,7 +167,8 @@ def generate(
         live -= {row for row in live if picked[row] in stop}
         for row in sorted(live):
             new[row].append(picked[row])
-            on_token(row, picked[row])
+            if on_token(row, picked[row]):
+                live.remove(row)
         if not live or count == max_new_tokens:
             break
         x = torch.tensor(picked, device=model.xpos.device)[:, None]  # (B, 1)

@@ -42,7 +42,7 @@ class Stage:
     end: int | None = None
     ramp: int = 0  # from the growth until the mask is at 1
     layers: str | list = "stack"  # where new layers come from: grow.layer_origins
-    lr: float | None = None  # at the start of the stage; None: the cosine just goes on
+    lr: float | None = None  # at the start of the stage; None: it just goes on
     warmup: int | None = None
     batch_size: int | None = None  # rows of a step
     # what the stage costs: lab/plan.py
@@ -223,7 +223,7 @@ def our_recipe(parameters: float, batch_size: int, T: int, lr: float) -> dict:
 # 2T tokens in batches of 1,344 x 4,096. For 102B and 1T it is OURS.
 TELE_RECIPE = {"steps": 363_304, "batch_size": 1344, "lr": 1.5e-4, "warmup": 2000 * 1344}
 RECIPES = {  # of each preset; those of the demos are ours, by trying
-    "demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800, "stages": DEMO_STAGES},
+    "demo": {"steps": 800, "batch_size": 16, "lr": 4e-3, "warmup": 800, "stages": DEMO_STAGES},
     "iq-demo": {"steps": 4000, "batch_size": 8, "lr": 2e-3, "warmup": 1000},
     # The learning rates are the papers', for muP carries them from the proxy to any width. Batches:
     # 1M tokens for 1B parameters, as for GPT-3's 1.3B (arXiv 2005.14165, Table 2.1); its 0.5M for
@@ -232,7 +232,7 @@ RECIPES = {  # of each preset; those of the demos are ours, by trying
     "flm-1b": our_recipe(1.011e9, 512, 2048, PAPER_STAGES[0]["lr"]),
     "tele-flm-proxy": our_recipe(0.2816e9, 128, 4096, TELE_RECIPE["lr"]),
     **{given["preset"]: paper_recipe(given) for given in PAPER_STAGES},
-    # the demo's, not tuned
+    # ours, not tuned
     "tele-demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800},
     **{f"tele-flm-{size}": TELE_RECIPE for size in ("52b", "102b", "1t")},
 }
@@ -391,9 +391,42 @@ def cosine(stages: list[Stage], samples: int, min_lr: float) -> float:
     return peak * (min_lr + (1 - min_lr) * (1 + math.cos(angle)) / 2)
 
 
-def learning_rate(stages: list[Stage], samples: int, min_lr: float) -> float:
+def decay_start(stages: list[Stage], decay: float) -> int:
+    """The sample at which the last `decay` (a share) of the run begins."""
+    begin, end = stages[0].start, stages[-1].end
+    return end - round(decay * (end - begin))
+
+
+def decay_step(stages: list[Stage], decay: float) -> int:
+    """The last step before the last `decay` (a share) of the run."""
+    return total_steps(stages) - total_steps(stages, decay_start(stages, decay))
+
+
+def wsd(stages: list[Stage], samples: int, min_lr: float, decay: float) -> float:
+    """Warm-up, stable, decay, without the warm-ups: constant, then a straight line down.
+
+    The constant is the lr of the newest stage that has one. The line takes the last `decay` of the
+    run, whatever its stages, and ends at min_lr of the peak. So a run that stops before the line
+    can go on to any other end, and many runs can share what comes before it.
+
+    >>> stages = fit_stages([{}], preset("demo"), steps=100, batch_size=1, lr=0.5, warmup=0)
+    >>> [round(wsd(stages, samples, 0.2, decay=0.5), 9) for samples in (1, 50, 75, 100)]
+    [0.5, 0.5, 0.3, 0.1]
+    """
+    with_lr = [stage for stage in stages if stage.lr is not None]
+    held = [stage.lr for stage in with_lr if stage.start < samples][-1]
+    floor = min(held, min_lr * max(stage.lr for stage in with_lr))
+    start = decay_start(stages, decay)
+    share = (samples - start) / max(1, stages[-1].end - start)
+    return held + (floor - held) * min(1.0, max(0.0, share))
+
+
+def learning_rate(
+    stages: list[Stage], samples: int, min_lr: float, decay: float | None = None
+) -> float:
     """The learning rate of the step that brings the run to `samples`: a straight warm-up to the
-    peak, then half a cosine that ends with the last sample, at min_lr (a share) of the peak.
+    peak, then half a cosine that ends with the last sample, at min_lr (a share) of the peak. With
+    `decay` it is not the paper's cosine, but wsd.
 
     The paper's stages "approximately inherit the previous learning rate and adhere to the same
     schedule" (section 2.4). A stage without an lr leaves the cosine alone. A lower lr than before
@@ -414,7 +447,9 @@ def learning_rate(stages: list[Stage], samples: int, min_lr: float) -> float:
     """
     stage = [stage for stage in stages if stage.start < samples][-1]
     warm = min(1.0, (samples - stage.start) / max(1, stage.warmup))
-    return cosine(stages, samples, min_lr) * warm
+    if decay is None:
+        return cosine(stages, samples, min_lr) * warm
+    return wsd(stages, samples, min_lr, decay) * warm
 
 
 def training_flops(stages: list[Stage], samples: int) -> int:

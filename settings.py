@@ -100,11 +100,14 @@ class Settings:
     tokenizer_file: str | None = option(
         None, "cl100k_base.tiktoken, where it cannot be downloaded",
         metavar="PATH", resume=True, modes=EVAL)
+    document_mask: bool = option(
+        False, "cut attention where a document ends (a row holds parts of several documents)",
+        modes=EVAL)
     teacher_fraction: float = option(
         0.0, "share of rows with FreeLM's teacher signal", valid=SHARE)
 
     steps: int | None = option(
-        None, "optimizer steps; the cosine ends with the last one",
+        None, "optimizer steps; the learning rate ends with the last one",
         group="how", valid=COUNT, resume=True)
     batch_size: int | None = option(None, "rows per step", valid=COUNT, modes=BENCH)
     micro_batch: int | None = option(
@@ -114,8 +117,14 @@ class Settings:
         None, "peak learning rate at the proxy's width; muP scales it for each group of parameters",
         valid=POSITIVE, resume=True)
     min_lr: float = option(
-        0.015, "end of the cosine, as a share of the peak (the paper: 6e-6 of 4e-4)",
+        0.015, "end of the learning rate, as a share of the peak (the paper: 6e-6 of 4e-4)",
         valid=SHARE, resume=True)
+    lr_schedule: str = option(
+        "cosine", "cosine (the paper), or wsd: warm-up, constant, at the end a straight line down",
+        choices=("cosine", "wsd"))
+    lr_decay: float | None = option(
+        None, "share of the run that wsd's line takes (not given: 0.2); 0: no line, a run to "
+        "branch from", valid=SHARE, resume=True)
     warmup: int | None = option(
         None, "warm-up of the learning rate, in samples", metavar="SAMPLES", valid=NOT_NEGATIVE)
     weight_decay: float = option(0.1, "decay of matrices", valid=NOT_NEGATIVE)
@@ -177,6 +186,9 @@ class Settings:
     shard_optimizer: bool = layout_option(
         False, "cut weights, gradients and moments over the --dp processes (with --tp or --pp it "
         "is always so)")
+    reshard: bool = layout_option(
+        False, "gather the weights of a block over the --dp processes for each pass, and sum its "
+        "gradients after it: the least memory, the most traffic")
     activation_checkpointing: bool = layout_option(
         False, "compute activations again in the backward pass: less memory, a third more work")
     timeout_minutes: float = option(
@@ -217,6 +229,8 @@ def check_settings(s: Settings) -> list[str]:
     problems = []
     for field in FIELDS:
         problems += value_problems(field, getattr(s, field.name))
+    if s.lr_schedule == "cosine" and s.lr_decay is not None:
+        problems.append(f"--lr-decay {s.lr_decay}: is for a run with --lr-schedule wsd")
     return problems
 
 
@@ -286,6 +300,8 @@ def resolve(settings: Settings) -> tuple[Settings, list[Stage]]:
     s = dataclasses.replace(settings, **{k: recipe[k] for k in missing})
     if "warmup" in missing:  # the recipe's warm-up is for the recipe's number of steps
         s = dataclasses.replace(s, warmup=min(s.warmup, max(0, s.steps * s.batch_size // 12)))
+    if s.lr_schedule == "wsd" and s.lr_decay is None:
+        s = dataclasses.replace(s, lr_decay=0.2)  # ours
     changes, problems = parse_fields(s.model)
     problems = [f"--model {problem}" for problem in problems] + check_settings(s)
     if s.data_changed:

@@ -31,6 +31,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ import schedule
 from checkpoint import find_checkpoint, read_info
 from console import refuse
 from evaluation import describe, empty_worker, eval_only, evaluate, load_worker
-from flm import IGNORE, FLMConfig, count_parameters, growth_mask
+from flm import FLMConfig, count_parameters, growth_mask
 from launch import launch
 from machine import Machine, memory_size, name_of, now, set_up
 from parallel import NonFinite, Worker, World
@@ -63,6 +64,7 @@ from run_folder import (
     resume_command,
     resumed,
     resumed_stages,
+    tell_repeats,
     write_run,
 )
 from schedule import RECIPES, Stage, learning_rate, training_flops
@@ -104,7 +106,7 @@ def allocate(
 def make_optimizer(worker: Worker, s: Settings) -> torch.optim.AdamW:
     """AdamW over muP's groups of parameters, with the paper's betas (section 2.4)."""
     groups = [muP.param_groups(part, s.lr, s.weight_decay) for part in worker.parts]
-    return torch.optim.AdamW(itertools.chain(*groups), betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return torch.optim.AdamW(itertools.chain(*groups), betas=(0.9, 0.95), fused=True)
 
 
 def update(
@@ -113,15 +115,17 @@ def update(
     clip: float,
     lr: float,
     nats: float,
-    count: float,
-) -> tuple[float, float]:
+    count: int,
+    *numbers: float,
+) -> tuple[float, ...]:
     """Check, clip, AdamW. Returns (loss in nats per supervised token, norm of the gradient before
-    clipping), both of the whole batch.
+    clipping), both of the whole batch, and the sums of `numbers` over all ranks.
 
-    nats: what worker.gradients returned on this rank; count: supervised tokens of the whole batch.
+    nats, count: what worker.gradients returned on this rank.
     Raises NonFinite on every rank, with the weights untouched, where either is not finite."""
-    nats, square = worker.world.sum(nats, worker.grad_square())
-    loss, norm = nats / count, math.sqrt(square) if square >= 0 else square  # NaN is not >= 0
+    nats, square, *sums = worker.world.sum(nats, worker.grad_square(), *numbers)
+    loss = nats / max(1, count)
+    norm = math.sqrt(square) if square >= 0 else square  # NaN is not >= 0
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise NonFinite(f"loss {loss}, gradient norm {norm}")
     parameters = [p for _, p in worker.named]
@@ -131,7 +135,7 @@ def update(
         group["lr"] = lr * group["lr_scale"]
     optimizer.step()
     optimizer.zero_grad()
-    return loss, norm
+    return loss, norm, *sums
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,6 +173,9 @@ class Run:
         self.machine, self.corpus, self.state = machine, corpus, state
         self.folder = Path(settings.out)
         self.last_step = state.step + schedule.total_steps(stages, state.samples)
+        self.decay_step = None  # the last one before wsd's decay; its checkpoint is kept
+        if settings.lr_decay is not None:
+            self.decay_step = schedule.decay_step(stages, settings.lr_decay)
         self.worker = self.optimizer = None  # see build
         self.watch = None  # the screen and the log; see open_run
         self.signals = []  # the numbers of those that this process has received
@@ -184,7 +191,7 @@ class Run:
     @property
     def checkpoint(self) -> Path:
         """The step folder of the state that the run is in."""
-        return self.folder / f"step-{self.state.step:08d}"
+        return self.folder / checkpoint.step_name(self.state.step)
 
     def build(self, path: Path | None = None):
         """The model of the present stage and its optimizer: from a checkpoint, or with initial
@@ -218,18 +225,18 @@ class Run:
         s, state, world, B = self.settings, self.state, self.world, self.stage.batch_size
         start = now(self.machine.device)
 
-        # This dp rank's rows, (B/dp, T) each; the number of targets in the whole batch.
+        # This dp rank's rows, (B/dp, T) each.
         rows = {"rank": world.at("dp"), "ranks": world.layout.dp}
         rows["teacher_fraction"] = s.teacher_fraction
-        tokens, targets = self.corpus.batch(s.seed, state.samples, B, **rows)
-        counted = world.at("tp") == world.at("pp") == 0  # the other ranks have the same rows
-        (count,) = world.sum(int((targets != IGNORE).sum()) if counted else 0)
+        tokens, targets = self.corpus.batch_ahead(s.seed, state.samples, B, **rows)
 
         # Forward and backward; check, clip, AdamW.
         micro = parallel.micro_rows(world.layout, B, s.micro_batch)
-        nats = self.worker.gradients(tokens, targets, micro, max(1, count), self.is_stopped)
-        lr = learning_rate(self.stages, state.samples + B, s.min_lr)
-        loss, norm = update(self.worker, self.optimizer, s.clip, lr, nats, max(1, count))
+        cut = {"documents": self.corpus.documents(tokens)}
+        nats, count = self.worker.gradients(tokens, targets, micro, self.begin_asking, **cut)
+        lr = learning_rate(self.stages, state.samples + B, s.min_lr, s.lr_decay)
+        step = self.worker, self.optimizer, s.clip, lr, nats, count
+        loss, norm, *self.asked = update(*step, *self.questions())
 
         newest = self.writing[0] if self.writing else self.saved
         if newest == state.step and self.is_sound(loss):  # its weights had this loss
@@ -248,7 +255,7 @@ class Run:
             loss=loss,
             grad_norm=norm,
             lr=lr,
-            supervised=int(count),
+            supervised=count,
             tokens_per_s=rate,
             utilisation=used,
         )
@@ -256,21 +263,23 @@ class Run:
     # ----------------------------------------------------------------------------------------------
     # Between two steps
 
-    def is_stopped(self) -> bool:
-        """Whether any rank has received a signal; all ranks learn it here."""
-        (signals,) = self.world.sum(len(self.signals))
-        return signals > 0
-
     def questions(self) -> tuple[int, bool, bool]:
-        """Numbers of this rank, which all ranks add up to `asked`: signals that it has received; on
-        rank 0, whether a checkpoint is due by its clock, and whether one has been written."""
-        rank_0 = self.world.rank == 0
-        late, written = time.monotonic() > self.save_by, self.writing and self.writing[1]()
-        return len(self.signals), rank_0 and late, rank_0 and bool(written)
+        """Numbers of this rank, which all ranks add up: signals that it has received; on rank 0,
+        whether a checkpoint is due by its clock, and whether one has been written. The sums are
+        `asked`; the end of a step has them, with those of loss and norm."""
+        rank_0, signals = self.world.rank == 0, len(self.signals)
+        written = bool(self.writing) and self.writing[1]()
+        return signals, rank_0 and time.monotonic() > self.save_by, rank_0 and written
 
     def ask(self):
-        """Let all ranks know the answers of all."""
+        """The same after what may have taken long."""
         self.asked = self.world.sum(*self.questions())
+
+    def begin_asking(self) -> Callable[[], bool]:
+        """Begin to ask all ranks whether one has received a signal. Returns a function that waits
+        for the answer."""
+        signals = self.world.begin_sum(len(self.signals))
+        return lambda: signals()[0] > 0
 
     def log(self, **values):
         """One line of the log."""
@@ -334,8 +343,8 @@ class Run:
     def remove_older_checkpoints(self):
         """Keep the newest checkpoints, if the newest of all is whole and sound."""
         if self.saved == self.sound:
-            keep = self.settings.keep
-            self.world.on_rank_0(checkpoint.remove_old_checkpoints, self.folder, keep)
+            options = self.folder, self.settings.keep, self.decay_step
+            self.world.on_rank_0(checkpoint.remove_old_checkpoints, *options)
 
     def growth_is_due(self) -> bool:
         following = self.stages[self.state.stage + 1 :]
@@ -353,7 +362,7 @@ class Run:
         config, grown = self.stage.config, self.folder / f"stage-{self.state.stage}.tmp"
         options = dict(seed=self.settings.seed, layers=self.stage.layers, ramp=self.stage.ramp)
         self.world.on_rank_0(shutil.rmtree, grown, ignore_errors=True)  # of a run that was killed
-        info = self.world.on_rank_0(grow.grow_checkpoint, self.checkpoint, config, grown, **options)
+        info = grow.grow_checkpoint(self.checkpoint, config, grown, world=self.world, **options)
         self.state.growth = info["growth"]
         after = self.loss_of(grown)
         self.build(grown)
@@ -427,7 +436,7 @@ def read_state(source: str | None, resume: bool, stages: list[Stage]) -> tuple:
     state = RunState(samples=info["samples"], growth=info["growth"])
     if resume:
         state.step, state.stage = info["step"], info["stage"]
-        if info["config"] != stages[state.stage].config.to_dict():
+        if FLMConfig.from_dict(info["config"]) != stages[state.stage].config:
             place = f"stage {state.stage + 1} of {Path(source) / 'config.json'}"
             raise ValueError(f"{path} holds another model than {place}: one of them was edited")
     return state, path, info["tokenizer"]
@@ -456,8 +465,10 @@ def open_run(
     out = s.out if resume else world.on_rank_0(claim_folder, s, stack)
     s = dataclasses.replace(s, dtype=name_of(machine.dtype), out=out)
     text, digest = world.on_rank_0(find_text, Path(out), s.data) if resume else (s.data, None)
-    corpus = open_corpus(text, s.tokenizer, s.tokenizer_file, stages[-1].config, world)
+    options = stages[-1].config, world, s.document_mask
+    corpus = open_corpus(text, s.tokenizer, s.tokenizer_file, *options)
     check_corpus(s, corpus, digest)
+    tell_repeats(corpus, stages[-1].end, s.teacher_fraction)
     source = out if resume else s.init_from
     state, path, tokenizer = world.raise_on_all_ranks(read_state, source, resume, stages)
     if path:
@@ -513,11 +524,13 @@ def train(
                 last = state.step == run.last_step
                 if last or state.step % s.eval_every == 0:
                     result = run.evaluate()
-                run.ask()
+                    run.ask()
                 if run.asked[2]:
                     run.finish_save()
-                if last or state.step % s.save_every == 0 or run.asked[1]:
+                due = last or state.step % s.save_every == 0 or state.step == run.decay_step
+                if due or run.asked[1]:
                     run.save()
+                    run.ask()
         except parallel.Stopped:
             pass  # half a step is thrown away; the weights are those from before it
         except NonFinite as error:

@@ -245,10 +245,11 @@ def print_next(folder: str, step: int, s: Settings, world: World):
         print_sample(folder, s)
     room = read_run(folder)[1][-1].config.max_seq_len
     words = ' --prompt "def "' if room > 4 else ""  # at most 4 tokens, and one to write
+    longer = f"  train it twice as long          {go_on} --steps {2 * step}\n"
     print(
         f"\nWhat next?\n"
         f"  let it continue your words      python sample.py {where}{words}\n"
-        f"  train it twice as long          {go_on} --steps {2 * step}\n"
+        f"{longer if s.lr_schedule == 'cosine' else ''}"
         f"  train on your own text          python data.py prepare mine.txt --out corpora/mine\n"
         f"                                  {program(world)} --data corpora/mine"
     )

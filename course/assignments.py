@@ -6,7 +6,8 @@ import difflib
 from dataclasses import dataclass
 
 # The checks register themselves when these are imported.
-from course.checks import data, growth, iq, model, mup, parallel, puzzles  # noqa: F401
+from course.checks import data, growth, iq, model, mup, parallel  # noqa: F401
+from course.checks import published, puzzles  # noqa: F401
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ ASSIGNMENTS = {assignment.name: assignment for assignment in (
                ranks=2, not_allowed=("torch.distributed.tensor",)),
     Assignment("grad_norm", 5, "the norm of a gradient that is cut", ("square_share", "clipped")),
     Assignment("iq_task", 6, "a task with its solver", ("make_item", "solve")),
+    Assignment("published_qkv", 7, "a published model's q, k and v", ("read_qkv", "write_qkv")),
     Assignment("puzzle_block", 5, "a block in two all-reduces", ("plan",)),
     Assignment("puzzle_sequence", 5, "the same, cut by tokens", ("plan",)),
     Assignment("puzzle_1f1b", 5, "one forward, one backward", ("orders",), not_allowed=PIPELINING),

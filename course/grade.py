@@ -117,9 +117,9 @@ def read_source(file: Path, assignment: Assignment) -> str:
     """The text of a student's file. Raises Wrong where it is no Python, and Refused where it
     imports what it must not."""
     try:
-        source = file.read_text(encoding="utf-8")
+        source = console.read_text(file)
         found = forbidden_imports(source, assignment.not_allowed)
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+    except (SyntaxError, ValueError) as error:
         raise Wrong(f"{file.name} cannot be read: {error}") from None
     if found:
         reason = "write it yourself: no module of this repository"
@@ -152,10 +152,11 @@ def draw(student: Student, assignment: Assignment) -> str:
 
 
 def functions_in(file: Path) -> set[str]:
-    """The names of the functions that a file defines; none where it is no Python."""
+    """The names of the functions that a file defines; none where it is no Python. Raises ValueError
+    where it is no text."""
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError):
+        tree = ast.parse(console.read_text(file))
+    except SyntaxError:
         return set()
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 

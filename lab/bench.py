@@ -40,11 +40,11 @@ def time_steps(worker: Worker, optimizer, s: Settings, rounds: int) -> list[floa
     draw = torch.Generator().manual_seed(s.seed + world.at("dp"))
     size = (s.batch_size // world.layout.dp, T + 1)
     rows = torch.randint(worker.config.vocab_size, size, generator=draw)
-    batch, count, times = (rows[:, :-1], rows[:, 1:], micro), s.batch_size * T, []
+    batch, times = (rows[:, :-1], rows[:, 1:], micro), []
     for _ in console.progress(range(rounds + 2), desc="timing", unit="rounds"):
         forward, _ = timed(device, worker.forward, *batch)
-        both, nats = timed(device, worker.gradients, *batch, count)
-        optimize, _ = timed(device, train.update, worker, optimizer, s.clip, s.lr, nats, count)
+        both, found = timed(device, worker.gradients, *batch)
+        optimize, _ = timed(device, train.update, worker, optimizer, s.clip, s.lr, *found)
         times.append((forward, both, optimize))
     return [statistics.median(column) for column in zip(*times[2:])]
 

@@ -17,14 +17,13 @@ from functools import partialmethod
 
 import torch
 from torch.distributed import ProcessGroup
-from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
 from machine import name_of
-from parallel import Worker
+from parallel import LeanPipelineStage, Worker
 
 
 class Watch(TorchDispatchMode):
@@ -123,7 +122,7 @@ class Trace(Collectives):
         sys.__stdout__.flush()
 
 
-class TracedStage(PipelineStage):
+class TracedStage(LeanPipelineStage):
     """A pipeline stage that notes on which micro-batch it works and, in each tensor that it sends
     or receives, to which micro-batch and pass the tensor belongs."""
 
@@ -131,8 +130,8 @@ class TracedStage(PipelineStage):
         Trace.micro = micro
         return method(self, micro, *args, **options)
 
-    forward_one_chunk = partialmethod(work, PipelineStage.forward_one_chunk)
-    backward_one_chunk = partialmethod(work, PipelineStage.backward_one_chunk)
+    forward_one_chunk = partialmethod(work, LeanPipelineStage.forward_one_chunk)
+    backward_one_chunk = partialmethod(work, LeanPipelineStage.backward_one_chunk)
 
     def messages(self, method, which, micro):
         found = method(self, micro)
@@ -140,10 +139,10 @@ class TracedStage(PipelineStage):
             message.tensor.passing = f"micro-batch {micro} {which}"
         return found
 
-    get_fwd_recv_ops = partialmethod(messages, PipelineStage.get_fwd_recv_ops, "forward")
-    get_fwd_send_ops = partialmethod(messages, PipelineStage.get_fwd_send_ops, "forward")
-    get_bwd_recv_ops = partialmethod(messages, PipelineStage.get_bwd_recv_ops, "backward")
-    get_bwd_send_ops = partialmethod(messages, PipelineStage.get_bwd_send_ops, "backward")
+    get_fwd_recv_ops = partialmethod(messages, LeanPipelineStage.get_fwd_recv_ops, "forward")
+    get_fwd_send_ops = partialmethod(messages, LeanPipelineStage.get_fwd_send_ops, "forward")
+    get_bwd_recv_ops = partialmethod(messages, LeanPipelineStage.get_bwd_recv_ops, "backward")
+    get_bwd_send_ops = partialmethod(messages, LeanPipelineStage.get_bwd_send_ops, "backward")
 
 
 def next_micro_batch(module, inputs):

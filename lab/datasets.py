@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import console
-import data
 import iqeval
 from iqeval import Item, Story, Task
 from lab import harness
+from textfiles import diagnose
 
 # --------------------------------------------------------------------------------------------------
 # 1. The datasets
@@ -101,10 +101,12 @@ def read_lines(path: Path, parse: Callable[[str], Any]) -> list:
 
     Raises ValueError for a file that is not UTF-8 text, and with the first ten lines for which
     `parse` raised one; OSError for a file that cannot be read."""
-    console.refuse(data.check_text([path]))
     rows, problems = [], []
-    lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut JSON strings
-    for number, line in enumerate(lines, 1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {diagnose(path, error.start)}") from None
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut JSON strings
         try:
             row = parse(line) if line.strip() else None
         except ValueError as error:

@@ -1,24 +1,35 @@
-"""Is growth worth it? The same size from scratch and by growth, at equal FLOPs.
+"""Is growth worth it? The same size from scratch and by growth, each at its best, at equal FLOPs.
 
     python -m lab.growth
 
-Every run is a run of train.py with a full cosine of its own. A schedule's run takes as many FLOPs
-as some number of steps from scratch, its *budget*. Its speed-up is the FLOPs that training from
-scratch needs for the same loss, over the FLOPs that it took. Tutorial 3 shows the result.
+1. the runs     budgets, learning rates and decays of every schedule
+2. choosing     the best cell of each schedule and budget, by one seed; other seeds report it
+3. comparing    the speed-up at equal loss, the gap at the same tokens, what to distrust
+4. the table
+5. the command line
+
+A *cell* is a learning rate and a decay: the share of the run in which wsd's line falls, or the
+paper's cosine. A schedule's run takes as many FLOPs as some number of steps from scratch, its
+*budget*. Runs of wsd that differ in their end alone share a trunk (lab/runs.py).
+
+What is compared are the best cells. A speed-up is read between two budgets from scratch and never
+beyond them. Where the small model alone is as good as the large one from scratch, the size is not
+worth having, and the table says so. Tutorial 3 shows the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import console
 from flm import FLMConfig
 from lab import runs
-from lab.report import write_json
 from lab.runs import FinishedRun, mean
 from schedule import Stage, fit_stages, in_samples, read_json, training_flops
 from settings import Settings, flag, resolve
@@ -26,7 +37,7 @@ from settings import Settings, flag, resolve
 # fmt: off
 MODEL = ("n_layers=8", "d_model=32", "n_heads=1", "head_dim=32", "d_ff=128", "max_seq_len=128",
          "mup_base_width=32", "init_std=0.05")
-TRAINING = {"lr": 0.016, "batch_size": 8, "warmup": 400, "eval_rows": 512}
+TRAINING = {"batch_size": 8, "warmup": 400, "eval_rows": 512, "min_lr": 0.0}
 
 # Stages as train.py's, but start, ramp and warmup are shares of the run.
 SCHEDULES = {
@@ -82,55 +93,164 @@ def equal_steps(stages: list[dict], budget: int, settings: Settings, final: FLMC
     return max(2 * len(stages) - 1, round(budget * flops[0] / flops[1]))
 
 
-def bench_settings(args: argparse.Namespace) -> dict[tuple[str, int], list[Settings]]:
-    """{(name, budget): a run for each seed}. Writes the stages of each into a file beside its runs.
-    Raises ValueError for what train.py would refuse."""
-    common = runs.common_settings(args.train, set(), model=MODEL, **TRAINING)
-    budgets = args.at or [min(args.steps)]
-    shortest = dataclasses.replace(common, steps=min(args.steps + budgets))
+def read_decays(words: list[str]) -> list[float | None]:
+    """--decays: shares of the run, or "cosine", which is None here. Raises ValueError with every
+    word that is neither."""
+    decays, problems = [], []
+    for word in words:
+        try:
+            decays.append(None if word == "cosine" else float(word))
+            if word != "cosine" and not 0 < decays[-1] <= 1:
+                raise ValueError
+        except ValueError:
+            problems.append(f"--decays {word}: must be cosine, or a share above 0 and up to 1")
+    console.refuse(problems)
+    return decays
+
+
+def decay_words(decay: float | None) -> str:
+    return "cosine" if decay is None else f"{decay:g}"
+
+
+Cell = tuple[float, float | None]  # learning rate and decay
+
+
+@dataclasses.dataclass
+class Bench:
+    """What the command asks for. of[name, budget]: settings that lack learning rate, decay and
+    seed."""
+
+    out: Path
+    cells: list[Cell]
+    of: dict[tuple[str, int], Settings]
+
+    def run(self, key: tuple[str, int], cell: Cell, seed: int) -> Settings:
+        """The run of a schedule and budget, in one cell, with one seed."""
+        (name, budget), (lr, decay) = key, cell
+        out = self.out / f"{name}-{budget}-lr{lr:g}-{decay_words(decay)}-seed{seed}"
+        more = {} if decay is None else {"lr_schedule": "wsd", "lr_decay": decay}
+        return dataclasses.replace(self.of[key], lr=lr, seed=seed, out=str(out), **more)
+
+
+def make_bench(args: argparse.Namespace) -> Bench:
+    """Writes the stages of each schedule and budget into a file beside the runs. Raises ValueError
+    for what train.py would refuse."""
+    cells = list(itertools.product(args.lrs, read_decays(args.decays)))
+    decided = {"lr", "lr_schedule", "lr_decay"}
+    common = runs.common_settings(args.train, decided, model=MODEL, lr=args.lrs[0], **TRAINING)
+    budgets = sorted(set(args.steps))
+    at = sorted(set(args.at or budgets))
+    shortest = dataclasses.replace(common, steps=min(budgets + at))
     final = resolve(shortest)[1][-1].config
     schedules = {"scratch": [{}], **read_schedules(args.stages)}
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    groups = {}
+    console.make_folder(args.out)
+    of = {}
     for name, stages in schedules.items():
-        for budget in args.steps if name == "scratch" else budgets:
+        for budget in budgets if name == "scratch" else at:
             steps = equal_steps(stages, budget, common, final)
-            place = Path(args.out) / f"{name}-{budget}"
-            file = Path(f"{place}.json")
+            file = Path(args.out) / f"{name}-{budget}.json"
             file.write_text(json.dumps(in_samples(stages, steps * common.batch_size)))
-            run = dataclasses.replace(common, steps=steps, eval_every=steps, stages=str(file))
-            groups[name, budget] = [
-                dataclasses.replace(run, seed=seed, out=f"{place}-seed{seed}")
-                for seed in args.seeds
-            ]
-    return groups
+            more = {"steps": steps, "eval_every": steps, "stages": str(file)}
+            of[name, budget] = dataclasses.replace(common, **more)
+    return Bench(Path(args.out), cells, of)
 
 
 # ----------------------------------------------------------------------------------------------
-# 2. The table
+# 2. Choosing
+
+
+def best_cell(losses: dict[Cell, float | None]) -> Cell:
+    """The cell with the lowest loss; the first one where all runs diverged."""
+    return min(losses, key=lambda cell: math.inf if losses[cell] is None else losses[cell])
+
+
+def at_the_edge(cell: Cell, cells: list[Cell]) -> list[str]:
+    """Which values of the best cell are at an end of what was tried: there the best one of all may
+    lie outside. A value that was tried alone is at both ends.
+
+    >>> at_the_edge((0.1, 0.2), [(lr, d) for lr in (0.1, 0.2, 0.4) for d in (0.1, 0.2, 0.4)])
+    ['learning rate 0.1']
+    """
+    words = []
+    for value, tried, name in zip(cell, zip(*cells), ("learning rate", "decay")):
+        numbers = [number for number in tried if number is not None]
+        if value is not None and value in (min(numbers), max(numbers)):
+            words.append(f"{name} {value:g}")
+    return words
+
+
+def flops_of(bench: Bench) -> int:
+    """The FLOPs of all schedules and budgets, one run of each."""
+    planned = [resolve(settings)[1] for settings in bench.of.values()]
+    return sum(training_flops(stages, stages[-1].end) for stages in planned)
+
+
+def choose(
+    bench: Bench, seed: int, jobs: int, later: int
+) -> dict[tuple[str, int], dict[Cell, float | None]]:
+    """{(schedule, budget): {cell: loss}}, with one seed. Nothing is trained for a single cell.
+    later: see runs.run_all."""
+    if len(bench.cells) == 1:
+        return {key: dict.fromkeys(bench.cells) for key in bench.of}
+    pairs = list(itertools.product(bench.of, bench.cells))
+    finished = runs.run_all([bench.run(*pair, seed) for pair in pairs], jobs, later)
+    losses = {key: {} for key in bench.of}
+    for (key, cell), run in zip(pairs, finished):
+        losses[key][cell] = run.loss
+    return losses
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Comparing
+
+
+def falling(line: dict[float, float | None]) -> list[tuple[float, float]]:
+    """The points of a line, in order; none where there are fewer than two or where it rises."""
+    points = sorted((x, y) for x, y in line.items() if y is not None)
+    falls = all(b < a for (_, a), (_, b) in itertools.pairwise(points))
+    return points if falls and len(points) > 1 else []
 
 
 def speed_up(
     scratch: dict[float, float | None], flop: float, loss: float | None
-) -> tuple[float | None, bool]:
-    """(The FLOPs that training from scratch needs for `loss`, over `flop`; whether that is
-    extrapolated.) scratch: {FLOPs: loss} of two runs or more.
+) -> tuple[float | None, str]:
+    """The FLOPs that training from scratch needs for `loss`, over `flop`. scratch: {FLOPs: loss}.
 
-    Between two of them the loss is a straight line in log FLOPs; beyond the ends the nearest line
-    goes on. None where there is no line, or one on which more training is worse.
+    Between two runs from scratch the loss is a straight line in log FLOPs. Beyond them there is no
+    line: then the number is a bound, and the word beside it is ">" or "<". None where there is no
+    line, or one on which more training is worse.
 
     >>> speed_up({1.0: 3.0, 4.0: 2.0}, flop=1.0, loss=2.5)
-    (2.0, False)
+    (2.0, '')
+    >>> speed_up({1.0: 3.0, 4.0: 2.0}, flop=1.0, loss=1.5)
+    (4.0, '>')
     """
-    points = sorted((f, value) for f, value in scratch.items() if value is not None)
-    falls = all(b < a for (_, a), (_, b) in zip(points, points[1:]))
-    if loss is None or len(points) < 2 or not falls:
-        return None, True
-    inner = (i for i, (_, b) in enumerate(points[1:-1]) if loss >= b)
-    i = next(inner, len(points) - 2)
-    (f, a), (g, b) = points[i : i + 2]
-    needed = f * (g / f) ** ((a - loss) / (a - b))
-    return needed / flop, not points[-1][1] <= loss <= points[0][1]
+    points = falling(scratch)
+    if loss is None or not points:
+        return None, ""
+    if loss > points[0][1]:
+        return points[0][0] / flop, "<"
+    if loss < points[-1][1]:
+        return points[-1][0] / flop, ">"
+    pairs = itertools.pairwise(points)
+    (f, a), (g, b) = next(pair for pair in pairs if loss >= pair[1][1])
+    return f * (g / f) ** ((a - loss) / (a - b)) / flop, ""
+
+
+def gap(scratch: dict[float, float | None], samples: float, loss: float | None) -> float | None:
+    """How much higher the loss is than from scratch after the same samples: 0 is fully mixed, as
+    if the early samples had been seen by the large model. scratch: {samples: loss}, a straight line
+    in log samples. None outside of it.
+
+    >>> gap({1: 3.0, 4: 2.0}, samples=2, loss=2.75)
+    0.25
+    """
+    points = falling(scratch)
+    if loss is None or not points or not points[0][0] <= samples <= points[-1][0]:
+        return None
+    pairs = itertools.pairwise(points)
+    (x, a), (y, b) = next(pair for pair in pairs if samples <= pair[1][0])
+    return loss - (a + (b - a) * math.log(samples / x) / math.log(y / x))
 
 
 def describe(stages: list[Stage]) -> str:
@@ -146,28 +266,64 @@ def describe(stages: list[Stage]) -> str:
 MEASURED = ("loss", "cpu_seconds", "wall_seconds")  # of FinishedRun
 
 
-def make_row(name: str, budget: int, seeds: list[FinishedRun]) -> dict:
-    """A row of the table, without its speed-up: the runs of one schedule and budget."""
-    first = seeds[0]
-    tflop = training_flops(first.stages, first.stages[-1].end) / 1e12
-    row = {"name": name, "budget": budget, "steps": first.asked["steps"], "tflop": tflop}
-    row["stages"] = describe(first.stages)
+def make_row(
+    key: tuple[str, int], cell: Cell, losses: dict[Cell, float | None], seeds: list[FinishedRun]
+) -> dict:
+    """A row of the table, without comparison: the runs of one schedule and budget in their best
+    cell. losses: those by which it was chosen."""
+    first, (name, budget) = seeds[0], key
+    row = {"name": name, "budget": budget, "steps": first.asked["steps"]}
+    row["samples"] = first.stages[-1].end
+    row["tflop"] = training_flops(first.stages, first.stages[-1].end) / 1e12
+    row |= {"lr": cell[0], "decay": decay_words(cell[1]), "stages": describe(first.stages)}
+    row["alone"] = len(first.stages) == 1 and name != "scratch"  # a small model, never grown
+    row["at_the_edge"] = at_the_edge(cell, list(losses))
+    row["cells"] = [[lr, decay_words(d), loss] for (lr, d), loss in losses.items()]
     for key in (*MEASURED, "growths"):
         row[key] = {run.asked["seed"]: getattr(run, key) for run in seeds}
     row["mean"] = {key: mean(row[key].values()) for key in MEASURED}
     return row
 
 
-def add_speed_ups(rows: list[dict]):
+def compare(rows: list[dict]):
     """Compare every row with the rows from scratch: of the means, and seed by seed."""
     scratch = [row for row in rows if row["name"] == "scratch"]
     for row in rows:
-        line = {r["tflop"]: r["mean"]["loss"] for r in scratch}
-        row["speed_up"], row["extrapolated"] = speed_up(line, row["tflop"], row["mean"]["loss"])
+        loss, own = row["mean"]["loss"], {r["tflop"]: r["mean"]["loss"] for r in scratch}
+        value, bound = speed_up(own, row["tflop"], loss)
+        row["speed_up"], row["bound"] = (None, [bound, value]) if bound else (value, None)
+        row["gap"] = gap({r["samples"]: r["mean"]["loss"] for r in scratch}, row["samples"], loss)
         row["by_seed"] = {}
         for seed, loss in row["loss"].items():
             line = {r["tflop"]: r["loss"][seed] for r in scratch}
-            row["by_seed"][seed] = speed_up(line, row["tflop"], loss)[0]
+            value, bound = speed_up(line, row["tflop"], loss)
+            row["by_seed"][seed] = None if bound else value
+
+
+def warnings(rows: list[dict]) -> list[str]:
+    """What keeps the table from meaning what it seems to say."""
+    lines, scratch = [], {r["budget"]: r for r in rows if r["name"] == "scratch"}
+    if len(scratch) < 3:
+        lines.append(f"only {len(scratch)} budgets from scratch: take 3 or more (--steps)")
+    if not any(row["alone"] for row in rows):
+        lines.append("no small model alone: add a schedule of one stage, such as --stages small")
+    for row in rows:
+        name, loss = f"{row['name']} {row['budget']}", row["mean"]["loss"]
+        other = scratch.get(row["budget"], {"mean": {"loss": None}})["mean"]["loss"]
+        if row["alone"] and None not in (loss, other) and loss <= other:
+            lines.append(
+                f"{name} never grows, and its loss of {loss:.4f} is not above the {other:.4f} from "
+                "scratch: at this budget the final size is not worth having, and no speed-up "
+                "of growth means much"
+            )
+        if row["at_the_edge"]:
+            edge = " and ".join(row["at_the_edge"])
+            lines.append(f"{name} is best at {edge}, an end of the grid: a better one may lie past")
+    return lines
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. The table
 
 
 def place_in_table(row: dict) -> tuple:
@@ -179,43 +335,58 @@ def shown(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def spread(values: Collection[float | None]) -> str:
+    """The lowest and the highest value over the seeds, or for how many there is one at all.
+
+    >>> spread([1.5, 1.25]), spread([1.5, None])
+    ('1.25 to 1.50', '1 of 2 known')
+    """
+    known = sorted(value for value in values if value is not None)
+    if len(known) < len(values):
+        return f"{len(known)} of {len(values)} known"
+    return f"{shown(known[0])} to {shown(known[-1])}"
+
+
 def print_table(rows: list[dict]):
     """The table, and how to read it."""
     seeds = len(rows[0]["loss"])
-    by_seed = f"{'by seed':>14}" if seeds > 1 else ""
-    print(f"\n{'run':22}{'steps':>6}{'TFLOP':>8}{'CPU s':>7}{'wall s':>7}{'loss':>8}", end="")
-    print(f"{'speed-up':>10}{by_seed}   stages")
+    print(f"\n{'run':18}{'steps':>6}{'TFLOP':>8}{'lr':>7}{'decay':>7}{'loss':>8}{'±':>7}", end="")
+    print(f"{'speed-up':>9}{'by seed':>14}{'gap':>8}   stages")
     for row in sorted(rows, key=place_in_table):
-        cost, star = row["mean"], "*" if row["extrapolated"] else " "
+        losses = [loss for loss in row["loss"].values() if loss is not None]
+        wide = (max(losses) - min(losses)) / 2 if losses else None
+        faster = shown(row["speed_up"]) if not row["bound"] else "{}{:.2f}".format(*row["bound"])
         run = f"{row['name']} {row['budget']}"
-        seconds = f"{cost['cpu_seconds']:7.0f}{cost['wall_seconds']:7.0f}"
-        if seeds > 1:
-            known = sorted(row["by_seed"].values(), key=lambda value: value or 0)
-            by_seed = f"{shown(known[0]) + ' to ' + shown(known[-1]):>14}"
-        print(f"{run:22}{row['steps']:6}{row['tflop']:8.2f}{seconds}", end="")
-        print(f"{shown(cost['loss'], 4):>8}{shown(row['speed_up']):>9}{star}{by_seed}", end="")
+        print(f"{run:18}{row['steps']:6}{row['tflop']:8.2f}{row['lr']:7g}", end="")
+        print(f"{row['decay']:>7}{shown(row['mean']['loss'], 4):>8}{shown(wide, 4):>7}", end="")
+        print(f"{faster:>9}{spread(row['by_seed'].values()):>14}{shown(row['gap'], 3):>8}", end="")
         print(f"   {row['stages']}")
-    print(f"""loss: held out, nats per token, mean of {seeds} seed(s); - where a run diverged.
-speed-up: the FLOPs that training from scratch needs for that loss, over the FLOPs of this run, by
-straight lines in log FLOPs between the runs from scratch; * where a line is extended.
-Seconds: of steps, evaluations and growths. Stages: layers x width, in shares of the run.""")
+    print(f"""loss: held out, nats per token, mean of {seeds} seed(s), ± half their spread; - where
+a run diverged. Learning rate and decay: the best of the grid, by the seed of --tune.
+speed-up: the FLOPs that the best training from scratch needs for that loss, over those of this run;
+> and < are bounds, where no run from scratch has that loss. gap: how much higher the loss is than
+from scratch after the same samples; 0 is fully mixed.
+Stages: layers x width, in shares of the run.""")
+    for line in warnings(rows):
+        print(f"warning: {line}")
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. Command line
+# 5. The command line
 
 
 STAGES_HELP = f"""of {", ".join(SCHEDULES)} (default all), or a JSON file of stages as train.py's,
 but with start, ramp and warmup in shares of the run; or of several: {{name: stages}}"""
 HELP = f"""How much sooner does a grown model reach the same loss? Train one size from scratch with
-several budgets, and by growth. Stop it at any time: the same command goes on. What follows -- goes
-to train.py, for every run; without it, all runs have:
+several budgets, and by growth, each with the best learning rate and decay of a grid. Stop it at any
+time: the same command goes on. What follows -- goes to train.py, for every run; without it, all
+runs have:
   {" ".join(MODEL[:6])}
   {" ".join(MODEL[6:])} {" ".join(f"{flag(k)} {v}" for k, v in TRAINING.items())}
 
 examples:
-  python -m lab.growth --seeds 0 1 2
-  python -m lab.growth --stages mine.json --at 2000 4000 -- --data corpora/mine
+  python -m lab.growth --jobs 2
+  python -m lab.growth --stages small mine.json --at 2000 4000 -- --data corpora/mine
 """
 
 
@@ -224,22 +395,37 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lab.growth", description=HELP, formatter_class=raw)
     add, names = parser.add_argument, list(SCHEDULES)
     numbers = {"type": int, "nargs": "+", "metavar": "STEPS"}
-    add("--steps", **numbers, default=[2000, 4000], help="budgets from scratch (default 2000 4000)")
-    add("--at", **numbers, help="budgets of the schedules (default: the smallest of --steps)")
+    budgets = "budgets from scratch (default 1000 2000 4000)"
+    add("--steps", **numbers, default=[1000, 2000, 4000], help=budgets)
+    add("--at", **numbers, help="budgets of the schedules (default: those of --steps)")
     add("--stages", nargs="+", default=names, metavar="SCHEDULE", help=STAGES_HELP)
-    runs.add_options(parser, out="runs/bench")
+    lrs = [0.004, 0.008, 0.016, 0.032]
+    words = f"learning rates to choose from (default {' '.join(map(str, lrs))})"
+    add("--lrs", type=float, nargs="+", default=lrs, metavar="LR", help=words)
+    decays = ["0.2", "0.4", "0.6", "cosine"]
+    words = f"shares of the run that the decay takes, or cosine (default {' '.join(decays)})"
+    add("--decays", nargs="+", default=decays, metavar="SHARE", help=words)
+    tune = "the seed that chooses learning rate and decay (default 0)"
+    add("--tune", type=int, default=0, metavar="N", help=tune)
+    runs.add_options(parser, out="runs/growth")
+    parser.set_defaults(seeds=[1, 2, 3])
     return parser
 
 
 def main(argv: list[str] | None = None):
     args = make_parser().parse_args(argv)
-    groups = bench_settings(args)
-    finished = runs.run_all([run for group in groups.values() for run in group], args.jobs)
+    bench = make_bench(args)
+    seeds = sorted(set(args.seeds))
+    losses = choose(bench, args.tune, args.jobs, len(seeds) * flops_of(bench))
+    best = {key: best_cell(found) for key, found in losses.items()}
+    asked = [bench.run(key, best[key], seed) for key in best for seed in seeds]
+    finished = runs.run_all(asked, args.jobs)
     rest = iter(finished)
-    rows = [make_row(*key, [next(rest) for _ in group]) for key, group in groups.items()]
-    add_speed_ups(rows)
+    rows = [make_row(key, best[key], losses[key], [next(rest) for _ in seeds]) for key in best]
+    compare(rows)
     print_table(rows)
-    write_json(Path(args.out) / "bench.json", {**runs.origin(finished), "rows": rows})
+    report = {**runs.origin(finished), "tune": args.tune, "warnings": warnings(rows), "rows": rows}
+    console.write_numbers(bench.out / "bench.json", report)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,10 @@ import itertools
 import json
 import platform
 import re
-from pathlib import Path
 
 import console
-from data import EMOJI
 from iqeval import PLACES, TASKS, Item, Task
+from tokenizer import EMOJI
 
 # --------------------------------------------------------------------------------------------------
 # 1. Strategies for a task whose answer is written: {strategy: what it answers}
@@ -225,17 +224,18 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--items", type=int, default=3000, metavar="N", help="of each task")
     parser.add_argument("--out", metavar="FILE", help="for the scores of all strategies (JSON)")
     args = parser.parse_args(argv)
+    file = args.out and console.output_file(args.out)
     tasks = {}
     for name, task in TASKS.items():
         tasks[name] = found = search(task, args.items)
         print(f"{name:<25}{found['chance']:>6}{found['best'][1]:>7}  {found['best'][0]}")
         if "best pair" in found:
             print(f"{'':<31}{found['best pair'][1]:>7}  {found['best pair'][0]}")
-    if args.out:
+    if file:
         command = f"python -m lab.lazy --items {args.items} --out {args.out}"
         report = {"command": command, "python": platform.python_version(), "tasks": tasks}
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-        Path(args.out).write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

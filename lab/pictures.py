@@ -134,8 +134,9 @@ def or_gap(loss: float | None) -> float:
 
 
 def coord_check(report: dict) -> Picture:
-    """Sizes of activations over the width, at the last step, relative to the narrowest model."""
-    panels = []
+    """Sizes of activations over the width or the depth, at the last step, relative to the smallest
+    model."""
+    axis, panels = report["axis"], []
     for name, by_width in report["sizes"].items():
         widths = sorted(by_width, key=int)
         narrow, last = by_width[widths[0]][-1], len(by_width[widths[0]]) - 1
@@ -148,8 +149,9 @@ def coord_check(report: dict) -> Picture:
             bound = [(int(w), (int(w) / int(widths[0])) ** (sign * LIMIT)) for w in widths]
             lines[label] = Line(bound, ":", GREY)
         title = f"{name}, step {last}: at most {largest:.3g} times as large"
-        panels.append(Panel(title, "width", f"mean |activation| / width {widths[0]}", lines, "xy"))
-    return Picture(f"Do activations grow with the width? muP is {report['verdict']}", panels)
+        panels.append(Panel(title, axis, f"mean |activation| / {axis} {widths[0]}", lines, "xy"))
+    question = f"Do activations grow with the {axis}?"
+    return Picture(f"{question} {report['tested']} is {report['verdict']}", panels)
 
 
 def sweep(report: dict) -> Picture:

@@ -28,7 +28,6 @@ Letters as in flm.py: C d_model, H heads, D head_dim, F d_ff.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import pickle
@@ -54,9 +53,9 @@ from checkpoint import (
     stored_tensors,
     write_checkpoint,
 )
-from data import TOKENIZERS, get_tokenizer
 from flm import FLM, MUST_BE, FLMConfig, fits, growth_mask
 from grow import file_backed, return_freed_memory
+from tokenizer import TOKENIZERS, get_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # 1. Names
@@ -260,7 +259,7 @@ WITHOUT_EFFECT = re.compile(
     r"_.*|summary_.*|.*_token_id|.*_pdrop|attention_dropout|architectures|auto_map|model_type|"
     r"transformers_version|torch_dtype|dtype|tokenizer_class|use_cache|enable_flash_attn|"
     r"reorder_and_upcast_attn|scale_attn_by_inverse_layer_idx|mup_base_width|mup_ff_ratio|"
-    r"pretraining_tp"
+    r"pretraining_tp|depth_alpha|base_layers"
 )
 
 
@@ -302,9 +301,10 @@ def read_config(values: dict) -> FLMConfig:
     fields["d_ff"] = fields["d_ff"] or 4 * fields["d_model"]
     switches, problems = (flm_switches if layout == "flm" else granite_switches)(v, fields)
     multipliers, more = read_multipliers(v, fields)
+    depth, other = read_depth(v, fields["n_layers"])
     heading = "config.json asks for what this repository's model does not compute:"
-    console.refuse(problems + more, heading)
-    return FLMConfig(**{**fields, **switches, **multipliers})
+    console.refuse(problems + more + other, heading)
+    return FLMConfig(**{**fields, **switches, **multipliers, **depth})
 
 
 def only(values: dict, allowed: dict) -> list[str]:
@@ -347,7 +347,6 @@ def granite_switches(v: dict, fields: dict) -> tuple[dict, list[str]]:
             "hidden_act": ["silu"],
             "num_key_value_heads": [None, v["num_attention_heads"]],
             "mlp_bias": [v["attention_bias"]],
-            "residual_multiplier": [1.0],
             "rope_type": ["default"],
         },
     )
@@ -358,6 +357,25 @@ def granite_switches(v: dict, fields: dict) -> tuple[dict, list[str]]:
         problems.append(f"attention_multiplier = {scale}: must be 1/sqrt(head_dim) = {exact}")
     switches = {"norm": "rmsnorm", "activation": "swiglu", "rotary": "rope"}
     return {**switches, "rotary_theta": rope["rope_theta"]}, problems
+
+
+def read_depth(v: dict, L: int) -> tuple[dict, list[str]]:
+    """(the fields of FLMConfig that have to do with CompleteP, problems), of L layers. A
+    config.json of ours names the fields. In another one Granite's multiplier of the branches says
+    all, with alpha = 1."""
+    given = v.get("residual_multiplier", 1.0)
+    if not fits("float", given):
+        return {}, [f"residual_multiplier = {given!r}: must be {MUST_BE['float']}"]
+    alpha, base = float(given != 1), max(1, round(given * L))
+    if given == 1:
+        base = FLMConfig.base_layers
+    alpha, base = v.get("depth_alpha", alpha), v.get("base_layers", base)
+    if not fits("Share", alpha) or not fits("int", base):
+        return {}, [f"depth_alpha = {alpha!r}, base_layers = {base!r}: a share, a whole number"]
+    if not math.isclose((base / L) ** alpha, given, rel_tol=1e-9):
+        rule = f"(base_layers / {L})^depth_alpha, here ({base} / {L})^{alpha}"
+        return {}, [f"residual_multiplier = {given!r}: must be {rule}"]
+    return {"depth_alpha": alpha, "base_layers": base}, []
 
 
 def read_multipliers(v: dict, fields: dict) -> tuple[dict, list[str]]:
@@ -387,7 +405,8 @@ def read_multipliers(v: dict, fields: dict) -> tuple[dict, list[str]]:
 
 
 def their_keys(config: FLMConfig, layout: str) -> dict:
-    """What config.json says in both layouts: the sizes, and what read_multipliers reads."""
+    """What config.json says in both layouts: the sizes, and what read_multipliers and read_depth
+    read."""
     return {
         **{theirs: getattr(config, ours) for ours, theirs in KEYS[layout].items()},
         "use_mup": config.mup,
@@ -396,6 +415,8 @@ def their_keys(config: FLMConfig, layout: str) -> dict:
         "mup_ff_ratio": config.mup_ff_ratio,
         "input_mult": config.input_mult,
         "output_mult": config.output_mult,
+        "depth_alpha": config.depth_alpha,
+        "base_layers": config.base_layers,
     }
 
 
@@ -410,6 +431,8 @@ def flm_config(config: FLMConfig) -> dict:
         problems.append("input_mult, output_mult: their code has none without muP")
     if config.norm == "layernorm" and not config.bias:
         problems.append("bias = False: their LayerNorm always has one")
+    if config.branch_mult != 1:
+        problems.append(f"depth_alpha = {config.depth_alpha}: their code multiplies no branch")
     console.refuse(problems, "this model does not fit the layout flm:")
     activations = {"gelu": "gelu", "gelu_tanh": "gelu_fast", "swiglu": "silu"}
     return {
@@ -449,7 +472,7 @@ def granite_config(config: FLMConfig) -> dict:
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rotary_theta},
         "embedding_multiplier": config.input_mult,
         "attention_multiplier": config.head_dim**-0.5,
-        "residual_multiplier": 1.0,
+        "residual_multiplier": config.branch_mult,
         "logits_scaling": 1 / config.logit_mult,
     }
 
@@ -467,9 +490,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 def read_json(file: Path) -> dict:
     """A JSON object. Raises ValueError for anything else."""
     try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read ({error})") from error
+        values = json.loads(console.read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no JSON object")
     return values
@@ -608,7 +631,7 @@ def check_tensors(stored: dict[str, Tensor], expected: list[Group], tied: bool):
 def load(folder, out, tokenizer: str | None = None) -> dict:
     """Read a published model from `folder` and write the checkpoint `out`; returns its info.
 
-    tokenizer: a name of data.TOKENIZERS, or "none". Without it: the name that `save` has written;
+    tokenizer: one of tokenizer.TOKENIZERS, or "none". Without it: the name that `save` has written;
     cl100k_base for the flm layout at FLM-101B's vocabulary of 100,352; else "none".
     Tensor by tensor, so memory is a few times the largest one (all lie in file-backed memory, as
     when grow.py grows a checkpoint). There are no moments of AdamW: they begin at zero.
@@ -624,7 +647,7 @@ def load(folder, out, tokenizer: str | None = None) -> dict:
     check_tokenizer(name, config)
     stored, expected = read_shards(folder), groups(config, layout)
     check_tensors(stored, expected, config.tie_embeddings)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    console.make_folder(out.parent)
     dtype = stored[next(iter(expected[0][1]))].dtype
     tensors = {}
     bar = count_numbers(expected, "loading")
@@ -723,10 +746,11 @@ def save(checkpoint, to, form: str, shard_size: float = 5e9, tokenizer_file=None
     where = {key: name for name, shard in zip(names, shards) for key in shard}
     index = {"metadata": {"total_size": size}, "weight_map": where}
     files["model.safetensors.index.json"] = index
+    console.make_folder(to.parent)
     tmp = to.with_name(f".{to.name}.publishing")
     try:
         shutil.rmtree(tmp, ignore_errors=True)  # of a process that was killed
-        tmp.mkdir(parents=True)
+        tmp.mkdir()
         tensors = our_tensors(path, expected, form, config.head_dim)
         for name, shard in zip(names, shards):
             write_shard(tmp / name, shard, dtype, tensors)
@@ -742,12 +766,12 @@ def save(checkpoint, to, form: str, shard_size: float = 5e9, tokenizer_file=None
 
 def export_weights(checkpoint: str | Path, file: str | Path):
     """Write the weights of a CHECKPOINT into one file, which torch.load(weights_only=True) reads
-    and which holds no code: {"info": ..., "model": {name: tensor}}. Raises OSError where it cannot
-    be written."""
+    and which holds no code: {"info": ..., "model": {name: tensor}}. Raises ValueError for a file
+    that exists, OSError where it cannot be written."""
+    if Path(file).exists():
+        raise ValueError(f"{file} exists: choose another name for the weights")
+    file = console.output_file(file)
     model, info = load_model(checkpoint)
-    file = Path(file)
-    if file.is_dir():
-        raise ValueError(f"{file} is a folder: give the name of a file")
     info = {key: value for key, value in info.items() if key != "files"}
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tmp = file.with_name(f".{file.name}.exporting")
@@ -758,8 +782,7 @@ def export_weights(checkpoint: str | Path, file: str | Path):
     except (OSError, RuntimeError) as error:
         raise failed_write(str(file), error) from error
     finally:
-        with contextlib.suppress(NotADirectoryError):
-            tmp.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
 
 
 def published_json(config: FLMConfig, form: str, info: dict, tokenizer_file) -> dict[str, dict]:

@@ -35,13 +35,6 @@ from sample import continue_texts
 from schedule import Stage, training_flops
 
 
-def write_json(path: str | Path, value):
-    """Write `value` as JSON, and say where."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(value, indent=1) + "\n")
-    print(f"numbers: {path}")
-
-
 # --------------------------------------------------------------------------------------------------
 # 1. What a run says
 
@@ -382,6 +375,12 @@ def stages_table(run: dict) -> str:
     return html_table([*head, "lr"], rows, "wide") + html_json(run["stages"])
 
 
+def html_text(text: str) -> str:
+    """A text in a box; what cannot be printed is shown as such."""
+    written = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    return f'<div class="scroll"><pre>{html.escape(written)}</pre></div>'
+
+
 def page(runs: list[dict], texts: dict[str, dict[str, str]], studies: list[Picture]) -> str:
     """The whole page. texts: {run: {prompt: text}}."""
     parts = []
@@ -393,12 +392,15 @@ def page(runs: list[dict], texts: dict[str, dict[str, str]], studies: list[Pictu
             parts += [f"<h2>Stages of {name}</h2>", stages_table(run)]
             for prompt, text in texts.get(run["run"], {}).items():
                 begin = f" after {prompt!r}" if prompt else ""
-                written = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
                 parts.append(f"<h3>{name} writes{html.escape(begin)}</h3>")
-                parts.append(f'<div class="scroll"><pre>{html.escape(written)}</pre></div>')
+                parts.append(html_text(text))
     for study in studies:
         parts += [f"<h2>{html.escape(study.title)}</h2>", html_picture(study)]
-    title = ", ".join(run["run"] for run in runs) or "Studies"
+    return document(", ".join(run["run"] for run in runs) or "Studies", parts)
+
+
+def document(title: str, parts: list[str]) -> str:
+    """A page of these parts, which are HTML, under a title, which is text."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -419,8 +421,9 @@ COMPUTED = ("rotary", "masks", "permutation", "ranks", "timetable")
 def read_file(file: Path) -> tuple[dict | None, Picture | None]:
     """(The numbers of a run, None) or (None, the picture of a study) from a JSON file. Raises
     ValueError for any other file."""
+    text = console.read_text(file)
     try:
-        report = json.loads(file.read_text())
+        report = json.loads(text)
         if "steps" in report:
             runs_picture([report], list(PANELS))
             return report, None
@@ -522,9 +525,9 @@ def main(argv: list[str] | None = None):
         runs += [run] if run else []
         studies += [study] if study else []
     if out.suffix == ".json":
-        write_json(out, runs[0])
+        console.write_numbers(out, runs[0])
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
+    console.output_file(out)
     if out.suffix == ".html":
         out.write_text(page(runs, texts, studies), encoding="utf-8")
         print(f"page: {out}")

@@ -2,18 +2,21 @@
 
     1. what a study asks     the settings of its runs, and whether a folder holds another study's
     2. finished runs         what a run's own files say of it
-    3. run_all               trains what is not finished, and shows progress
+    3. jobs                  a run, or several runs that share a trunk
+    4. run_all               trains what is not finished, and shows progress
 
 A study (lab/transfer.py, lab/growth.py) makes one Settings for each of its runs. The runs
 must differ in nothing but what the study varies. So the study fixes the arithmetic for all of
 them: float32 on one thread, unless the user names another one. A finished run keeps config.json
-and its log; its checkpoints are deleted.
+and its log; its checkpoints are deleted, unless the study needs them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -22,8 +25,8 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,11 +35,12 @@ import torch
 from tqdm import tqdm
 
 import console
+import machine
 import train
-from checkpoint import list_checkpoints, read_info
+from checkpoint import list_checkpoints, read_info, step_name, step_of
 from flm import FLMConfig, count_parameters
 from run_folder import open_corpus, read_log, read_run, resumed
-from schedule import Stage, training_flops
+from schedule import Stage, decay_step, total_steps, training_flops
 from settings import Settings, flag, make_parser, resolve
 
 # ----------------------------------------------------------------------------------------------
@@ -57,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser, out: str):
     command line goes into `train`, for common_settings."""
     add, cores = parser.add_argument, torch.get_num_threads()
     add("--out", default=out, metavar="DIR", help="where runs and numbers go (default %(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default 0")
+    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default %(default)s")
     add("--jobs", type=int, default=cores, metavar="N", help="runs at a time (default %(default)s)")
     add("train", nargs="*", metavar="-- OPTION", help="options of train.py, for all runs")
 
@@ -162,7 +166,12 @@ def mean(losses: Iterable[float | None]) -> float | None:
 
 
 # ----------------------------------------------------------------------------------------------
-# 3. run_all
+# 3. Jobs
+#
+# Runs with --lr-schedule wsd that differ in nothing but --steps and --lr-decay are one run until
+# the first of them decays. So they share a *trunk*, a run without decay. At the start of each decay
+# a branch copies the trunk's folder and goes on as the run that was asked for. It ends with the
+# same bits and the same log as if it had been trained alone.
 
 
 def text_log(folder: Path) -> Path:
@@ -171,13 +180,26 @@ def text_log(folder: Path) -> Path:
 
 
 @dataclass
+class Branch:
+    """A run of a trunk: where it leaves it. start: in steps; flops: of the trunk to there."""
+
+    settings: Settings
+    stages: list[Stage]
+    start: int
+    flops: int
+
+
+@dataclass
 class Job:
-    """A run that is not finished, with its FLOPs: those done so far, and all of them."""
+    """A run that is not finished, or a trunk with its branches, by their start. With its FLOPs:
+    those done so far, and all of them. keep: its checkpoints stay."""
 
     settings: Settings
     folder: Path
     done: int
     total: int
+    branches: tuple[Branch, ...] = ()
+    keep: bool = False
 
 
 class MeasuredRun(train.Run):
@@ -185,25 +207,160 @@ class MeasuredRun(train.Run):
 
     report = print  # where it goes; see work
     clocks = (0.0, 0.0)
+    offset = 0  # FLOPs of the job that are no part of this run
 
     def log(self, **values):
         clocks = time.process_time(), time.perf_counter()
         cpu, wall = (round(now - last, 4) for now, last in zip(clocks, self.clocks))
         self.clocks = clocks
         super().log(**values, cpu_seconds=cpu, wall_seconds=wall)
-        self.report(training_flops(self.stages, self.state.samples))
+        try:
+            self.report(self.offset + training_flops(self.stages, self.state.samples))
+        except (
+            BrokenPipeError
+        ):  # the study was killed: complete this step, and end as after SIGTERM
+            self.signals.append(signal.SIGTERM)
 
 
-def train_one(job: Job) -> int | None:
+def train_run(settings: Settings, stop_at: int | None = None) -> int:
     """Train a run, or go on with it. Returns the exit code: 128 + the signal that stopped it."""
     MeasuredRun.clocks = time.process_time(), time.perf_counter()
-    resume = bool(list_checkpoints(job.folder))
-    settings = resumed(str(job.folder), {}) if resume else job.settings
+    folder = Path(settings.out)
+    resume = bool(list_checkpoints(folder))
+    settings = resumed(str(folder), {}) if resume else settings
     try:
-        result = train.train(settings, resume=resume, run_class=MeasuredRun)
+        result = train.train(settings, resume=resume, stop_at=stop_at, run_class=MeasuredRun)
         return sum(128 + number for number in result["signals"].values())
     except train.NonFinite as error:
-        (job.folder / DIVERGED).write_text(f"{error}\n")
+        (folder / DIVERGED).write_text(f"{error}\n")
+        return 0
+
+
+def train_one(job: Job) -> int:
+    """Do the job, or go on with it. Returns the exit code, as train_run does."""
+    if not job.branches:
+        return train_run(job.settings)
+    before = 0  # FLOPs of the branches that are finished
+    for branch in job.branches:
+        MeasuredRun.offset, folder = before, Path(branch.settings.out)
+        if not list_checkpoints(folder) and not read_finished(folder):
+            code = train_trunk(job, branch.start)
+            if code:
+                return code
+            copy_trunk(job.folder, branch)
+        if not read_finished(folder):
+            code = train_run(branch.settings)
+            if code:
+                return code
+        remove_checkpoints(folder)
+        before += training_flops(branch.stages, branch.stages[-1].end) - branch.flops
+    return 0
+
+
+def train_trunk(job: Job, step: int) -> int:
+    """Train the trunk to that step, of which it has a checkpoint then, unless it diverges. Returns
+    the exit code, as train_run does."""
+    trunk = job.folder
+    newest = max((step_of(path.name) for path in list_checkpoints(trunk)), default=-1)
+    if newest > step and not (trunk / step_name(step)).exists():
+        shutil.rmtree(trunk)  # of a study with fewer branches, which did not stop here
+        newest = -1
+    if newest >= step or (trunk / DIVERGED).exists():
+        return 0
+    return train_run(job.settings, stop_at=step)
+
+
+def copy_trunk(trunk: Path, branch: Branch):
+    """The folder of a branch, whole or not there, as if the run had been stopped where it leaves
+    the trunk. Branches of a trunk that diverged have diverged."""
+    folder = Path(branch.settings.out)
+    tmp = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    for name in ("metrics.jsonl", DIVERGED):
+        if (trunk / name).exists():
+            shutil.copy(trunk / name, tmp)
+    if not (trunk / DIVERGED).exists():
+        shutil.copytree(trunk / step_name(branch.start), tmp / step_name(branch.start))
+    config = json.loads((trunk / "config.json").read_text())
+    asked = dataclasses.asdict(branch.settings)
+    config["settings"] |= {k: asked[k] for k in ("steps", "lr_decay", "eval_every", "out")}
+    config["stages"] = [stage.to_dict() for stage in branch.stages]
+    (tmp / "config.json").write_text(json.dumps(config))
+    tmp.rename(folder)
+
+
+def remove_checkpoints(folder: Path):
+    for path in list_checkpoints(folder):
+        shutil.rmtree(path)
+
+
+def make_jobs(planned: list[tuple[Settings, list[Stage]]], keep: bool = False) -> list[Job]:
+    """Runs and their stages as jobs; those that share a trunk are one. Without what is finished.
+    keep: see run_all; runs that share a trunk keep no checkpoints."""
+    groups: dict[str, list] = {}
+    for settings, stages in planned:
+        free = {"steps": 0, "lr_decay": 0.0, "eval_every": 1, "out": "", "stages": ""}
+        same = [dataclasses.replace(settings, **free), [replace(s, end=0) for s in stages]]
+        alone = "" if settings.lr_schedule == "wsd" else settings.out
+        groups.setdefault(repr([same, alone]), []).append((settings, stages))
+    jobs = []
+    for key, members in groups.items():
+        if len(members) == 1:
+            job = unfinished(*members[0], keep)
+            jobs += [job] if job else []
+            continue
+        left = [member for member in members if not read_finished(Path(member[0].out))]
+        if left:
+            jobs.append(trunk_job(key, left))
+    return jobs
+
+
+def flops_done(folder: Path, stages: list[Stage]) -> int:
+    """The FLOPs that the newest checkpoint of a run has behind it."""
+    checkpoints = list_checkpoints(folder)
+    return training_flops(stages, read_info(checkpoints[-1])["samples"]) if checkpoints else 0
+
+
+def unfinished(settings: Settings, stages: list[Stage], keep: bool) -> Job | None:
+    """One run as a job; None where it is finished. The log comes before the checkpoint: a run that
+    was killed between the two is finished, but not where its checkpoints are to be kept."""
+    folder = Path(settings.out)
+    total = training_flops(stages, stages[-1].end)
+    done = flops_done(folder, stages)
+    run = read_finished(folder)
+    if run and (run.loss is None or not keep or done == total):
+        return None
+    return Job(settings, folder, done, total, keep=keep)
+
+
+def trunk_job(key: str, members: list[tuple[Settings, list[Stage]]]) -> Job:
+    """The job of runs that share a trunk. key: what they share."""
+    branches = []
+    for settings, stages in members:
+        start = decay_step(stages, settings.lr_decay)
+        samples = samples_after(stages, start)
+        branches.append(Branch(settings, stages, start, training_flops(stages, samples)))
+    branches.sort(key=lambda branch: (branch.start, branch.settings.steps))
+    longest = max(branches, key=lambda branch: branch.settings.steps)
+    name = f"trunk-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    folder = Path(longest.settings.out).with_name(name)
+    never = {"keep": 10**9, "save_every": 10**9, "eval_every": 10**9}
+    trunk = replace(longest.settings, out=str(folder), lr_decay=0.0, **never)
+    own = [training_flops(b.stages, b.stages[-1].end) - b.flops for b in branches]
+    done = flops_done(folder, longest.stages)
+    for branch in branches:
+        done += max(0, flops_done(Path(branch.settings.out), branch.stages) - branch.flops)
+    return Job(trunk, folder, done, branches[-1].flops + sum(own), tuple(branches))
+
+
+def samples_after(stages: list[Stage], steps: int) -> int:
+    """The samples that a run has seen after so many steps."""
+    samples = stages[0].start
+    for stage in stages:
+        taken = min(steps, total_steps([stage]))
+        samples, steps = samples + taken * stage.batch_size, steps - taken
+    return samples
 
 
 def work(job: Job, connection: Connection) -> int | None:
@@ -214,20 +371,30 @@ def work(job: Job, connection: Connection) -> int | None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     MeasuredRun.report = connection.send
+    # A job may begin many runs. Their utilisation is no result of a study: one measurement will do.
+    machine.matmul_rate = cache(machine.matmul_rate)
     return train_one(job)
 
 
 def finish(job: Job, code: int) -> FinishedRun:
-    """What a run's process left behind; the checkpoints go. Raises ValueError where it failed."""
+    """What a run's process left behind; the checkpoints go, if they are not to be kept. Raises
+    ValueError where it failed."""
     if code:
         log = text_log(job.folder)
         words = log.read_text(errors="replace").strip().splitlines()[-8:]
         heading = f"{job.folder} ended with code {code}. All its words are in {log}, the last ones:"
         raise ValueError("\n  ".join([heading, *words]))
     text_log(job.folder).unlink()
-    for path in list_checkpoints(job.folder):
-        shutil.rmtree(path)
+    if job.branches:
+        shutil.rmtree(job.folder, ignore_errors=True)  # not there where all branches were begun
+        return read_finished(Path(job.branches[-1].settings.out))
+    if not job.keep:
+        remove_checkpoints(job.folder)
     return read_finished(job.folder)
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. run_all
 
 
 def start(job: Job) -> tuple[Connection, BaseProcess]:
@@ -278,24 +445,13 @@ def train_jobs(jobs: list[Job], at_a_time: int, bar: tqdm):
             process.join()
 
 
-def unfinished(settings: Settings, stages: list[Stage]) -> Job | None:
-    """The run as a job; None where it is finished."""
-    folder = Path(settings.out)
-    if read_finished(folder):
-        return None
-    checkpoints = list_checkpoints(folder)
-    samples = read_info(checkpoints[-1])["samples"] if checkpoints else 0
-    done, total = training_flops(stages, samples), training_flops(stages, stages[-1].end)
-    return Job(settings, folder, done, total)
-
-
 def stop(number: int, frame):
     """SIGTERM ends this process as Ctrl-C does: through every `finally`."""
     sys.exit(128 + number)
 
 
-def jobs_to_do(runs: list[Settings]) -> list[Job]:
-    """The runs that are not finished, the longest last. Prepares their text.
+def jobs_to_do(runs: list[Settings], keep: bool = False) -> list[Job]:
+    """The runs that are not finished, the longest last. Prepares their text. keep: see run_all.
 
     Raises ValueError for what train.py would refuse, and for folders that hold runs of another
     study."""
@@ -307,22 +463,33 @@ def jobs_to_do(runs: list[Settings]) -> list[Job]:
     corpus = open_corpus(*source, stages[-1].config)
     foreign = [line for run in planned for line in differences(*run, corpus.digest)]
     console.refuse(foreign[:10], "runs of another study are in the way, choose another --out:")
-    jobs = [job for run in planned if (job := unfinished(*run))]
-    return sorted(jobs, key=lambda job: job.total - job.done)
+    return sorted(make_jobs(planned, keep), key=lambda job: job.total - job.done)
 
 
-def run_all(runs: list[Settings], at_a_time: int) -> list[FinishedRun]:
-    """Train what is not finished; a run that was stopped goes on. Raises ValueError before anything
-    runs, see jobs_to_do, and later where a run fails."""
+def run_all(
+    runs: list[Settings],
+    at_a_time: int,
+    later: int = 0,
+    bar: tqdm | None = None,
+    keep: bool = False,
+) -> list[FinishedRun]:
+    """Train what is not finished; a run that was stopped goes on. later: FLOPs that the study still
+    has to do after these runs; the time left that is shown counts them.
+
+    bar: shows FLOPs, those of these runs among others; None: a bar of these runs alone. keep:
+    leave all checkpoints that the settings ask for, not only the log. Raises ValueError before
+    anything runs, see jobs_to_do, and later where a run fails."""
     console.refuse([f"--jobs {at_a_time}: must be at least 1"] * (at_a_time < 1))
-    jobs = jobs_to_do(runs)
+    jobs = jobs_to_do(runs, keep)
     if jobs:
-        jobs[0].folder.parent.mkdir(parents=True, exist_ok=True)
-        left = sum(job.total - job.done for job in jobs)
+        console.make_folder(jobs[0].folder.parent)
+        left = later + sum(job.total - job.done for job in jobs)
         before = signal.signal(signal.SIGTERM, stop)
         try:
-            options = {"desc": "training", "unit": "FLOP", "unit_scale": True, "delay": 0}
-            with console.progress(total=left, **options) as bar:
+            with contextlib.ExitStack() as stack:
+                if bar is None:
+                    own = {"desc": "training", "unit": "FLOP", "unit_scale": True, "delay": 0}
+                    bar = stack.enter_context(console.progress(total=left, **own))
                 train_jobs(jobs, at_a_time, bar)
         finally:
             signal.signal(signal.SIGTERM, before)

@@ -30,7 +30,6 @@ import numpy as np
 import console
 from flm import count_parameters
 from lab import runs
-from lab.report import write_json
 from lab.runs import FinishedRun, mean
 from muP import SMALL, at_widths, model_config
 from settings import Settings
@@ -175,13 +174,13 @@ def sweep(args: argparse.Namespace):
         print_table(name, args.axis, table, found[name])
     report = {"axis": args.axis, **found, "landscape": tables, **runs.origin(finished)}
     report["losses"] = {run.folder.name: run.loss for run in finished}
-    write_json(Path(args.out) / "sweep.json", report)
+    console.write_numbers(Path(args.out) / "sweep.json", report)
 
 
 # ----------------------------------------------------------------------------------------------
 # 2. The law (muScaling, arXiv 2304.06875)
 
-SCAN = (-4.0, -0.02)  # where b is looked for
+SCAN = (-4.0, -0.02)  # where b is looked for, unless a range is given
 
 
 @dataclass(frozen=True)
@@ -197,22 +196,28 @@ class Law:
 
 
 def solve(b: np.ndarray, N: np.ndarray, loss: np.ndarray) -> tuple:
-    """The least-squares a and c at each b (k,), and the sum of squared residuals, (k,) each.
+    """The least-squares a and c at each b (k,), and the sum of squared residuals, (..., k) each.
 
-    At a given b the law is linear in a and c. N, loss: (n,)."""
+    At a given b the law is linear in a and c. N: (n,); loss: (..., n), each row for itself."""
     x = N ** b[:, None]  # (k, n)
     dx = x - x.mean(1, keepdims=True)
-    a = (dx * (loss - loss.mean())).sum(1) / (dx * dx).sum(1)
-    c = loss.mean() - a * x.mean(1)
-    return a, c, ((a[:, None] * x + c[:, None] - loss) ** 2).sum(1)
+    loss = np.asarray(loss)[..., None, :]  # (..., 1, n)
+    a = (dx * (loss - loss.mean(-1, keepdims=True))).sum(-1) / (dx * dx).sum(1)
+    c = loss.mean(-1) - a * x.mean(1)
+    return a, c, ((a[..., None] * x + c[..., None] - loss) ** 2).sum(-1)
 
 
-def fit_law(N: Sequence[float], loss: Sequence[float]) -> Law:
+def fit_law(
+    N: Sequence[float], loss: Sequence[float], b_range: tuple[float, float] | None = None
+) -> Law:
     """The law through sizes N (n,) in millions of parameters and losses (n,), by least squares.
 
     b alone is searched: a scan, then finer ones around the best. So there is no starting point to
     choose and no local minimum to end in. Raises ValueError for fewer than 4 different N, and
     where no such law falls: then there is no number.
+
+    b_range: what is known of b before, as (lowest, highest). Then b may end at an end of it, and a
+    law that does not fall is flat, with a = 0: there is always a law, however short the runs.
 
     >>> law = fit_law([1, 4, 16, 64], [3.0, 2.5, 2.25, 2.125])  # 1 / sqrt(N) + 2
     >>> round(law(256), 6)
@@ -226,17 +231,20 @@ def fit_law(N: Sequence[float], loss: Sequence[float]) -> Law:
         given = f"N = {N.tolist()}, loss = {loss.tolist()}"
         raise ValueError(f"sizes and losses must be finite and sizes above 0: got {given}")
     center = np.exp(np.log(N).mean())  # powers of N / center are of order 1
-    grid = np.linspace(*SCAN, 2001)
+    low, high = b_range or SCAN
+    grid = np.linspace(low, high, 2001)
     for _ in range(6):
         at = int(solve(grid, N / center, loss)[2].argmin())
         grid = np.linspace(grid[max(0, at - 1)], grid[min(len(grid) - 1, at + 1)], 101)
     a, c, _ = (values[50].item() for values in solve(grid, N / center, loss))
     b = grid[50].item()
-    if a <= 0 or not SCAN[0] + 0.01 < b < SCAN[1] - 0.01:
+    if b_range and a <= 0:
+        return Law(0.0, b, loss.mean().item())
+    if not b_range and (a <= 0 or not low + 0.01 < b < high - 0.01):
         where = "at an end of that range" if a > 0 else "where a is negative"
         raise ValueError(
-            f"no law a N^b + c that falls fits these {len(N)} points. Tried: b from {SCAN[0]} to "
-            f"{SCAN[1]}, with a and c solved for at each; the residuals are smallest {where}.\n"
+            f"no law a N^b + c that falls fits these {len(N)} points. Tried: b from {low} to "
+            f"{high}, with a and c solved for at each; the residuals are smallest {where}.\n"
             f"Use longer runs, more seeds, or leave out the narrowest width"
         )
     return Law(float(a / center**b), b, c)
@@ -246,7 +254,10 @@ DRAWS = 1000  # of seeds, for an interval
 
 
 def bootstrap(
-    N: Sequence[float], losses: Sequence[Sequence[float]], targets: Sequence[float]
+    N: Sequence[float],
+    losses: Sequence[Sequence[float]],
+    targets: Sequence[float],
+    b_range: tuple[float, float] | None = None,
 ) -> tuple[list, int]:
     """How far a prediction moves with the luck of the seeds: the interval [2.5%, 97.5%] of the
     loss at each of `targets` (sizes), and the number of draws through which no law goes. Where no
@@ -260,10 +271,39 @@ def bootstrap(
     found = []
     for seeds, count in draws.items():  # each draw is fitted once
         with contextlib.suppress(ValueError):
-            law = fit_law(N, losses[:, seeds].mean(1))
+            law = fit_law(N, losses[:, seeds].mean(1), b_range)
             found += [[law(target) for target in targets]] * count
     intervals = np.quantile(found, [0.025, 0.975], axis=0).T.tolist() if found else []
     return intervals, DRAWS - len(found)
+
+
+def interval_of_one_run(
+    N: Sequence[float],
+    losses: Sequence[Sequence[float]],
+    target: float,
+    b_range: tuple[float, float],
+) -> list[float]:
+    """Where the loss of one run of size `target` will lie: [2.5%, 97.5%].
+
+    losses (n, S): S seeds, at least 2, of each size N (n,). The luck of a seed is its loss less the
+    mean of its size. A draw gives every seed of every size, and the run to come, the luck of a
+    random one of all n S seeds, and fits a law with b in b_range. Two things widen it. S seeds vary
+    less around their own mean than around the true one: sqrt(S / (S-1)). And few seeds do not know
+    how large luck is: it is scaled by the root of f / chi-square of f, f = n (S-1), anew in each
+    draw."""
+    losses, rng = np.asarray(losses, float), np.random.default_rng(0)
+    n, S = losses.shape
+    middle = losses.mean(1, keepdims=True)
+    luck = (losses - middle).ravel() * math.sqrt(S / (S - 1))
+    scale = np.sqrt(n * (S - 1) / rng.chisquare(n * (S - 1), DRAWS))
+    drawn = middle.ravel() + scale[:, None] * rng.choice(luck, (DRAWS, n, S)).mean(2)  # (DRAWS, n)
+    grid, center = np.linspace(*b_range, 101), np.exp(np.log(N).mean())
+    a, c, square = solve(grid, np.asarray(N) / center, drawn)  # (DRAWS, 101)
+    at = square.argmin(1)
+    a, c = (values[np.arange(DRAWS), at] for values in (a, c))
+    c = np.where(a > 0, c, drawn.mean(1))  # a law that does not fall is flat, as in fit_law
+    found = a.clip(0) * (target / center) ** grid[at] + c + scale * rng.choice(luck, DRAWS)
+    return np.quantile(found, [0.025, 0.975]).tolist()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -311,19 +351,25 @@ def collect(finished: list[FinishedRun]) -> Points:
 
 def read_points(path: Path) -> Points:
     """Points of a JSON file: {"points": [{"width", "N" in millions, "loss"}, ...]}."""
+    text = console.read_text(path)
     try:
-        given = json.loads(path.read_text())["points"]
+        given = json.loads(text)["points"]
         return {p["width"]: {"N": float(p["N"]), "losses": {0: float(p["loss"])}} for p in given}
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         wanted = '{"points": [{"width": ..., "N": millions, "loss": ...}, ...]}'
         problem = f"{type(error).__name__}, {error}"
         raise ValueError(f"{path} must hold {wanted}: {problem}") from error
 
 
-def predict(points: Points, hold_out: int, at: dict[int, float]) -> dict:
+def predict(
+    points: Points,
+    hold_out: int,
+    at: dict[int, float],
+    b_range: tuple[float, float] | None = None,
+) -> dict:
     """Fit all but the `hold_out` widest of `points`; predict those and the widths of `at`, {width:
     N in millions}. Returns JSON values: the law, "fitted" and "predicted" (rows of the tables),
-    and where wider was worse."""
+    and where wider was worse. b_range: see fit_law."""
     if not 0 <= hold_out < len(points):
         raise ValueError(f"--hold-out {hold_out}: there are {len(points)} widths")
     rows = [
@@ -334,7 +380,7 @@ def predict(points: Points, hold_out: int, at: dict[int, float]) -> dict:
     fitted, predicted = rows[: len(rows) - hold_out], rows[len(rows) - hold_out :]
     predicted += [{"width": width, "N": N} for width, N in at.items() if width not in points]
     sizes, targets = ([row["N"] for row in part] for part in (fitted, predicted))
-    law = fit_law(sizes, [row["loss"] for row in fitted])
+    law = fit_law(sizes, [row["loss"] for row in fitted], b_range)
     for row in fitted:
         row["law"] = law(row["N"])
         row["residual"] = row["loss"] - row["law"]
@@ -346,7 +392,7 @@ def predict(points: Points, hold_out: int, at: dict[int, float]) -> dict:
     losses, failed = [list(points[row["width"]]["losses"].values()) for row in fitted], 0
     seeds = len(losses[0])
     if seeds > 1 and predicted:
-        intervals, failed = bootstrap(sizes, losses, targets)
+        intervals, failed = bootstrap(sizes, losses, targets, b_range)
         for row, interval in zip(predicted, intervals):
             row["interval"] = interval
     found = {**dataclasses.asdict(law), "seeds": seeds, "draws_without_law": failed}
@@ -398,7 +444,7 @@ def predict_command(args: argparse.Namespace):
         result["source"] = f"{len(finished)} runs, held-out loss after {steps} steps"
         result["losses"] = {width: point["losses"] for width, point in points.items()}
     print_prediction(result)
-    write_json(args.json, result)
+    console.write_numbers(args.json, result)
 
 
 # ----------------------------------------------------------------------------------------------

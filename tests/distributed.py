@@ -25,6 +25,7 @@ import parallel
 import train
 from checkpoint import read_info, read_training, training_tensors, write_checkpoint
 from flm import IGNORE, FLMConfig, growth_mask
+from tokenizer import EMOJI
 
 CONFIG = FLMConfig(
     n_layers=4,
@@ -36,7 +37,8 @@ CONFIG = FLMConfig(
     max_seq_len=16,
     mup_base_width=16,
 )
-BIGGER = CONFIG.replace(n_layers=6, d_model=36, n_heads=6, d_ff=64)
+DEEP = CONFIG.replace(depth_alpha=0.5, base_layers=2)  # CompleteP
+BIGGER = DEEP.replace(n_layers=6, d_model=36, n_heads=6, d_ff=64)
 ROWS, STEPS, CLIP = 16, 3, 0.05
 # A growth in mid-ramp, at MID_RAMP samples, so that its mask is at 0.4.
 MID_RAMP = 40
@@ -78,15 +80,18 @@ class Rows:
 
     seq_len, tokenizer = 16, data.get_tokenizer("bytes")
 
-    def n_rows(self, split, signal):
-        return 13 if signal == "language" else 9
+    def rows_by_source(self, split, signal):
+        return {"en": 11, "zh": 2} if signal == "language" else {"teacher": 9}
+
+    def documents(self, tokens):
+        return (tokens % 8 == 0).cumsum(1)
 
     def rows(self, split, signal, start, count):
         generator = torch.Generator().manual_seed(start + 1000 * (signal == "teacher"))
         tokens = torch.randint(256, (count, 17), generator=generator)
         targets = tokens[:, 1:].clone()
         if signal == "teacher":
-            labels = [self.tokenizer.encode_ordinary(data.EMOJI[k])[-1] for k in (0, 1)]
+            labels = [self.tokenizer.encode_ordinary(EMOJI[k])[-1] for k in (0, 1)]
             targets[:] = IGNORE
             targets[:, 4], targets[:, 11] = labels[start % 2], labels[start // 2 % 2]
         return tokens[:, :-1], targets
@@ -112,6 +117,7 @@ class Job:
     dtype: str = "float64"  # of the weights
     arithmetic: str | None = None  # of the products, where it is another
     compiled: bool = False
+    mask: bool = False  # cut attention at every 8th token's id
     load: Path | None = None
     save: Path | None = None
     first: int = 0
@@ -150,20 +156,22 @@ def steps(world: parallel.World, **options):
         samples = growth["start"]
     worker.set_masks(growth, growth_mask(growth, samples))
     micro = parallel.micro_rows(world.layout, ROWS, job.micro)
-    one_of_dp_rank = world.at("tp") == 0 and world.at("pp") == 0
+
+    def documents(tokens):
+        return (tokens % 8 == 0).cumsum(1) if job.mask else None
 
     def held_out() -> float:
-        found = worker.forward(*rows_of(world, 99, job.teacher), micro)
+        rows = rows_of(world, 99, job.teacher)
+        found = worker.forward(*rows, micro, documents=documents(rows[0]))
         (total,) = world.sum(found.item() if world.at("tp") == 0 else 0.0)
         return total
 
     log, grads, before = [], {}, held_out()
     for step in range(job.first, job.first + job.count):
         x, y = rows_of(world, step, job.teacher)
-        (supervised,) = world.sum(int((y != IGNORE).sum()) if one_of_dp_rank else 0)
-        nats = worker.gradients(x, y, micro, supervised)
+        nats, count = worker.gradients(x, y, micro, documents=documents(x))
         grads = {name: whole(p.grad) for name, p in worker.named}
-        log.append(train.update(worker, optimizer, CLIP, 1e-2, nats, supervised))
+        log.append(train.update(worker, optimizer, CLIP, 1e-2, nats, count))
     if job.save:
         info = {"step": STEPS, "samples": MID_RAMP, "stage": 0, "config": job.config.to_dict()}
         info |= {"growth": growth, "tokenizer": "bytes", "dtype": job.dtype}
@@ -174,8 +182,8 @@ def steps(world: parallel.World, **options):
 
 
 def grow_on_disk(world: parallel.World, source: Path, out: Path):
-    """Grow a checkpoint in all four dimensions; rank 0 does it, the others wait."""
-    world.on_rank_0(grow.grow_checkpoint, source, BIGGER, out, seed=1)
+    """Grow a checkpoint in all four dimensions, each rank its share."""
+    grow.grow_checkpoint(source, BIGGER, out, seed=1, world=world)
 
 
 def cut(value: torch.Tensor, p: torch.Tensor) -> torch.Tensor:

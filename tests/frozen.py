@@ -13,8 +13,12 @@ import time
 from pathlib import Path
 
 import distributed
+import torch
 
+import launch
 import parallel
+import train
+from checkpoint import write_checkpoint
 from parallel import Layout, World
 
 
@@ -35,10 +39,18 @@ def one_step(world: World, freeze_me, layout: Layout):
     world = parallel.arrange(world, layout, distributed.CPU)
     worker, _ = distributed.make_worker(world, distributed.Job())
     rows = distributed.rows_of(world, 0, False)
-    worker.gradients(*rows, 4, 100)
+    worker.gradients(*rows, 4)
     freeze_me()
-    worker.gradients(*rows, 4, 100)
+    worker.gradients(*rows, 4)
     world.sum(1.0)
+
+
+def one_save(world: World, freeze_me):
+    """The last whole checkpoint is that of before; the next one is not written."""
+    tensors = {"model": {f"rank {world.rank}": torch.ones(2)}}
+    write_checkpoint(Path("unused"), tensors, {}, world)
+    freeze_me()
+    write_checkpoint(Path("unused"), tensors, {}, world)
 
 
 def long_work(world: World, freeze_me):
@@ -56,6 +68,7 @@ CASES = {
     "tp-1": (1, functools.partial(one_step, layout=Layout(tp=2))),
     "pp-1": (1, functools.partial(one_step, layout=Layout(pp=2))),
     "pp-0": (0, functools.partial(one_step, layout=Layout(pp=2))),
+    "save-1": (1, one_save),
     "rank-0-works-0": (0, long_work),
 }
 
@@ -63,12 +76,13 @@ CASES = {
 def run(name: str, folder: Path, seconds: float):
     """The work of one rank in a case."""
     frozen, work = CASES[name]
+    os.chdir(folder)
     world = parallel.connect(seconds / 60)
     freeze_me = functools.partial(freeze, folder / f"{name}.frozen")
     try:
         work(world, freeze_me if world.rank == frozen else lambda: None)
-    except RuntimeError as error:
-        print(parallel.explain_lost_rank(world, error), flush=True)
+    except (RuntimeError, OSError) as error:
+        print(launch.describe_error(error, world)[0], flush=True)
         os._exit(1)
 
 

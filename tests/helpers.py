@@ -32,6 +32,19 @@ def tiny(**changes) -> FLMConfig:
     return FLMConfig(**{**sizes, "max_seq_len": 16, "mup_base_width": 8, **changes})
 
 
+# The model of the coordinate checks, at their base width and depth.
+CHECKED = FLMConfig(
+    n_layers=2,
+    d_model=16,
+    n_heads=2,
+    head_dim=8,
+    d_ff=64,
+    vocab_size=256,
+    max_seq_len=32,
+    mup_base_width=16,
+)
+
+
 @st.composite
 def configs(draw, **fixed) -> FLMConfig:
     """Random small configurations. A field in `fixed` has that value in all of them."""
@@ -56,6 +69,8 @@ def configs(draw, **fixed) -> FLMConfig:
         mup_ff_ratio=st.sampled_from([4.0, 2.625]),
         input_mult=st.sampled_from([1.0, 1.7]),
         output_mult=st.sampled_from([1.0, 2.0]),
+        depth_alpha=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
+        base_layers=st.integers(1, 4),
     )
     drawn = {name: draw(values) for name, values in fields.items() if name not in fixed}
     return FLMConfig(**drawn, **fixed)

@@ -8,8 +8,8 @@ import string
 
 import torch
 
-import data
 from iqeval import TASKS
+from tokenizer import EMOJI
 
 SYMBOLIC = [name for name, task in TASKS.items() if task.kind == "symbolic"]
 CLAIMS = [name for name, task in TASKS.items() if task.kind == "claims"]
@@ -163,7 +163,7 @@ def holds(text, claim):
 
 
 def solve_claim(prompt):
-    return data.EMOJI[holds(*prompt.split("\n"))]
+    return EMOJI[holds(*prompt.split("\n"))]
 
 
 SOLVERS = {

@@ -82,7 +82,10 @@ class SlowModel:
         """tokens (T,) -> logits (T, V)."""
         c = self.config
         x = self.w["embedding.weight"][np.asarray(tokens)] * c.input_mult
-        for i, live in enumerate(self.live.layers):
+        mult = 1.0
+        if c.depth_alpha > 0:  # CompleteP
+            mult = 1 / (c.n_layers / c.base_layers) ** c.depth_alpha
+        for i, live in enumerate(self.live.layers * mult):
             layer = f"layers.{i}"
             x = x + live * self.attention(self.norm(x, layer + ".attn_norm"), layer + ".attn")
             x = x + live * self.feed_forward(self.norm(x, layer + ".ff_norm"), layer + ".ff")

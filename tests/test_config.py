@@ -101,7 +101,9 @@ def test_config_lists_every_violation(data):
     """Whatever fields are broken: one error, with a line for each of them, and for no other."""
     sound = tiny().to_dict()
     names = data.draw(st.lists(st.sampled_from(sorted(sound)), min_size=1, unique=True))
-    broken = {name: data.draw(st.sampled_from(BAD[type(sound[name])])) for name in names}
+    bad = {name: BAD[type(value)] for name, value in sound.items()}
+    bad["depth_alpha"] = [1.5, *BAD[float][1:]]  # 0 is one of its values
+    broken = {name: data.draw(st.sampled_from(bad[name])) for name in names}
     lines = error(lambda: FLMConfig(**{**sound, **broken})).splitlines()[1:]
     named = sorted(line.split(":")[0].strip() for line in lines)
     assert named == sorted(f"{k} = {v!r}" for k, v in broken.items())

@@ -2,6 +2,7 @@
 
 Each command is a small program in a process of its own, started by a shell, as users do."""
 
+import json
 import os
 import subprocess
 import sys
@@ -186,3 +187,59 @@ def test_progress_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with console.progress(range(3), desc="growing", delay=0) as bar:
         assert list(bar) == [0, 1, 2] and "growing: 100%|" in str(bar)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files that a user names
+
+
+def test_text_is_read_in_utf_8_with_or_without_a_mark(tmp_path):
+    """What an editor on Windows adds in front of UTF-8 is no part of the text."""
+    for content in ("naïve", "\ufeffnaïve", ""):
+        (tmp_path / "a.txt").write_text(content, encoding="utf-8")
+        assert console.read_text(tmp_path / "a.txt") == content.lstrip("\ufeff")
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("[1]".encode("utf-16"), "a b.txt is UTF-16, .*PowerShell .*\n  Get-Content '.*a b.txt'"),
+        (
+            "\ufeff[1]".encode("utf-16-be"),
+            "iconv -f UTF-16 -t UTF-8 '.*a b.txt' > '.*utf8-a b.txt'",
+        ),
+        ("[1]".encode("utf-16-le"), "a b.txt is no UTF-8 text, the byte at offset 1 "),
+        ("é".encode("latin-1"), "offset 0 fits no UTF-8 character: save it as UTF-8"),
+        (None, "a b.txt cannot be read: No such file"),
+    ],
+)
+def test_text_in_another_encoding_is_refused(tmp_path, content, said):
+    """UTF-16, which PowerShell's > writes, is named with the commands that convert it. Other
+    encodings, and a file that is not there, have a line each."""
+    if content is not None:
+        (tmp_path / "a b.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        console.read_text(tmp_path / "a b.txt")
+
+
+def test_where_a_file_or_a_folder_may_be_written(tmp_path):
+    """Missing folders are made. A file in the place of a folder is named, as is the reverse, and a
+    link to nowhere."""
+    file, link = tmp_path / "a" / "b" / "c.json", tmp_path / "link"
+    assert console.output_file(file) == file and file.parent.is_dir()
+    file.write_text("{}")
+    link.symlink_to(tmp_path / "nowhere")
+    for there in (file, link):
+        for inside in (there, there / "d", there / "d" / "e"):
+            assert f"{there} is no folder" in error(console.make_folder, inside)
+    assert "a is a folder: give the name of a file" in error(console.output_file, tmp_path / "a")
+
+
+def test_numbers_come_back(tmp_path, capsys):
+    """What is written is what is read, in a folder that is made for it; the user sees where, and
+    the command that draws it."""
+    file = tmp_path / "new" / "my numbers.json"
+    console.write_numbers(file, {"a": [1.5, None]})
+    assert json.loads(file.read_text()) == {"a": [1.5, None]}
+    command = f"python -m lab.report '{file}' --out '{file.with_suffix('.svg')}'"
+    assert capsys.readouterr().out == f"numbers: {file}; to draw them:\n  {command}\n"

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import error
+from helpers import CHECKED, error
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,22 +17,12 @@ import muP
 from flm import FLM, FLMConfig, loss_sum, preset
 from muP import LAYERS, LIMIT, exponents, verdict
 
-TINY = FLMConfig(
-    n_layers=2,
-    d_model=16,
-    n_heads=2,
-    head_dim=8,
-    d_ff=64,
-    vocab_size=256,
-    max_seq_len=32,
-    mup_base_width=16,
-)
 WIDTHS = (16, 32, 64, 128)
 
 
 def checked(steps: int = 4, seeds=(0, 1, 2)) -> dict[str, torch.Tensor]:
     """The check of tiny models."""
-    return muP.coord_check(TINY, WIDTHS, muP.text_batch(8, 32, 256), 0.01, steps, seeds)
+    return muP.coord_check(CHECKED, WIDTHS, muP.text_batch(8, 32, 256), 0.01, steps, seeds)
 
 
 def growth(sizes: torch.Tensor, layer: str, step: int) -> float:
@@ -51,7 +41,7 @@ def test_activations_are_those_of_a_forward_by_hand():
 
     Here they are computed again from the weights, one line of plain PyTorch a layer, for a model
     of one block. q, k and v are rows (head, 0..2, D) of the joint projection."""
-    config = TINY.replace(n_layers=1, input_mult=3.0, init_std=0.5)
+    config = CHECKED.replace(n_layers=1, input_mult=3.0, init_std=0.5)
     model = muP.init_weights(FLM(config), seed=1)
     w, block = dict(model.named_parameters()), model.layers["0"]
     tokens, _ = muP.text_batch(2, 32, 256)
@@ -128,7 +118,7 @@ def test_the_first_logits_shrink():
 def trained_loss(width: int, seed: int, steps: int) -> float:
     """Loss of a muP model after some steps on the same 8 rows."""
     tokens, targets = muP.text_batch(8, 32, 256)
-    model = muP.init_weights(FLM(muP.at_widths(TINY, [width])[width]), seed)
+    model = muP.init_weights(FLM(muP.at_widths(CHECKED, [width])[width]), seed)
     optimizer = torch.optim.AdamW(muP.param_groups(model, 0.01, 0.1), betas=(0.9, 0.95))
     for _ in range(steps):
         optimizer.zero_grad()

@@ -18,6 +18,7 @@ from course.checking import CHECKS, first_failure
 from course.student import Local
 from flm import FLM, Attention, FLMConfig, HeadLoss, KVCache, Norm, rotate, visible_slots
 from flm import xpos_tables
+from lab import publish
 from lab.timetable import order_of_work
 from lab.transfer import fit_law
 
@@ -150,6 +151,25 @@ def our_order(rank, ranks, micro_batches):
     return [(kind, micro) for kind, _, micro in work]
 
 
+OUR_QKV = "layers.0.attn.qkv.weight"
+
+
+def our_read_qkv(published, heads):
+    """lab.publish.to_ours of FLM-101B's layout."""
+    rows = published.shape[-1]
+    theirs = {"transformer.h.0.attn.c_attn.weight": published}
+    return publish.to_ours(theirs, {OUR_QKV: (rows,)}, "flm", rows // (3 * heads))[OUR_QKV]
+
+
+def our_write_qkv(ours, heads):
+    """lab.publish.to_theirs of Tele-FLM's layout."""
+    names = publish.GROUPS["granite"]["layers.N.attn.qkv"].split()
+    found = publish.to_theirs(
+        {OUR_QKV: ours}, dict.fromkeys(names), "granite", len(ours) // (3 * heads)
+    )
+    return tuple(found.values())
+
+
 # What tensor_parallel, grad_norm and iq_task ask for has no counterpart of the same form here: the
 # trainer leaves it to PyTorch's engine (tests/test_parallel.py), and the task is new.
 OURS = {
@@ -165,6 +185,7 @@ OURS = {
     "mup": Local(initial_std=our_initial_std, adamw_group=our_adamw_group),
     "loss_law": Local(fit_law=our_fit_law),
     "one_f_one_b": Local(order=our_order),
+    "published_qkv": Local(read_qkv=our_read_qkv, write_qkv=our_write_qkv),
 }
 CASES = [(name, check) for name in OURS for check in CHECKS[name]]
 

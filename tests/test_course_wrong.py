@@ -25,8 +25,6 @@ WRONG = {
             (", 2 * i + 1]", ", i + D // 2]"),
             (", 2 * i]", ", i]"),
         ],
-        "the exponents run to D/2": [("theta ** (-2 * i / D)", "theta ** (-i / D)")],
-        "zeta is not scaled to 1": [("+ 0.4) / 1.4", "+ 0.4)")],
     },
     "attention": {
         "the mask is aligned at the first key": [("torch.arange(S - T, S)", "torch.arange(T)")],
@@ -34,23 +32,15 @@ WRONG = {
             ("(k, v)\n", "(k[:, :, -T:], v[:, :, -T:])\n"),
         ],
         "a hidden score is 0": [('float("-inf")', "0.0")],
-        "a token does not see itself": [("key > query", "(key >= query) & (query > 0)")],
-        "divided by D, not by its root": [("** 0.5", "")],
     },
     "loss": {
-        "the last piece's gradient of the weight": [("d_weight += d.T", "d_weight = d.T")],
         "an unsupervised token keeps its softmax": [("d[row] = 0.0", "pass")],
         "no maximum is taken off": [
             ("        logits = logits - logits.max(dim=1, keepdim=True).values\n", "")
         ],
         "all logits at once": [("    for start in", "    rows = len(hidden)\n    for start in")],
-        "a mean over the tokens of a piece": [
-            ("log_p[row, t[row]]", "log_p[row, t[row]] / (stop - start)")
-        ],
     },
     "sampler": {
-        "every epoch has one order": [("noise(seed, epoch, row)", "noise(seed, row)")],
-        "drawn with replacement": [("return rows[place]", "return noise(seed, epoch, place) % n")],
         "the remainder in place of another round": [
             ("n < 2000", "n < 2"),
             ("if place < n:\n            return place", "if True:\n            return place % n"),
@@ -58,16 +48,12 @@ WRONG = {
         "a hash that differs between processes": [
             ("noise(seed, epoch, row))", "hash(f'{seed} {epoch} {row}'))"),
         ],
-        "a rounded count": [("sample * share >> 32,", "round(sample * share / 2**32),")],
         "a float": [("sample * share >> 32,", "int(sample * (share / 2**32) + 1e-9),")],
-        "a row at a fixed distance": [("return rows[place]", "return (place * 7 + seed) % n")],
     },
     "masked_norm": {
-        "divided by the number of all channels": [("mask.sum()", "mask.numel()")],
         "the variance counts all channels alike": [
             ("centred**2, share", "centred**2, torch.ones_like(share) / len(share)"),
         ],
-        "the output is not masked": [("mask * (gain * scaled + bias)", "gain * scaled + bias")],
         "the bias is not masked": [
             ("mask * (gain * scaled + bias)", "mask * gain * scaled + bias")
         ],
@@ -86,33 +72,18 @@ WRONG = {
         ],
         "every norm is multiplied": [('name.split(".")[0] == "norm"', '"norm" in name')],
         "the gain alone is multiplied": [('name.split(".")[0] == "norm"', 'name == "norm.weight"')],
-        "new entries are zeros": [("fresh.clone()", "0 * fresh")],
-        "the new entries of the last norm are multiplied too": [
-            (
-                "    return new",
-                "    return new * factor if False else new * (factor if old.dim() =="
-                " 1 and factor != 1 else 1)",
-            ),
-        ],
     },
     "grow_moments": {
         "the square is divided once": [("shrink**2 *", "shrink *")],
         "the steps begin again": [('state["step"].clone()', "torch.tensor(0.0)")],
         "multiplied as the weights are": [("1.0 / r if", "r if")],
-        "the gain alone": [('in ("norm.weight", "norm.bias")', '== "norm.weight"')],
-        "every norm": [('name in ("norm.weight", "norm.bias")', '"norm" in name')],
     },
     "mup": {
-        "divided by m, not by its root": [
-            ("** 2 / ratio(kind, config)", "** 2 / ratio(kind, config) ** 2")
-        ],
         "the fan-in of o is the width": [
             ('config["n_heads"] * config["head_dim"] / base', 'config["d_model"] / base')
         ],
         "the decay of the proxy": [("decay * m", "decay")],
         "down is not one of the branches": [('in ("o", "down")', 'in ("o",)')],
-        "biases decay": [('in ("norm", "bias")', '== "norm"')],
-        "the embedding is a matrix too": [('in ("qkv", "up")', 'in ("qkv", "up", "embedding")')],
     },
     "loss_law": {
         "no loss is left at infinity": [
@@ -130,14 +101,10 @@ WRONG = {
             ("level = losses.mean() - slope * x.mean()", "level = losses.min()"),
         ],
         "a grid and no more": [("range(60)", "range(0)")],
-        "b above -1": [("np.linspace(-4.0,", "np.linspace(-1.0,")],
-        "the units of N are forgotten": [("slope / np.median(N) ** b", "slope")],
     },
     "one_f_one_b": {
         "all forward passes first": [("first = ranks - 1 - rank", "first = micro_batches")],
         "one forward pass too many": [("first = ranks - 1 - rank", "first = ranks - rank")],
-        "the first rank begins with the fewest": [("first = ranks - 1 - rank", "first = rank")],
-        "as many as on the first rank": [("first = ranks - 1 - rank", "first = ranks - 1")],
         "backward passes of the newest": [
             (
                 '("B", i) for i in range(micro_batches - first, micro_batches)',
@@ -153,7 +120,6 @@ WRONG = {
             ),
         ],
         "the input's gradient is not summed": [("    dist.all_reduce(d_x)\n", "")],
-        "the mean in place of the sum": [("return y + bias,", "return y / 2 + bias,")],
         "the gradient of a half is summed too": [
             (
                 "    return y + bias, torch.mm(d_y, weight),",
@@ -167,12 +133,9 @@ WRONG = {
         "norms are added, not squares": [
             ("float((piece * piece).sum())", "float((piece * piece).sum()) ** 0.5")
         ],
-        "pieces count less, copies in full": [('== "replicate"', '== "shard"')],
         "short gradients become longer": [(" if norm > max_norm else 1.0", "")],
-        "the square in place of the norm": [("norm = square**0.5", "norm = square")],
     },
     "iq_task": {
-        "the split is in the seed alone": [("side(word) == split and ", "")],
         "only the query is divided": [
             ("side(word) == split", "(len(words) < 3 or side(word) == split)")
         ],
@@ -182,16 +145,22 @@ WRONG = {
                 "query[len(re.findall(r'Input: (\\w+)', prompt)[0]) - len(outputs[0]) :]",
             ),
         ],
-        "k is always 3": [("rng.choice((2, 3, 4))", "3")],
         "examples of one length": [
             ("keep, words =", "length = rng.randint(5, 9)\n    keep, words ="),
             ("range(rng.randint(5, 9))", "range(length)"),
             ("            words = []\n", "            pass\n"),
         ],
-        "a generator that remembers": [('rng = random.Random(f"{split}/{seed}")', "rng = random")],
+    },
+    "published_qkv": {
+        "v is permuted, too": [("if part == 2:", "if part == 3:")],
+        "the permutation the other way round": [
+            ("i // 2 + i % 2 * (D // 2) for", "2 * i % D + 2 * i // D for")
+        ],
+        "a bias has no layout": [
+            ("    D = len(rows)", "    if rows.dim() == 1:\n        return rows\n    D = len(rows)")
+        ],
     },
     "puzzle_block": {
-        "up is cut by columns": [('"up": "rows"', '"up": "columns"')],
         "added before it is summed": [('("z", "add", "x", "whole")', '("z", "add", "x", "part")')],
         "o is whole on each rank": [
             ('"o": "columns"', '"o": "whole"'),
@@ -199,12 +168,6 @@ WRONG = {
                 '("part", "linear", "mixed", "o"),\n        ("whole", "all_reduce", "part"),',
                 '("full", "all_gather", "mixed"),\n        ("whole", "linear", "full", "o"),',
             ),
-        ],
-        "no attention's norm": [
-            (
-                '("a", "norm", "x"),\n        ("heads", "linear", "a", "qkv")',
-                '("heads", "linear", "x", "qkv")',
-            )
         ],
         "a sum that is cut and gathered, twice": [
             (
@@ -255,7 +218,6 @@ WRONG = {
                 "group + i) for i in range(8)]\n        first",
             ),
         ],
-        "the first stage's gradients first": [("(rank + 4, rank)", "(rank, rank + 4)")],
     },
     "puzzle_memory": {
         "everything twice": [
@@ -297,10 +259,10 @@ def student():
 
 
 def test_every_assignment_has_three_wrong_solutions():
-    """Each assignment and puzzle has a starter, a right solution and at least three wrong ones."""
+    """Each assignment and puzzle has a starter, a right solution and three wrong ones."""
     for name in ASSIGNMENTS:
         assert (ROOT / f"course/starters/{name}.py").is_file()
-        assert (SOLUTIONS / f"{name}.py").is_file() and len(WRONG[name]) >= 3
+        assert (SOLUTIONS / f"{name}.py").is_file() and len(WRONG[name]) == 3
     assert set(WRONG) == set(ASSIGNMENTS)
 
 

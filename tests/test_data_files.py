@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 import shlex
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -13,53 +14,62 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-from data import prepare
+import textfiles
+from prepare import prepare
+from textfiles import Skipped, documents, find_files, read_parts
 
 
-def test_files_larger_than_a_block(tmp_path):
-    """A file of several read blocks whose characters straddle the borders of the blocks comes out
-    whole, without its byte order mark. A bad byte far inside is reported with its offset."""
-    text = "x" + "语言\n" * 400_000  # 2.8 MB; a block is no multiple of 7 or 3
-    block = data.BLOCK
+def read(path, field="text"):
+    """The documents of a file and what is none, part after part."""
+    return [found for part in read_parts(path, field) for found in documents(part, field)]
+
+
+@pytest.mark.parametrize("piece", [1000, 1 << 16])
+def test_a_file_of_several_parts(tmp_path, monkeypatch, piece):
+    """A file of several parts whose characters straddle the borders comes out whole, without its
+    byte order mark. One bad byte far inside costs the document around it, and is reported with its
+    offset."""
+    monkeypatch.setattr(textfiles, "PIECE", piece)
+    text = "x" + "语言\n" * 40_000  # 7 bytes a line
     path = tmp_path / "long.txt"
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    documents = list(data.read_text(path, "long", lambda n: None))
-    assert "".join(document.text for document in documents) == text
-    assert data.check_text([path]) == []
-    for place in (0, 5, block - 1, block, block + 1, 4 * block, 2_500_000):
-        raw = bytearray(b"y" * 2_600_000)
+    assert "".join(document.text for document in read(path)) == text
+    for place in (0, 5, piece - 1, piece, piece + 1, 199_000):
+        raw = bytearray(b"y" * 200_000)
         raw[place] = 0xFF
         path.write_bytes(raw)
-        problem = data.check_text([path])[1]
-        assert f"long.txt: the byte at offset {place} fits no UTF-8 character" in problem
+        found = read(path)
+        (bad,) = [one for one in found if isinstance(one, Skipped)]
+        assert f"the byte at offset {place} fits no UTF-8 character" in bad.detail
+        assert sum(len(one.text) for one in found if one is not bad) >= 200_000 - (1 << 16) - 3
     path.write_bytes(b"abc\xe8\xaf")  # a character cut off by the end of the file
-    assert "offset 3 " in data.check_text([path])[1]
+    assert "offset 3 " in read(path)[0].detail
 
 
 def test_stdlib_files():
     """The embedded corpus: sorted Python files, several megabytes, without tests and installed
     packages."""
-    files = data.stdlib_files()
+    files = textfiles.stdlib_files()
     assert files == sorted(files) and all(path.suffix == ".py" for path in files)
     assert sum(path.stat().st_size for path in files) > 5_000_000
     assert {"argparse.py", "typing.py"} <= {path.name for path in files}
-    root = Path(data.sysconfig.get_paths()["stdlib"])
+    root = Path(sysconfig.get_paths()["stdlib"])
     parts = {part for path in files for part in path.relative_to(root).parts}
     assert parts.isdisjoint({"test", "tests", "site-packages"})
-    assert data.check_text(files) == []
 
 
 def test_folders_are_walked(tmp_path):
     """A folder gives its text files of the stated suffixes, sorted; hidden ones and others stay
     out. A file given by itself may have any suffix."""
     names = "b.txt a/z.MD a/deep/code.py rows.jsonl picture.png .git/x.txt .hidden.txt".split()
+    names += "c.TXT.gz d.jsonl.zst e.parquet f.gz g.png.gz".split()
     for name in names:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
-    found = [path.relative_to(tmp_path).as_posix() for path in data.find_files(tmp_path)]
-    assert found == ["a/deep/code.py", "a/z.MD", "b.txt", "rows.jsonl"]
-    assert data.find_files(tmp_path / "picture.png") == [tmp_path / "picture.png"]
+    found = [path.relative_to(tmp_path).as_posix() for path in find_files(tmp_path)]
+    assert found == "a/deep/code.py a/z.MD b.txt c.TXT.gz d.jsonl.zst e.parquet rows.jsonl".split()
+    assert find_files(tmp_path / "picture.png") == [tmp_path / "picture.png"]
 
 
 def test_links_to_folders_are_followed(tmp_path):
@@ -74,7 +84,7 @@ def test_links_to_folders_are_followed(tmp_path):
     (tmp_path / "d" / "sub" / "up").symlink_to("..")
     (tmp_path / "other" / "back").symlink_to("../d/sub")
     (tmp_path / "d" / "loop").symlink_to("loop")
-    found = data.find_files(tmp_path / "d")
+    found = find_files(tmp_path / "d")
     assert found == sorted(found) and len(found) == 3
     assert {path.read_text() for path in found} == {"d/a.txt", "d/sub/b.txt", "other/c.txt"}
 
@@ -91,7 +101,7 @@ def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
     with pytest.raises(PermissionError, match="closed"):
-        data.find_files(tmp_path / "d")
+        find_files(tmp_path / "d")
 
 
 def test_ndjson_is_read_as_json_lines(tmp_path):
@@ -130,13 +140,11 @@ def test_the_advice_fits_the_encoding(tmp_path, encoding, repeat):
     text = ascii_first + TEXTS[encoding] * 20
     path = tmp_path / "it's here.txt"
     path.write_bytes(text.encode(encoding))
-    with pytest.raises(ValueError) as error:
-        prepare({"s": [tmp_path]}, tmp_path / "out", BYTES, progress=False)
-    command = shlex.split(str(error.value).split(": ")[-1])
+    advice = [found.detail for found in read(path) if isinstance(found, Skipped)][0]
+    command = shlex.split(advice.split(": ")[-1])
     assert command[:2] == ["iconv", "-f"] and command[3:5] == ["-t", "UTF-8"]
     assert command[5:] == [str(path), ">", str(tmp_path / "it's here-utf8.txt")]
     assert path.read_bytes().decode(command[2]) == text
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -149,45 +157,43 @@ def test_no_encoding_is_better_than_a_wrong_one(encoding):
     chinese = "人人生而自由，在尊嚴和權利上一律平等。\n"
     texts = {"iso8859-7": greek, "big5": chinese}
     text = texts.get(encoding, "Все люди рождаются свободными и равными в своём достоинстве\n")
-    assert data.iconv_options(text.encode(encoding) * 20) == "-f ENCODING"
+    assert textfiles.iconv_options(text.encode(encoding) * 20) == "-f ENCODING"
 
 
 @given(st.integers(0, 2000), st.sampled_from([b"\xff", b"\xe8", b"\x80\x80"]))
 def test_damaged_utf8_is_no_other_encoding(place, damage):
     """Where most of what is not ASCII is UTF-8, the advice is to leave the damage out."""
     raw = "Füße, 语言, été, は\n".encode() * 100
-    assert data.iconv_options(raw[:place] + damage + raw[place:]) == "-c -f UTF-8"
+    assert textfiles.iconv_options(raw[:place] + damage + raw[place:]) == "-c -f UTF-8"
 
 
-def test_unreadable_files_are_refused_together(tmp_path):
-    """All files of all sources that are no text are counted, ten are named, each with what fits it:
-    a compressed file is told to be unpacked, binary data to be left out. Nothing is tokenized."""
+def test_files_that_are_no_text_are_told(tmp_path):
+    """Documents that are no text are counted, some named, each with what fits it: a compressed file
+    is told to be unpacked, binary data to be left out. What is text is read."""
     text = "hello\n" * 100
     contents = {
         "a.txt": gzip.compress(text.encode()),
         "b.md": bz2.compress(text.encode()),
         "c.jsonl": lzma.compress(text.encode()),
-        "d.txt.gz": gzip.compress(text.encode()),
         "e.py": bytes(range(256)) * 10,
         "f.txt": text.encode()[:50] + b"\xff" + text.encode(),
         **{f"g{i}.txt": "é à\n".encode("latin-1") for i in range(10, 20)},
         "good.txt": text.encode(),
+        "other.txt": text.encode()[1:],
     }
     for name, raw in contents.items():
         (tmp_path / name).write_bytes(raw)
-    sources = {"all": [tmp_path], "named": [tmp_path / "d.txt.gz"]}
-    with pytest.raises(ValueError) as error:
-        prepare(sources, tmp_path / "out", BYTES, progress=False)
-    first, *lines = str(error.value).replace(f"{tmp_path}/", "").splitlines()
-    assert "16 of 17 files" in first and "and 6 more" in lines[-1] and len(lines) == 11
-    assert "  a.txt: compressed data: gzip -dc a.txt > a-utf8.txt" in lines
-    assert "  b.md: compressed data: bzip2 -dc b.md > b-utf8.md" in lines
-    assert "  c.jsonl: compressed data: xz -dc c.jsonl > c-utf8.jsonl" in lines
-    assert [line for line in lines if "e.py: binary data: leave it out" in line]
-    assert [line for line in lines if "f.txt: the byte at offset 50 fits no UTF-8" in line]
-    with pytest.raises(ValueError, match="gzip -dc .*d.txt.gz > .*d-utf8.txt$"):
-        prepare({"named": [tmp_path / "d.txt.gz"]}, tmp_path / "out", BYTES, progress=False)
-    assert not (tmp_path / "out").exists()
+    meta = prepare({"all": [tmp_path]}, tmp_path / "out", BYTES, progress=False)
+    found = meta["skipped"]["not UTF-8 text"]
+    assert found["count"] == 15 and len(found["examples"]) == 10
+    lines = [": ".join(one).replace(f"{tmp_path}/", "") for one in found["examples"]]
+    assert "a.txt: compressed data: gzip -dc a.txt > a-utf8.txt" in lines
+    assert "b.md: compressed data: bzip2 -dc b.md > b-utf8.md" in lines
+    assert any(line.startswith("c.jsonl: line 1: its byte") for line in lines)
+    assert any("e.py: binary data: leave it out" in line for line in lines)
+    assert any("f.txt: the byte at offset 50 fits no UTF-8" in line for line in lines)
+    texts = [documents_in(tmp_path / "out", meta, split)["all"] for split in ("train", "val")]
+    assert sorted(texts[0] + texts[1]) == sorted([text, text[1:]])
 
 
 @given(st.text(max_size=200))
@@ -197,7 +203,7 @@ def test_text_is_text(text):
         path = Path(folder, "t.txt")
         path.write_text("some words before" + text + "\0", encoding="utf-8", newline="")
         if text.count("\0") < 5:
-            assert data.bad_byte(path) is None
+            assert not any(isinstance(found, Skipped) for found in read(path))
 
 
 def test_files_that_are_left_out_are_told(tmp_path, capsys, monkeypatch):
@@ -205,13 +211,13 @@ def test_files_that_are_left_out_are_told(tmp_path, capsys, monkeypatch):
     before the work; where nothing is left out, nothing is said."""
     monkeypatch.chdir(tmp_path)
     Path("d/.git").mkdir(parents=True)
-    names = ["a.txt", "b.txt", ".hidden.txt", "c.gz", "README", *(f"{i:02}.PNG" for i in range(12))]
+    names = ["a.txt", "b.txt", ".hidden.txt", "c.xz", "README", *(f"{i:02}.PNG" for i in range(12))]
     for name in names:
         Path("d", name).write_text(name)
     Path("d", "broken.txt").symlink_to("nowhere")
     data.main(["prepare", "d", "--out", "o"])
     printed = capsys.readouterr().out.split("source  ")[0]
-    assert "1 .gz: d/c.gz\n" in printed and "2 hidden: d/.git, d/.hidden.txt\n" in printed
+    assert "1 .xz: d/c.xz\n" in printed and "2 hidden: d/.git, d/.hidden.txt\n" in printed
     assert "1 without suffix: d/README\n" in printed
     assert "1 no regular files: d/broken.txt\n" in printed
     assert "12 .png: d/00.PNG, " in printed and "d/09.PNG\n  and 2 more\n" in printed

@@ -1,5 +1,7 @@
-"""Where a prepared folder is made: whole or not there, whoever stands in the way."""
+"""Where a prepared folder is made: it is whole or says that it is not, whoever stands in the way,
+and what is done is not done again."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,17 +9,33 @@ import sys
 from pathlib import Path
 
 import pytest
-from data_helpers import BYTES, make, words
+from data_helpers import BYTES, make, words, write_rows
+from hypothesis import given
+from hypothesis import strategies as st
+from processes import process_tree
 
-import data
-from data import Corpus, prepare, prepare_once
+import prepare as preparing
+import textfiles
+from data import Corpus
+from prepare import prepare, prepare_once
 
-ROOT = Path(data.__file__).parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+ROOT = Path(preparing.__file__).parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def names(folder):
     return sorted(path.name for path in Path(folder).iterdir())
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """A text of a few hundred kilobytes has some tens of pieces."""
+    for module in (preparing, textfiles):
+        monkeypatch.setattr(module, "PIECE", 20_000)
 
 
 @pytest.fixture
@@ -29,65 +47,168 @@ def text(tmp_path):
     return path
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full: always full")
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    """When the disk is full the error is one line that says so, and neither the folder nor a part
-    of it is left."""
-    (tmp_path / "text.txt").write_text("hello\n" * 50_000)
-
-    def full(path, mode):
-        return open("/dev/full" if mode == "wb" else path, mode)
-
-    monkeypatch.setattr(data, "open", full, raising=False)
-    with pytest.raises(OSError, match="No space left") as error:
-        prepare({"s": [tmp_path / "text.txt"]}, tmp_path / "out", BYTES, progress=False)
-    assert "\n" not in str(error.value) and "nothing is left" in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+# --------------------------------------------------------------------------------------------------
+# What is done is not done again
 
 
-def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
-    """Ctrl-C in the middle leaves neither the folder nor a part of it; threads end."""
-    (tmp_path / "text.txt").write_text("hello\n" * 500_000)
-    blocks = []
+@contextlib.contextmanager
+def stopping(monkeypatch, after, error):
+    """So many pieces are tokenized, then comes an error; the list of the pieces that were."""
+    tokenized, whole = [], preparing.documents
 
-    def advance(path, source, update):
-        for document in data_read_text(path, source, update):
-            blocks.append(document)
-            if len(blocks) == 100:
-                raise KeyboardInterrupt
-            yield document
+    def documents(part, *options):
+        if part.before not in tokenized:
+            if len(tokenized) == after:
+                raise error
+            tokenized.append(part.before)
+        return whole(part, *options)
 
-    data_read_text = data.read_text
-    monkeypatch.setattr(data, "read_text", advance)
-    with pytest.raises(KeyboardInterrupt):
-        prepare({"s": [tmp_path / "text.txt"]}, tmp_path / "out", BYTES, progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "documents", documents)
+        yield tokenized
 
 
-def test_a_kill_leaves_no_folder_and_the_next_try_works(tmp_path):
-    """After kill -9 in the middle of writing, the folder is not there, and preparing it again
-    works."""
-    (tmp_path / "text.txt").write_text("".join(f"hello {i}\n" for i in range(100_000)))
-    program = """if True:
-        import os, signal, sys, data
-        whole = data.hold_out
-        def killed(*arguments):
-            for number, item in enumerate(whole(*arguments)):
-                if number == 20:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                yield item
-        data.hold_out = killed
-        data.prepare({"s": ["text.txt"]}, "out", data.get_tokenizer("bytes"), progress=False)"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=ENVIRONMENT)
-    assert done.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
-    prepare({"s": [tmp_path / "text.txt"]}, tmp_path / "out", BYTES, progress=False)
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("after", [0, 1, 7])
+def test_the_same_call_goes_on(text, tmp_path, monkeypatch, small_pieces, error, after):
+    """After Ctrl-C or a full disk the folder is not whole, and says so. The same call goes on with
+    the pieces that are missing, and writes what it would have written at once."""
+    prepare({"s": [text]}, tmp_path / "whole", BYTES, workers=1, progress=False)
+    out = tmp_path / "out"
+    with stopping(monkeypatch, after, error) as first, pytest.raises(type(error)) as raised:
+        prepare({"s": [text]}, out, BYTES, workers=1, progress=False)
+    if isinstance(error, OSError):
+        assert "out is not finished: [Errno 28] No space left" in str(raised.value)
+        assert f"rm -r {out}" in str(raised.value) and "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match="not finished: repeat the command"):
+        Corpus(out, 16)
+    with stopping(monkeypatch, 1000, error) as second:
+        prepare({"s": [text]}, out, BYTES, workers=1, progress=False)
+    assert len(first) == after and not set(first) & set(second) and len(first + second) > 20
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+KILLED = """if True:
+    import os, signal, sys, prepare, textfiles, tokenizer
+    prepare.PIECE = textfiles.PIECE = 20_000
+    prepare.MANY = 1
+    whole, count = getattr(prepare, sys.argv[1]), 0
+    def killed(*arguments, **options):
+        global count
+        count += 1
+        if count == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*arguments, **options)
+    setattr(prepare, sys.argv[1], killed)
+    sources = {"s": ["in/text.txt"]}
+    options = {"teacher": ["in/t.jsonl"], "workers": int(sys.argv[3]), "progress": False}
+    prepare.prepare(sources, "out", tokenizer.get_tokenizer("bytes"), **options)"""
+
+
+@pytest.mark.parametrize(
+    "place, count, workers",
+    [
+        ("append_piece", 1, 1),
+        ("append_to_shard", 8, 1),
+        ("replace_file", 11, 1),
+        ("append_piece", 9, 2),
+        ("write_meta", 1, 1),
+    ],
+)
+def test_kill_9_at_any_place(text, tmp_path, small_pieces, place, count, workers):
+    """Killed before a piece is appended, between its two halves, before the state is written, with
+    worker processes, and before meta.json: the next call completes the same bytes."""
+    items = [{"text": t, "proposition": "So.", "label": i % 2} for i, t in enumerate(words(40))]
+    teacher = write_rows(text.parent / "t.jsonl", items)
+    command = [sys.executable, "-c", KILLED, place, str(count), str(workers)]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT)
+    assert done.returncode == -signal.SIGKILL
+    with pytest.raises(ValueError, match="not finished"):
+        Corpus(tmp_path / "out", 16)
+    for out in ("out", "whole"):
+        options = {"teacher": [teacher], "workers": 1, "progress": False}
+        prepare({"s": [text]}, tmp_path / out, BYTES, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_workers_end_with_their_parent(text, tmp_path):
+    """After kill -9 of the command its worker processes end, too."""
+    program = KILLED.replace("os.kill(os.getpid(), signal.SIGKILL)", "print('at work', flush=True)")
+    program = program.replace("return whole", "time.sleep(1000); return whole")
+    program = program.replace("import os,", "import os, time,")
+    write_rows(text.parent / "t.jsonl", [])
+    command = [sys.executable, "-c", program, "append_piece", "1", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"at work\n"
+    workers = set(process_tree(process.pid)) - {process.pid}
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    process.stdout.read()  # ends when no worker holds the pipe any more
+    process.stdout.close()
+
+
+def test_a_killed_worker_is_an_error_of_one_line(text, tmp_path, small_pieces, monkeypatch):
+    """A worker process that the system kills, as it does where the memory is full, ends the command
+    with a line that says so; the same call goes on."""
+    monkeypatch.setattr(preparing, "MANY", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "hash64", lambda text: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(OSError, match=r"a worker process was killed.*--workers N.*goes on"):
+            prepare({"s": [text]}, tmp_path / "out", BYTES, workers=2, progress=False)
+    prepare({"s": [text]}, tmp_path / "out", BYTES, progress=False)
     assert Corpus(tmp_path / "out", 16).n_rows("val", "language") > 0
+
+
+def test_a_full_disk(text, tmp_path):
+    """A file that may not grow any further is an error of one line from the command, with exit code
+    2; with more room the same command completes the folder."""
+    limited = (
+        "import resource, signal, sys, console, prepare, tokenizer; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY)); "
+        "bytes = tokenizer.get_tokenizer('bytes'); "
+        "console.run(lambda: prepare.prepare({'s': ['in']}, 'out', bytes) and 0)"
+    )
+    for limit, code in ((300_000, 2), (10**7, 0)):
+        command = [sys.executable, "-c", limited, str(limit)]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stderr
+        if code:
+            assert "out is not finished: [Errno 27] File too large" in done.stderr
+            assert "Traceback" not in done.stderr
+    assert Corpus(tmp_path / "out", 16).n_rows("train", "language") > 0
+
+
+def test_other_work_is_not_thrown_away(text, tmp_path, monkeypatch, small_pieces):
+    """Another command, or the same one after a file has changed, does not go on with unfinished
+    work, and does not remove it: it says so. What it advises works."""
+    out = tmp_path / "out"
+    with stopping(monkeypatch, 5, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        prepare({"s": [text]}, out, BYTES, workers=1, progress=False)
+    before = contents(out / "unfinished")
+    for change in ({"val_fraction": 0.2}, {"field": "content"}, {"val": {"v": [text]}}):
+        with pytest.raises(ValueError, match="unfinished work of another command"):
+            prepare({"s": [text]}, out, BYTES, progress=False, **change)
+    text.write_text("other text\n" * 9000)
+    with pytest.raises(ValueError, match=f"or remove it with rm -r {out}"):
+        prepare({"s": [text]}, out, BYTES, progress=False)
+    assert contents(out / "unfinished") == before
+    subprocess.run(["rm", "-r", out], check=True)
+    text.write_text("".join(f"other text {i}\n" for i in range(9000)))
+    prepare({"s": [text]}, out, BYTES, progress=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# The place
 
 
 @pytest.mark.parametrize("by_link", [False, True])
 def test_an_empty_folder_stays_the_same_folder(text, tmp_path, by_link):
-    """An empty folder is filled and never replaced: it may be a mount point, where renaming fails
-    after all the work. A link to an empty folder stays a link."""
+    """An empty folder is filled and never replaced: it may be a mount point. A link to an empty
+    folder stays a link."""
     out = target = tmp_path / "target"
     target.mkdir()
     before = target.stat().st_ino
@@ -107,67 +228,83 @@ def test_a_link_to_nowhere_is_made_real(text, tmp_path):
     assert Corpus(tmp_path / "some" / "where", 16).digest == Corpus(tmp_path / "link", 16).digest
 
 
-def test_an_error_leaves_an_empty_folder_empty(text, tmp_path, monkeypatch):
-    """After an error in the middle, the empty folder that was there is there, and empty."""
-    (tmp_path / "out").mkdir()
+def test_what_cannot_be_completed_leaves_nothing(tmp_path):
+    """After a mistake that only the text shows, no folder is left, nor a part of it."""
+    (tmp_path / "text.txt").write_text("one document")
+    with pytest.raises(ValueError, match="two different documents"):
+        prepare({"s": [tmp_path / "text.txt"]}, tmp_path / "a" / "out", BYTES, progress=False)
+    assert names(tmp_path / "a") == []
 
-    def broken(*_):
-        raise OSError("broken")
 
-    monkeypatch.setattr(data, "shares_of_rows", broken)
-    with pytest.raises(OSError, match="out was not made, and nothing is left of it: broken"):
+def test_a_folder_that_may_not_be_written(text, tmp_path, monkeypatch):
+    """Where no folder can be made, the system's reason is told, and nothing is tried before."""
+
+    def mkdir(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(PermissionError, match="Permission denied.*out"):
         prepare({"s": [text]}, tmp_path / "out", BYTES, progress=False)
-    assert names(tmp_path / "out") == []
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_leftovers_of_killed_processes_do_not_matter(text, tmp_path, inside):
-    """A temporary folder that a killed process left, beside `out` or in it, hinders nobody, also
-    where process numbers repeat; it is not touched."""
-    place = tmp_path / "out" if inside else tmp_path
-    leftovers = [place / f"out.part-{name}" for name in (os.getpid(), 1, "abcdefgh")]
-    for leftover in leftovers:
-        leftover.mkdir(parents=True)
-    prepare({"s": [text]}, tmp_path / "out", BYTES, progress=False)
-    assert all(leftover.is_dir() for leftover in leftovers)
-    assert Corpus(tmp_path / "out", 16).n_rows("train", "language") > 0
 
 
 def test_a_folder_that_others_can_read(text, tmp_path):
-    """A new folder has the permissions of any new folder, not of a private temporary one."""
+    """A new folder has the permissions of any new folder."""
     prepare({"s": [text]}, tmp_path / "out", BYTES, progress=False)
     (tmp_path / "other").mkdir()
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "out").iterdir()} == {text.stat().st_mode}
 
 
-@pytest.mark.parametrize("is_there", [False, True])
-def test_the_second_of_two_uses_the_folder_of_the_first(text, tmp_path, monkeypatch, is_there):
-    """While one process prepares a folder another one makes it: `prepare` says so and changes
-    nothing, `prepare_once` uses it."""
+# --------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def test_two_processes_at_once(text, tmp_path):
+    """Two processes that start together both end well, and leave one whole folder: the second waits
+    for the first and uses what it made."""
+    program = (
+        "import prepare, tokenizer; "
+        "prepare.prepare_once({'s': ['in/text.txt']}, 'out', tokenizer.get_tokenizer('bytes'))"
+    )
+    command = [sys.executable, "-c", program]
+    started = [subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT) for _ in range(2)]
+    assert [process.wait() for process in started] == [0, 0]
+    assert names(tmp_path) == ["in", "out"] and Corpus(tmp_path / "out", 16)
+
+
+def overtake(monkeypatch, action):
+    """Another process does `action` while this one waits for the lock."""
+    whole = preparing.locked
+
+    def locked(out):
+        monkeypatch.setattr(preparing, "locked", whole)
+        action()
+        return whole(out)
+
+    monkeypatch.setattr(preparing, "locked", locked)
+
+
+def test_the_second_of_two_uses_the_folder_of_the_first(text, tmp_path, monkeypatch):
+    """While one process waits for a folder another one makes it: `prepare` says so and changes
+    nothing, `prepare_once` uses it. While one waits to append another appends: it is said."""
     out = tmp_path / "out"
-    if is_there:
-        out.mkdir()
-    whole = data.shares_of_rows
-
-    def overtaken(*arguments):
-        monkeypatch.setattr(data, "shares_of_rows", whole)
-        prepare({"other": [text]}, out, BYTES, progress=False)
-        return whole(*arguments)
-
-    monkeypatch.setattr(data, "shares_of_rows", overtaken)
+    make_other = lambda: prepare({"other": [text]}, out, BYTES, progress=False)  # noqa: E731
+    overtake(monkeypatch, make_other)
     prepare_once({"mine": [text]}, out, BYTES)
-    assert Corpus(out, 16).meta["sources"][0]["name"] == "other"
-    assert names(tmp_path) == ["in", "out"]
-    before = [path.read_bytes() for path in sorted(out.iterdir())]
+    before = contents(out)
+    assert Corpus(out, 16).names == ["other"]
     prepare_once({"mine": [text]}, out, BYTES)
-    assert [path.read_bytes() for path in sorted(out.iterdir())] == before
-
-    again = tmp_path / "again"
-    monkeypatch.setattr(data, "shares_of_rows", overtaken)
-    out = again
-    with pytest.raises(OSError, match="again was not made.*another process filled it meanwhile"):
-        prepare({"mine": [text]}, again, BYTES, progress=False)
-    assert Corpus(again, 16).meta["sources"][0]["name"] == "other"
+    add = lambda: prepare({"more": [text]}, out, BYTES, append=True, progress=False)  # noqa: E731
+    assert contents(out) == before
+    overtake(monkeypatch, add)
+    with pytest.raises(ValueError, match="has just changed: repeat the command"):
+        prepare({"mine": [text]}, out, BYTES, append=True, progress=False)
+    assert Corpus(out, 16).names == ["other", "more"]
+    out = tmp_path / "again"
+    overtake(monkeypatch, lambda: prepare({"other": [text]}, out, BYTES, progress=False))
+    with pytest.raises(ValueError, match="again is there already.*--append"):
+        prepare({"mine": [text]}, out, BYTES, progress=False)
+    assert Corpus(out, 16).names == ["other"]
 
 
 def test_an_error_of_prepare_once_is_told(tmp_path):
@@ -176,29 +313,24 @@ def test_an_error_of_prepare_once_is_told(tmp_path):
         prepare_once({"s": [tmp_path / "absent"]}, tmp_path / "out", BYTES)
 
 
-def test_two_processes_at_once(text, tmp_path):
-    """Two processes that start together both end well, and leave one whole folder."""
-    program = (
-        "import data; data.prepare_once({'s': ['in/text.txt']}, 'out', data.get_tokenizer('bytes'))"
-    )
-    started = [
-        subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=ENVIRONMENT)
-        for _ in range(2)
-    ]
-    assert [process.wait() for process in started] == [0, 0]
-    assert names(tmp_path) == ["in", "out"] and Corpus(tmp_path / "out", 16)
+# --------------------------------------------------------------------------------------------------
+# The digest
 
 
 def test_the_digest_tells_texts_apart(tmp_path):
     """The digest is the same for the same text, wherever the folder lies; it is another one for one
-    changed letter, which changes no count, for other weights, and for a changed label."""
+    changed letter, which changes no count, for other weights, for a changed label, and for two
+    documents that change places."""
     items = [{"text": f"{i}", "proposition": "Odd.", "label": i % 2} for i in range(40)]
+    swapped = words(50)
+    swapped[3], swapped[4] = swapped[4], swapped[3]
     corpora = {
         "first": (words(50), {}, items),
         "same": (words(50), {}, items),
         "letter": (["X" + text[1:] for text in words(50)], {}, items),
         "weight": (words(50), {"b": 0.3}, items),
         "label": (words(50), {}, [items[0] | {"label": 1}, *items[1:]]),
+        "order": (swapped, {}, items),
     }
     digests = {}
     for name, (documents, weights, teacher) in corpora.items():
@@ -206,4 +338,21 @@ def test_the_digest_tells_texts_apart(tmp_path):
         texts = {"a": documents, "b": words(50, seed=1)}
         out, _ = make(tmp_path / name, texts, weights=weights, teacher=teacher)
         digests[name] = Corpus(out, 64).digest
-    assert digests["first"] == digests["same"] and len(set(digests.values())) == 4
+    assert digests["first"] == digests["same"] and len(set(digests.values())) == 5
+
+
+@given(st.lists(st.integers(0, 2**64 - 1)), st.integers(0, 10), st.integers(0, 10))
+def test_counts_of_parts_join(hashes, one, other):
+    """The digest of documents does not depend on how they were divided into pieces: joined in any
+    way it is the polynomial in the base, with the hashes as coefficients, computed as it stands."""
+
+    def counts(part):
+        base, modulus = preparing.BASE, preparing.MODULUS
+        total = sum(h * base ** (len(part) - 1 - k) for k, h in enumerate(part)) % modulus
+        return preparing.NOTHING | {"documents": len(part), "digest": f"{total:x}"}
+
+    first, last = sorted((min(one, len(hashes)), min(other, len(hashes))))
+    parts = [counts(hashes[:first]), counts(hashes[first:last]), counts(hashes[last:])]
+    left = preparing.joined(preparing.joined(parts[0], parts[1]), parts[2])
+    right = preparing.joined(parts[0], preparing.joined(parts[1], parts[2]))
+    assert left == right == counts(hashes)

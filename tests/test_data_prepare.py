@@ -25,7 +25,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import data
-from data import prepare
+import prepare as preparing
+import textfiles
+from prepare import prepare
+from textfiles import stdlib_files
 
 ROOT = Path(data.__file__).parent
 
@@ -100,29 +103,22 @@ def test_a_small_corpus_has_a_held_out_document(tmp_path):
         assert not (folder / "out").exists()
 
 
-def test_output_does_not_depend_on_the_workers(tmp_path, tokenizer):
-    """One, two or five threads write the same bytes."""
-    files = data.stdlib_files()[:60]
-    teacher = tmp_path / "t.jsonl"
-    teacher.write_text(
-        "".join(
-            json.dumps({"text": w, "proposition": "It is so.", "label": i % 2}) + "\n"
-            for i, w in enumerate(words(300))
-        )
-    )
-    contents = []
+def test_output_does_not_depend_on_the_workers(tmp_path, tokenizer, monkeypatch):
+    """One, two or five processes write the same bytes, also where pieces are small."""
+    files = stdlib_files()[:60]
+    items = [
+        {"text": w, "proposition": "It is so.", "label": i % 2} for i, w in enumerate(words(300))
+    ]
+    teacher, contents = write_rows(tmp_path / "t.jsonl", items), []
+    for module in (preparing, textfiles):
+        monkeypatch.setattr(module, "PIECE", 10_000)
+    monkeypatch.setattr(preparing, "MANY", 1)  # processes, however little text there is
     for workers in (1, 2, 5):
         out = tmp_path / f"out-{workers}"
-        prepare(
-            {"a": files[:30], "b": files[30:]},
-            out,
-            tokenizer,
-            teacher=[teacher],
-            workers=workers,
-            progress=False,
-        )
+        options = {"teacher": [teacher], "workers": workers, "progress": False}
+        prepare({"a": files[:30], "b": files[30:]}, out, tokenizer, **options)
         contents.append({path.name: path.read_bytes() for path in out.iterdir()})
-    assert contents[0] == contents[1] == contents[2] and len(contents[0]) == 7
+    assert contents[0] == contents[1] == contents[2] and len(contents[0]) == 8
 
 
 def test_text_files_folders_and_jsonl(tmp_path):
@@ -190,9 +186,9 @@ def test_bad_requests_name_everything_at_once(tmp_path):
         prepare({}, tmp_path / "out", BYTES)
 
 
-def test_bad_lines_are_all_named(tmp_path):
-    """Every bad line of a .jsonl file is named with its number; at most ten; none of the good lines
-    is blamed."""
+def test_bad_lines_are_told(tmp_path):
+    """Every bad line of a .jsonl file is left out and counted by what is wrong with it, with its
+    number, at most three of a kind and file; the good lines are read."""
     good = {"text": "t", "proposition": "p", "label": 1}
     lines = [
         json.dumps(good),
@@ -210,22 +206,37 @@ def test_bad_lines_are_all_named(tmp_path):
         json.dumps(good | {"text": "u"}),
     ]
     text, teacher = tmp_path / "text.txt", tmp_path / "t.jsonl"
-    text.write_text("hello\n" * 10_000)
+    text.write_text("".join(f"hello {i}\n" for i in range(10_000)))
     teacher.write_text("\n".join(lines))
+    meta = prepare({"s": [text]}, tmp_path / "out", BYTES, teacher=[teacher], progress=False)
+    found = {
+        reason: (one["count"], [detail for _, detail in one["examples"]])
+        for reason, one in meta["skipped"].items()
+    }
+    label = "the field 'label' must be 0 or 1"
+    assert found[label] == (4, ["line 3: it is 2", "line 4: it is true", 'line 7: it is "1"'])
+    assert found["the field 'text' must be text"] == (1, ["line 8: it is 5"])
+    proposition = found["the field 'proposition' must be text"]
+    assert proposition == (2, ["line 6: it is missing", 'line 10: it is "\\ud83d"'])
+    assert found["a line that is no JSON object"] == (1, ["line 9: [1, 2]"])
+    assert found["broken JSON"][0] == 2 and len(found) == 5
+    assert meta["teacher"]["train"]["documents"] + meta["teacher"]["val"]["documents"] == 2
+    printed = data.summary(meta)
+    assert "4 x the field 'label'" in printed and f"{teacher}: line 3: it is 2" in printed
+
+
+def test_only_bad_lines_are_an_error(tmp_path):
+    """Where nothing is left to train on, the error says what was left out, and nothing is made."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(b'{"content": "a"}\n{"text": "\xff"}\n')
     with pytest.raises(ValueError) as error:
-        prepare({"s": [text]}, tmp_path / "out", BYTES, teacher=[teacher], progress=False)
-    named = [int(line.split("line ")[1].split(":")[0]) for line in str(error.value).splitlines()]
-    assert named == [2, 3, 4, 6, 7, 8, 9, 10, 11, 12]
-    assert "'label' must be 0 or 1, but is true" in str(error.value)
-    assert "'proposition' must be text, but is missing" in str(error.value)
-    teacher.write_text("x\n" * 5000)
-    with pytest.raises(ValueError) as error:
-        prepare({"s": [teacher]}, tmp_path / "out", BYTES, progress=False)
-    assert 10 <= len(str(error.value).splitlines()) <= 11
-    teacher.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    with pytest.raises(ValueError, match="t.jsonl: the byte at offset 24 fits no UTF-8"):
-        prepare({"s": [teacher]}, tmp_path / "out", BYTES, progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.jsonl", "text.txt"]
+        prepare({"s": [rows]}, tmp_path / "out", BYTES, progress=False)
+    assert "line 1: it is missing" in str(error.value)
+    assert "line 2: its byte 10 fits no character" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    rows.write_bytes(b"".join(b'{"content": "%d"}\n' % i for i in range(9)))
+    meta = prepare({"s": [rows]}, tmp_path / "out", BYTES, field="content", progress=False)
+    assert sum(meta["sources"][0][split]["documents"] for split in ("train", "val")) == 9
 
 
 def test_a_source_left_without_training_text(tmp_path):
@@ -280,12 +291,13 @@ def test_names_of_inputs(tmp_path, monkeypatch):
 
     def record(sources, out, tokenizer, **options):
         asked.update(options, sources=sources)
-        return {"sources": [], "teacher": None, "tokenizer": {"name": "bytes", "n_vocab": 257}}
+        tokenizer = {"name": "bytes", "n_vocab": 257}
+        return {"sources": [], "teacher": None, "tokenizer": tokenizer, "skipped": {}}
 
     monkeypatch.setattr(data, "prepare", record)
     words = "prepare a.txt a=b.txt c=d.txt stdlib --out o --weight a=0.25 --weight c=d=2"
     data.main(words.split())
-    stdlib = data.stdlib_files()
+    stdlib = stdlib_files()
     assert asked["sources"] == {"a": ["a.txt", "b.txt"], "c=d": ["c=d.txt"], "stdlib": stdlib}
     assert asked["weights"] == {"a": 0.25, "c=d": 2.0}
     for wrong in ("zh", "zh=much"):
@@ -294,25 +306,32 @@ def test_names_of_inputs(tmp_path, monkeypatch):
 
 
 def test_the_bar_shows_every_byte(tmp_path, monkeypatch):
-    """The bar counts the bytes of all files, of every kind, and ends at their sum."""
+    """The bar counts the bytes of all files of a signal, of every kind, and ends at their sum."""
     write_rows(tmp_path / "a.jsonl", [{"text": text} for text in words(50)])
     (tmp_path / "b.txt").write_text("α line\n" * 100_000)
     items = [{"text": text, "proposition": "So.", "label": 0} for text in words(30)]
     teacher = write_rows(tmp_path / "t.jsonl", items)
     bars = []
 
-    class Bar(contextlib.nullcontext):
-        def __init__(self, total, **_):
-            super().__init__()
-            self.total, self.seen = total, []
-            self.update = self.seen.append
+    class Bar(contextlib.AbstractContextManager):
+        def __init__(self, total, initial, **_):
+            self.total, self.n, self.steps = total, initial, 0
             bars.append(self)
 
-    monkeypatch.setattr(data, "tqdm", Bar)
+        def __exit__(self, *_):
+            pass
+
+        def update(self, n):
+            self.n, self.steps = self.n + n, self.steps + 1
+
+    for module in (preparing, textfiles):
+        monkeypatch.setattr(module, "PIECE", 10_000)
+    monkeypatch.setattr(preparing, "tqdm", Bar)
     sources = {"s": [tmp_path / "a.jsonl", tmp_path / "b.txt"]}
     prepare(sources, tmp_path / "out", BYTES, teacher=[teacher])
-    size = sum((tmp_path / name).stat().st_size for name in ("a.jsonl", "b.txt", "t.jsonl"))
-    assert bars[0].total == sum(bars[0].seen) == size and len(bars[0].seen) > 80
+    sizes = [(tmp_path / name).stat().st_size for name in ("a.jsonl", "b.txt", "t.jsonl")]
+    assert [bar.total for bar in bars] == [bar.n for bar in bars] == [sum(sizes[:2]), sizes[2]]
+    assert bars[0].steps > 10
 
 
 def test_the_advice_for_small_files_works(tmp_path, monkeypatch):
@@ -338,7 +357,7 @@ def test_printed_commands_are_accepted(tmp_path, monkeypatch, capsys):
     data.main(words)
     with pytest.raises(ValueError) as error:
         data.main(["prepare", "a.txt", "--out", out])
-    removal = shlex.split(str(error.value).split("remove it with ")[1])
+    removal = shlex.split(str(error.value).split("(--append), or ")[1])
     assert removal == ["rm", "-r", str(tmp_path / out)]
     with pytest.raises(ValueError) as error:
         data.main(["show", "an other"])

@@ -16,7 +16,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import data
-from data import EMOJI, IGNORE, Corpus
+from data import IGNORE, Corpus
+from tokenizer import EMOJI, byte_lengths
 
 
 @pytest.fixture(params=["bytes", "cl100k_base"])
@@ -307,11 +308,12 @@ def test_teacher_rows_against_a_slow_packer(tokenizer, items, T):
 
 
 def test_opening_what_is_not_there_or_damaged(tmp_path):
-    """A missing folder, one without meta, damaged JSON, another version, a shard cut off, absent,
-    longer or foreign, another tokenizer, a T that does not fit: each is an error that says so."""
+    """A missing folder, one without meta, damaged JSON, another version, a shard cut off, absent
+    or foreign, another tokenizer, a T that does not fit: each is an error that says so."""
     out, meta = make(tmp_path, {"s": words(50)})
     shard = out / meta["sources"][0]["train"]["shard"]
     whole, meta_text = shard.read_bytes(), (out / "meta.json").read_text()
+    before = Corpus(out, 16).rows("train", "language", 0, 9)
 
     def refused(match, path=out, T=16):
         with pytest.raises(ValueError, match=match):
@@ -323,18 +325,21 @@ def test_opening_what_is_not_there_or_damaged(tmp_path):
     n = meta["sources"][0]["train"]["tokens"]
     short = f"takes 100,001 tokens, but\n.*'s' has {n:,} tokens\n.*held-out text has.*\n.*smaller"
     refused(short, T=100_000)
-    other_count = whole[:16] + (n + 1).to_bytes(8, "little") + whole[24:]
     cut = [whole[: len(whole) // 2], whole[:-1], whole[:10], b""]
-    foreign = [b"x" * len(whole), whole[:8] + b"\x09" + whole[9:], other_count]
-    for contents in [*cut, whole + b"\0\0", *foreign]:
+    foreign = [
+        b"x" * len(whole),
+        whole[:8] + b"\x09" + whole[9:],
+        whole[:12] + b"\x04" + whole[13:],
+    ]
+    for contents in [*cut, *foreign]:
         shard.write_bytes(contents)
         refused("cut off, or no shard of this folder: .*prepare the folder again")
     shard.unlink()
     refused("No such file.*prepare the folder again")
-    shard.write_bytes(whole)
-    Corpus(out, 16)
+    shard.write_bytes(whole + b"behind")  # as an append leaves it that was killed
+    assert equal(Corpus(out, 16).rows("train", "language", 0, 9), before)
     for old, new, match in (
-        ('"version": 1', '"version": 99', "version 99"),
+        ('"version": 2', '"version": 99', "version 99"),
         ('"bytes"', '"byte"', "there are bytes and cl100k_base"),
         ("{", "", "damaged"),
         (meta_text, "[]", "damaged"),
@@ -391,7 +396,7 @@ def test_bits_per_byte_from_byte_lengths(mixed):
     """A model that is uniform over the 257 ids has log2(257) * tokens / bytes bits per byte, by the
     count of the meta and by byte_lengths alike."""
     tokens = np.concatenate([rows.stream for rows in mixed.parts["val", "language"]])
-    by_lengths = len(tokens) * log(257, 2) / data.byte_lengths(BYTES)[tokens].sum()
+    by_lengths = len(tokens) * log(257, 2) / byte_lengths(BYTES)[tokens].sum()
     counts = [source["val"] for source in mixed.meta["sources"]]
     by_meta = sum(c["tokens"] for c in counts) * log(257, 2) / sum(c["bytes"] for c in counts)
     assert by_lengths == pytest.approx(by_meta, rel=1e-12)

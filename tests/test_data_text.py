@@ -2,6 +2,9 @@
 
 import base64
 import hashlib
+import io
+import itertools
+import sysconfig
 from pathlib import Path
 from unittest import mock
 
@@ -13,8 +16,10 @@ from data_helpers import BYTES, lengths_of, unhurried
 from hypothesis import given
 from hypothesis import strategies as st
 
-import data
-from data import EMOJI, get_tokenizer
+import textfiles
+import tokenizer as tokenizers
+from textfiles import cut_text
+from tokenizer import EMOJI, decodable, encode, get_tokenizer
 
 
 @pytest.fixture(params=["bytes", "cl100k_base"])
@@ -54,7 +59,7 @@ def test_round_trip_and_encode(tokenizer, text):
     text = text + "<|endoftext|>\n" + text
     tokens = tokenizer.encode_ordinary(text)
     assert tokenizer.decode(tokens) == text
-    assert data.encode(tokenizer, text).tolist() == tokens
+    assert encode(tokenizer, text).tolist() == tokens
     assert not any(tokenizer.is_special_token(token) for token in tokens)
     assert lengths_of(tokenizer)[tokens].sum() == len(text.encode())
 
@@ -63,7 +68,7 @@ def test_byte_lengths_and_decodable(tokenizer):
     """Ids with a length are exactly those that decode to text: tiktoken's list of ordinary tokens
     has as many, and the end-of-text token is not among them. cl100k_base has 100,256 of them and
     holes up to its last special token."""
-    lengths, ordinary = data.byte_lengths(tokenizer), data.decodable(tokenizer)
+    lengths, ordinary = lengths_of(tokenizer), decodable(tokenizer)
     assert (
         lengths.shape == (tokenizer.n_vocab,)
         and lengths.dtype == np.int64
@@ -164,26 +169,40 @@ def slow_cuts(text, cut, cut_at_last):
     return documents
 
 
+pieces_of_text = st.lists(
+    st.sampled_from(["a", "中", "1", "_", " ", ".", "\n", "\na", "\n ", "\n1", "b" * 7, "c" * 30]),
+    max_size=120,
+).map("".join)
+
+
 @unhurried
-@given(
-    st.lists(
-        st.sampled_from(
-            ["a", "中", "1", "_", " ", ".", "\n", "\na", "\n ", "\n1", "b" * 7, "c" * 30]
-        ),
-        max_size=120,
-    ).map("".join),
-    st.lists(st.integers(1, 60)),
-)
-def test_cutting_follows_the_rule_however_the_text_arrives(text, blocks):
-    """Text that arrives in blocks of any sizes is cut as the whole text is, by the stated rule;
-    nothing gets lost."""
-    with mock.patch.object(data, "CUT", 16), mock.patch.object(data, "CUT_AT_LAST", 64):
-        pieces, left = [], text
-        for size in blocks:
-            pieces, left = [*pieces, left[:size]], left[size:]
-        found = list(data.cut_text(piece for piece in [*pieces, left] if piece))
+@given(pieces_of_text)
+def test_cutting_follows_the_rule(text):
+    """A text is cut by the stated rule; nothing gets lost."""
+    with mock.patch.multiple(textfiles, CUT=16, CUT_AT_LAST=64):
+        found = list(cut_text(text))
     assert "".join(found) == text
     assert found == slow_cuts(text, 16, 64)
+
+
+@unhurried
+@given(pieces_of_text, st.integers(1, 300))
+def test_a_large_file_is_cut_into_parts(text, piece):
+    """The parts of a text file are its bytes, in order, each about PIECE long. No character is cut;
+    where the 64 bytes after PIECE have a line end before a letter, the next part begins there."""
+    raw = text.encode()
+    with mock.patch.multiple(textfiles, PIECE=piece, CUT_AT_LAST=64):
+        parts = list(textfiles.whole_documents(io.BytesIO(raw)))
+    assert b"".join(contents for contents, _ in parts) == raw
+    assert all(len(contents) == n for contents, n in parts)
+    for (left, _), (right, _) in itertools.pairwise(parts):
+        assert piece <= len(left) <= piece + 64
+        both = (left + right)[: piece + 64].decode(errors="ignore")
+        good = [k for k in range(1, len(both)) if both[k - 1] == "\n" and both[k].isalpha()]
+        places = [len(both[:k].encode()) for k in good]
+        later = [place for place in places if place > piece]
+        assert not later or len(left) == later[0]
+        left.decode(), right.decode()
 
 
 @unhurried
@@ -206,10 +225,10 @@ def test_a_cut_between_line_end_and_letter_keeps_the_tokens(
 def test_the_cut_of_real_text_keeps_its_tokens(cl100k):
     """A long module of the standard library, cut into documents, has the tokens of the uncut
     file."""
-    text = (Path(data.sysconfig.get_paths()["stdlib"]) / "typing.py").read_text("utf-8")
-    documents = list(data.cut_text([text]))
+    text = (Path(sysconfig.get_paths()["stdlib"]) / "typing.py").read_text("utf-8")
+    documents = list(cut_text(text))
     assert len(documents) > 4
-    assert all(len(document) >= data.CUT for document in documents[:-1])
+    assert all(len(document) >= textfiles.CUT for document in documents[:-1])
     tokens = [token for document in documents for token in cl100k.encode_ordinary(document)]
     assert tokens == cl100k.encode_ordinary(text)
 
@@ -225,7 +244,7 @@ def test_a_cut_at_the_end_of_a_stretch_keeps_the_tokens(cl100k, pieces):
     """The parts into which `encode` cuts a text that tiktoken refuses have the tokens of the whole,
     for any mixture of blanks, line ends and text."""
     text = "".join(pieces)
-    parts = data.END_OF_STRETCH.split(text)
+    parts = tokenizers.END_OF_STRETCH.split(text)
     tokens = [token for part in parts for token in cl100k.encode_ordinary(part)]
     assert "".join(parts) == text and tokens == cl100k.encode_ordinary(text)
 
@@ -247,11 +266,11 @@ def test_a_million_blanks(cl100k, blanks, after):
     for piece in (text[1:cut], text[cut : len(text) - 2]):
         expected += cl100k._encode_single_piece(piece) if piece else []
     expected += cl100k.encode_ordinary(text[max(cut, len(text) - 2) :])
-    assert data.encode(cl100k, text).tolist() == expected
+    assert encode(cl100k, text).tolist() == expected
 
 
 def test_encode_refuses_what_is_no_text(tokenizer):
     """A lone surrogate stays an error, also beside blanks."""
     for text in ("\ud800", "a  \ud800  b"):
         with pytest.raises(UnicodeEncodeError):
-            data.encode(tokenizer, text)
+            encode(tokenizer, text)

@@ -1,4 +1,5 @@
-"""The Python of the documents can be pasted into a terminal, block after block.
+"""The Python of the documents can be pasted into a terminal, block after block, and their links
+lead somewhere.
 
 `.ci/run_documents.py` runs all of it; here the structure of all blocks is checked, and one chapter
 is pasted into a real terminal."""
@@ -55,6 +56,38 @@ def test_what_only_a_file_may_hold_is_found(block):
     """A line right after a loop, an empty line inside a function, and half a statement."""
     assert first_refused_line(block) is not None
     assert first_refused_line("for i in 1, 2:\n    print(i)\n\nprint(3)\n") is None
+
+
+def anchors(path: Path) -> set[str]:
+    """Where a link into a document may lead, as GitHub names its headings, and its own anchors."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    names = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    return {*names, *re.findall(r'<a id="([^"]+)">', text)}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path):
+    """A link's file is there and has the link's anchor. A link to the glossary that is not named
+    after it goes to a word."""
+    text = path.read_text(encoding="utf-8")
+    for words, target in re.findall(r"\[([^][]+)\]\(([^()\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        if file.startswith("http"):
+            continue
+        where = path.parent / file if file else path
+        assert where.exists(), f"{path.name}: there is no {file}"
+        assert not anchor or anchor in anchors(where), f"{path.name}: {file} has no #{anchor}"
+        named = anchor or where.name != "glossary.md" or words == "glossary"
+        assert named, f"{path.name}: [{words}] goes to the top of the glossary, not to a word"
+
+
+def test_no_two_words_of_the_glossary_share_an_anchor():
+    text = (ROOT / "tutorials/glossary.md").read_text(encoding="utf-8")
+    own = re.findall(r'<a id="([^"]+)">', text)
+    assert len(own) > 40 and len(set(own)) == len(own)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.M)
+    assert not {heading.lower().replace(" ", "-") for heading in headings} & {*own}
 
 
 def paste(text: str, folder: Path) -> str:

@@ -254,6 +254,20 @@ def test_on_token_streams_what_is_returned():
     assert streamed == new and len(new[0]) < 8
 
 
+def test_on_token_ends_a_row():
+    """A row ends with the token for which on_token returns True; the other rows go on unchanged."""
+    model, long = build(tiny(), 4), [[], []]
+    expected = generate(model, [[1], [2, 3]], 8)
+
+    def third(row, token):
+        long[row].append(token)
+        return row == 0 and len(long[0]) == 3
+
+    assert generate(model, [[1], [2, 3]], 8, on_token=third) == [expected[0][:3], expected[1]]
+    ends_all = generate(model, [[1], [2, 3]], 8, on_token=lambda row, token: True)
+    assert ends_all == [row[:1] for row in expected]
+
+
 def test_generate_names_every_bad_argument():
     """All bad arguments are in one ValueError, each with its numbers."""
     prompts, bad = [[], [1, 23], [1] * 30], dict(temperature=-1.0, top_k=-2, top_p=0.0)

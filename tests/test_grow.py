@@ -244,7 +244,8 @@ def test_the_target_of_a_growth_in_a_file(tmp_path):
         ('{"config": "large"}', "holds no model"),
         ('{"stages": {}}', "missing field 'd_model'"),
         ("{", "is not JSON"),
-        (b"\xff\xfe", "cannot be read"),
+        ("{}".encode("utf-16"), "is UTF-16"),
+        (b"\xe9", "no UTF-8 text"),
         (None, "cannot be read"),
     ],
 )

@@ -267,7 +267,9 @@ def test_run_show_and_export_a_file(tmp_path, capsys):
     datasets.main(["export", *files, "--items", "2", "--out", str(tmp_path / "items")])
     names = {path.name for path in (tmp_path / "items").iterdir()}
     stems = ("iq_rte", "iq_rte_words", "iq_single_fact")
-    assert names == {f"{stem}.{end}" for stem in stems for end in ("jsonl", "yaml")}
+    groups = {"_iq.yaml", "_iq_symbolic.yaml", "_iq_symbolic_words.yaml", "_iq_interference.yaml"}
+    written = {f"{stem}.{end}" for stem in stems for end in ("jsonl", "yaml")}
+    assert names == written | groups | {"utils.py"}
 
 
 def test_bad_requests_for_files_are_answered_together(tmp_path):
@@ -284,25 +286,29 @@ def test_bad_requests_for_files_are_answered_together(tmp_path):
 
 
 def test_export_holds_what_is_scored(tmp_path):
-    """The harness reads prompts, choices and answers as they are; its regular expressions cut a
-    text as `said` does."""
+    """Instruction, shots and query make up the prompt; the regular expressions cut a text as
+    `said` does. (tests/test_lab_harness.py runs the harness on all tasks.)"""
     out, names = tmp_path / "items", ("sense-zh", "key-retrieval", "head-tail")
     harness.main(["export", "--out", str(out), "--tasks", *names, "--items", "5"])
     stems = ("sense_zh", "sense_zh_words", "key_retrieval", "head_tail")
     expected = {f"iq_{stem}.{end}" for stem in stems for end in ("jsonl", "yaml")}
+    groups = ("", "_symbolic", "_symbolic_words", "_interference", "_patterns")
+    expected |= {f"_iq{group}.yaml" for group in groups} | {"utils.py"}
     assert {path.name for path in out.iterdir()} == expected
     for name in names:
         data, items = out / f"iq_{name.replace('-', '_')}.jsonl", TASKS[name].generate(5, 0)
         rows = [json.loads(line) for line in data.read_text().splitlines()]
-        for row, item in zip(rows, items, strict=True):
-            found = row["prompt"], row["answer"], tuple(row["labels"])
-            assert found == (item.prompt, item.answer, item.labels)
-            assert not item.labels or row["labels"][row["gold"]] == row["answer"]
         task = data.with_suffix(".yaml").read_text()
-        assert f"task: {data.stem}\n" in task and 'doc_to_text: "{{prompt}}"\n' in task
+        end = json.loads((re.search(r"fewshot_delimiter: (.*)", task) or ["", '""'])[1])
+        for row, item in zip(rows, items, strict=True):
+            shots = "".join(f"{shot['prompt']} {shot['answer']}{end}" for shot in row["shots"])
+            assert row["instruction"] + shots + row["prompt"] == item.prompt
+            assert (row["answer"], tuple(row["labels"])) == (item.answer, item.labels)
+            assert not item.labels or row["labels"][row["gold"]] == row["answer"]
+            assert f"num_fewshot: {len(row['shots'])}\n" in task
+        assert f"task: {data.stem}\n" in task and str(tmp_path) not in task
         assert ("multiple_choice" in task) == bool(items[0].labels)
         if not items[0].labels:
-            assert 'doc_to_target: "{{answer}}"\n' in task
             pattern = re.compile(json.loads(re.search(r"regex_pattern: (.*)", task)[1]))
             for text in (" 42", " 7 or 8", "  ab c", "x", "kitchen \n"):
                 found = pattern.findall(text)  # the harness strips what its filter finds

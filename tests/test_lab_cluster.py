@@ -74,7 +74,7 @@ def allocated(job, world, n):
     storages = [t.untyped_storage() for t in tensors if t.device.type == "cpu"]
     now = peak = sum({s._cdata: s.nbytes() for s in storages}.values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        worker.gradients(tokens, tokens, job.micro, 1.0)
+        worker.gradients(tokens, tokens, job.micro)
     events = profiler.profiler.kineto_results.events()
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         now += event.nbytes()

@@ -1,4 +1,4 @@
-"""Tests of lab/growth.py: growth against training from scratch."""
+"""Tests of lab/growth.py: growth against training from scratch, each at its best."""
 
 import json
 import math
@@ -11,16 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import train_here, trained, write_corpus
 
+import run_folder
 import train
 from flm import forward_flops, preset
 from lab import growth, runs
-from lab.growth import SCHEDULES, describe, speed_up
+from lab.growth import SCHEDULES, best_cell, compare, describe, gap, speed_up, warnings
 from schedule import in_samples
 
-TINY = "--model n_layers=2 d_model=16 n_heads=1 head_dim=16 d_ff=32 max_seq_len=16 --batch-size 4 "
-TINY += "--warmup 4 --eval-rows 4 --device cpu"
+TINY = "--model n_layers=2 d_model=16 n_heads=1 head_dim=16 d_ff=32 max_seq_len=16 "
+TINY += "mup_base_width=256 --batch-size 4 --warmup 4 --eval-rows 4 --device cpu"
 FINAL = preset("demo").replace(
-    n_layers=2, d_model=16, n_heads=1, head_dim=16, d_ff=32, max_seq_len=16
+    n_layers=2, d_model=16, n_heads=1, head_dim=16, d_ff=32, max_seq_len=16, mup_base_width=256
 )
 DOUBLE = [
     {"config": {"n_layers": 1}},
@@ -45,10 +46,13 @@ def in_process(monkeypatch):
     monkeypatch.setattr("machine.matmul_rate", lambda *args: 1e12)  # takes longer than these runs
 
 
-def bench(place: Path, *words, out: str = "runs") -> dict:
-    """bench.json of the command with these words."""
+ONE_CELL = ["--lrs", "0.016", "--decays", "cosine"]
+
+
+def bench(place: Path, *words, out: str = "runs", cells=ONE_CELL) -> dict:
+    """bench.json of the command with these words, by default without a choice."""
     rest = ["--", *TINY.split(), "--data", str(place / "prepared")]
-    growth.main(["--out", str(place / out), *words, *rest])
+    growth.main(["--out", str(place / out), *cells, "--seeds", "0", *words, *rest])
     return json.loads((place / out / "bench.json").read_text())
 
 
@@ -75,13 +79,13 @@ def test_bench(place, capsys):
             step[FINAL] if name == "double" else 1e-9
         )
         for seed in (0, 1):
-            folder = place / "runs" / f"{name}-{budget}-seed{seed}"
+            folder = place / "runs" / f"{name}-{budget}-lr0.016-cosine-seed{seed}"
             log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             ends = [line["val_loss"] for line in log if "val_loss" in line]
             assert [row["loss"][str(seed)]] == ends and log[-1]["step"] == row["steps"]
             assert row["cpu_seconds"][str(seed)] == sum(line["cpu_seconds"] for line in log)
             assert sum("grown" in line for line in log) == (name == "double")
-            assert train.read_run(folder)[0].seed == seed
+            assert run_folder.read_run(folder)[0].seed == seed
         assert row["mean"]["loss"] == sum(row["loss"].values()) / 2
         assert f"{row['mean']['loss']:.4f}" in table
     grown = rows["double", 8]
@@ -100,7 +104,7 @@ def test_bench(place, capsys):
 def test_bench_goes_on(place):
     """A run that was stopped after its growth goes on, and no other is run again; the result is
     that of a bench without a stop."""
-    words = ["--steps", "4", "8", "--stages", str(place / "double.json")]
+    words = ["--steps", "4", "8", "--at", "4", "--stages", str(place / "double.json")]
     whole = bench(place, *words, out="whole")
     settings = next(s for s in trained if "double" in s.out)
     trained.clear()
@@ -114,74 +118,138 @@ def test_bench_goes_on(place):
     trained.clear()
     bench(place, *words, out="half")
     assert trained == []
-    rest = ["--", *TINY.split(), "--data", str(place / "prepared"), "--lr", "0.1"]
-    message = error(growth.main, ["--out", str(place / "half"), *words, *rest])
-    assert "scratch-4-seed0 has lr = 0.016, this study 0.1" in message
+    rest = ["--", *TINY.split(), "--data", str(place / "prepared"), "--clip", "0.1"]
+    words = ["--out", str(place / "half"), *ONE_CELL, *words, "--seeds", "0", *rest]
+    message = error(growth.main, words)
+    assert "scratch-4-lr0.016-cosine-seed0 has clip = 1.0, this study 0.1" in message
     assert "choose another --out" in message
 
 
 def test_a_run_that_diverged_has_no_speed_up(place, capsys):
     """What diverged is a row without a loss; the others are compared without it."""
-    words = ["--steps", "4", "8", "--stages", str(place / "double.json"), "--seeds", "0", "1"]
-    rest = ["--", *TINY.split(), "--data", str(place / "prepared"), "--lr", "1e30"]
-    growth.main(["--out", str(place / "diverged"), *words, *rest])
-    rows = json.loads((place / "diverged" / "bench.json").read_text())["rows"]
+    words = ["--steps", "4", "8", "--at", "4", "--stages", str(place / "double.json")]
+    cells = ["--lrs", "1e30", "--decays", "0.5"]
+    rows = bench(place, *words, "--seeds", "0", "1", out="diverged", cells=cells)["rows"]
     assert [row["speed_up"] for row in rows] == [None] * 3
     assert all(row["mean"]["loss"] is None for row in rows)
     assert "      -" in capsys.readouterr().out
 
 
-def test_the_table_is_sorted(capsys):
-    """Runs from scratch first; then the schedules, by budget, those of one budget by their loss."""
-    wanted = [("scratch", 8, 9.0), ("scratch", 16, 7.0), ("b", 8, 1.0), ("a", 8, 2.0)]
-    wanted += [("c", 8, None), ("a", 16, 0.5)]
-    rows = [
-        {"name": name, "budget": budget, "steps": 1, "tflop": 1.0, "stages": "1x16", "growths": {}}
-        | {"loss": {0: loss}, "mean": {"loss": loss, "cpu_seconds": 1, "wall_seconds": 1}}
-        for name, budget, loss in wanted
-    ]
-    growth.add_speed_ups(rows)
+def test_the_best_cell_of_each_is_reported(place, capsys):
+    """Every schedule and budget chooses its learning rate and decay by one seed alone, and other
+    seeds report it. Cells of wsd that share a trunk end as if trained alone. The JSON has every
+    cell."""
+    words = ["--steps", "4", "6", "8", "--at", "6", "--stages", str(place / "double.json")]
+    grid = ["--lrs", "0.004", "0.03", "--decays", "0.5", "cosine"]
+    result = bench(place, *words, "--tune", "5", "--seeds", "1", "2", out="grid", cells=grid)
+    assert len(result["rows"]) == 4 and result["tune"] == 5
+    for row in result["rows"]:
+        assert len(row["cells"]) == 4 and row["loss"].keys() == {"1", "2"}
+        lowest = min(loss for _, _, loss in row["cells"])
+        assert [row["lr"], row["decay"], lowest] in row["cells"]
+        name = f"{row['name']}-{row['budget']}-lr{row['lr']:g}-{row['decay']}-seed"
+        for seed in (1, 2):
+            log = (place / "grid" / f"{name}{seed}" / "metrics.jsonl").read_text().splitlines()
+            assert row["loss"][str(seed)] == json.loads(log[-1])["val_loss"]
+    trunks = [s for s in trained if "trunk" in s.out]
+    assert len([s for s in trunks if s.seed == 5 and s.steps == 8]) == 2  # from scratch, by rate
+    assert "an end of the grid" in capsys.readouterr().out
+    trained.clear()
+    again = bench(place, *words, "--tune", "5", "--seeds", "1", "2", out="grid", cells=grid)
+    assert again == result and not trained
+
+
+def row(name: str, budget: int, loss: float | None, **more) -> dict:
+    values = {"name": name, "budget": budget, "steps": budget, "samples": 8 * budget, "lr": 0.01}
+    values |= {"tflop": float(budget), "decay": "0.2", "stages": "1x16", "alone": False}
+    values |= {"loss": {0: loss}, "mean": {"loss": loss}, "at_the_edge": []}
+    return values | more
+
+
+def test_the_table_is_sorted_and_has_no_number_from_beyond_a_line(capsys):
+    """Runs from scratch first; then the schedules, by budget, those of one budget by their loss. A
+    loss that no run from scratch has gives a bound."""
+    wanted = [("scratch", 8, 9.0), ("scratch", 16, 7.0), ("b", 8, 1.0), ("a", 8, 8.0)]
+    wanted += [("d", 8, 9.5), ("c", 8, None), ("e", 16, 0.5)]
+    rows = [row(*values) for values in wanted]
+    compare(rows)
     growth.print_table(rows[::-1])
     lines = capsys.readouterr().out.splitlines()[2:]
-    assert [line[:9] for line in lines[:6]] == [f"{n} {b}".ljust(9)[:9] for n, b, _ in wanted]
+    assert [line[:9] for line in lines[:7]] == [f"{n} {b}".ljust(9)[:9] for n, b, _ in wanted]
+    assert ">2.00" in lines[2] and "1.41" in lines[3] and "<1.00" in lines[4]
+    assert rows[2]["speed_up"] is None and rows[2]["bound"] == [">", 2.0]
 
 
-@given(
-    st.floats(1, 4),
-    st.floats(0.05, 1),
-    st.lists(
-        st.floats(0.1, 1000), min_size=2, max_size=4, unique_by=lambda f: round(math.log(f), 1)
-    ),
-    st.floats(0.1, 1000),
-    st.floats(0.2, 5),
+def test_what_to_distrust():
+    """A small model that is as good, a best value at the end of the grid, too few budgets, and no
+    small model at all are said, and nothing else is."""
+    good = [row("scratch", n, 9.0 - n / 8) for n in (8, 16, 32)] + [
+        row("small", 8, 8.5, alone=True)
+    ]
+    assert warnings(good) == []
+    found = warnings([*good[:3], row("small", 8, 8.0, alone=True)])
+    assert len(found) == 1 and "not worth having" in found[0]
+    assert "no small model alone" in warnings(good[:3])[0]
+    assert "only 2 budgets" in warnings(good[1:])[0]
+    edge = [*good, row("once", 8, 5.0, at_the_edge=["decay 0.6"])]
+    assert "once 8 is best at decay 0.6" in warnings(edge)[0]
+
+
+def test_the_best_cell():
+    """The lowest loss; what diverged is never the best, unless all did."""
+    assert best_cell({(1, 0.2): None, (2, 0.2): 3.0, (2, None): 2.0}) == (2, None)
+    assert best_cell({(1, 0.2): None, (2, 0.2): None}) == (1, 0.2)
+
+
+budgets_of = st.lists(
+    st.floats(0.1, 1000), min_size=2, max_size=4, unique_by=lambda f: round(math.log(f), 1)
 )
+
+
+@given(st.floats(1, 4), st.floats(0.05, 1), budgets_of, st.floats(0.1, 1000), st.floats(0.2, 5))
 def test_speed_up_reads_a_line_exactly(a, b, budgets, flop, times):
     """Where scratch losses lie on a - b log F, a run with the loss of `times` its FLOPs has a
-    speed-up of `times`, wherever the points are; and it is extrapolated exactly where that loss
-    lies outside the scratch runs'."""
+    speed-up of `times`, wherever the points are. Where that loss lies outside the scratch runs',
+    what comes back is a bound, and it holds."""
 
     def loss(f):
         return a - b * math.log(f)
 
     needed, low, high = times * flop, min(budgets), max(budgets)
-    found, extrapolated = speed_up({f: loss(f) for f in budgets}, flop, loss(needed))
-    assert found == pytest.approx(times, rel=1e-6)
-    if abs(math.log(needed / low)) > 1e-6 and abs(math.log(needed / high)) > 1e-6:
-        assert extrapolated == (not low < needed < high)
+    found, bound = speed_up({f: loss(f) for f in budgets}, flop, loss(needed))
+    if low * 1.001 < needed < high / 1.001:
+        assert found == pytest.approx(times, rel=1e-6) and bound == ""
+    if needed > high * 1.001:
+        assert bound == ">" and found == high / flop
+    if needed < low / 1.001:
+        assert bound == "<" and found == low / flop
 
 
-def test_speed_up_without_a_line():
+@given(st.floats(1, 4), st.floats(0.05, 1), budgets_of, st.floats(0.1, 1000), st.floats(-1, 1))
+def test_the_gap_is_the_distance_from_the_line(a, b, budgets, samples, above):
+    """Where scratch losses lie on a - b log samples, a loss that far above the line has that gap;
+    outside of the line it has none."""
+    line = {n: a - b * math.log(n) for n in budgets}
+    found = gap(line, samples, a - b * math.log(samples) + above)
+    if min(budgets) <= samples <= max(budgets):
+        assert found == pytest.approx(above, abs=1e-9)
+    else:
+        assert found is None
+
+
+def test_without_a_line():
     """One scratch run that ended, or one whose loss rises with work, gives no number, not a wrong
     one; nor does a run that diverged."""
     for scratch in ({1.0: 2.0}, {1.0: 2.0, 2.0: 2.1}, {1.0: 2.0, 2.0: 2.0}, {1.0: 2.0, 2.0: None}):
-        assert speed_up(scratch, 1.0, 2.0) == (None, True)
-    assert speed_up({1.0: 2.0, 2.0: 1.0}, 1.0, None) == (None, True)
+        assert speed_up(scratch, 1.0, 2.0) == (None, "") and gap(scratch, 1.0, 2.0) is None
+    assert speed_up({1.0: 2.0, 2.0: 1.0}, 1.0, None) == (None, "")
+    assert gap({1.0: 2.0, 2.0: 1.0}, 1.0, None) is None
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--stages", "nothere"], "--stages nothere: cannot be read.*one of small, early, once"),
+        (["--stages", "nothere"], "--stages nothere cannot be read: No such file.*one of small, early, once"),
         (["--stages", "SAMPLES"], "SAMPLES:.*start = 400: must be a share of the run, from 0 to 1"),
         (["--stages", "NUMBER"], "NUMBER:.*must be a list of stages, not 3"),
         (["--stages", "NAMED"], "mine:.*must be a list of stages, not \\['small'\\]"),
@@ -190,6 +258,8 @@ def test_speed_up_without_a_line():
         (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--at", "-3"], "--steps -3: must be at least 1"),
         (["--jobs", "0"], "--jobs 0: must be at least 1"),
+        (["--decays", "0.2", "1.5", "fast"], "--decays 1.5: must be cosine.*--decays fast"),
+        (["--lrs", "-1"], "--lr -1.0: must be a number above 0"),
     ],
 )
 def test_bad_input(place, words, message):
@@ -211,7 +281,9 @@ def test_the_schedules_are_schedules(tmp_path):
     assert growth.read_schedules([str(tmp_path / "all.json")]) == SCHEDULES
     for name, stages in SCHEDULES.items():
         (tmp_path / "one.json").write_text(json.dumps(in_samples(stages, 8000)))
-        s = train.Settings(model=growth.MODEL, stages=str(tmp_path / "one.json"), steps=1000)
+        s = train.Settings(
+            model=growth.MODEL, lr=0.01, stages=str(tmp_path / "one.json"), steps=1000
+        )
         planned = train.resolve(train.dataclasses.replace(s, **growth.TRAINING))[1]
         assert (planned[-1].config.n_layers == 8) == (name != "small"), name
         assert describe(planned)[:4] == "2x32"

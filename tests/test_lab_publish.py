@@ -1,7 +1,6 @@
 """Published models in and out (lab/publish.py): each layout against a model that is not ours, and
 there and back again bit for bit."""
 
-import json
 import math
 
 import pytest
@@ -130,6 +129,7 @@ def tele(**changes) -> FLMConfig:
 
 
 GRANITE = [{}, {"bias": True}, {"tie_embeddings": True}, {"mup": False, "rotary_theta": 100.0}]
+GRANITE += [{"depth_alpha": 0.5, "base_layers": 5}]  # their residual_multiplier
 
 
 @pytest.mark.parametrize("changes", GRANITE, ids=str)

@@ -148,6 +148,21 @@ WRONG = [
 ]
 
 
+def test_the_multiplier_of_the_branches():
+    """Granite's residual multiplier is CompleteP's where it is a whole number of layers over the
+    number of layers, or where our fields beside it say how it came about. FLM-101B's own code has
+    none, so such a model is not written in its names."""
+    deep = GRANITE | {"num_hidden_layers": 8, "residual_multiplier": 0.25}
+    found = publish.read_config(deep)
+    assert (found.depth_alpha, found.base_layers, found.branch_mult) == (1.0, 2, 0.25)
+    ours = deep | {"depth_alpha": 0.5, "base_layers": 4, "residual_multiplier": 0.5**0.5}
+    assert publish.read_config(ours).branch_mult == 0.5**0.5
+    for wrong in ({"base_layers": 3}, {"depth_alpha": 2}, {"residual_multiplier": 0}):
+        message = error(publish.read_config, deep | wrong)
+        assert next(iter(wrong)) in message
+    assert "multiplies no branch" in error(publish.flm_config, found)
+
+
 @pytest.mark.parametrize("change, said", WRONG, ids=lambda value: str(value)[:30])
 def test_a_granite_that_is_not_ours(change, said):
     """Grouped queries, scaled residuals, other scores: not this repository's model."""

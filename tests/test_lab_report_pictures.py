@@ -110,10 +110,10 @@ def test_what_coord_check_wrote():
     sizes = [{layer: s * (i + 1) for i, layer in enumerate(layers)} for s in (1.0, 2.0)]
     wide = [sizes[0], {layer: 3 * size for layer, size in sizes[1].items()}]
     by_width = {"16": sizes, "128": wide}
-    found = pictures.coord_check(
-        {"verdict": "not flat", "sizes": {"muP": by_width, "standard": by_width}}
-    )
+    report_ = {"verdict": "not flat", "sizes": {"muP": by_width, "standard": by_width}}
+    found = pictures.coord_check(report_ | {"axis": "width", "tested": "muP"})
     assert len(found.panels) == 2 and found.title.endswith("muP is not flat")
+    assert {panel.x for panel in found.panels} == {"width"}
     for panel in found.panels:
         assert all(panel.lines[layer].points == [(16, 1.0), (128, 3.0)] for layer in layers)
         assert panel.lines["limit, growing"].points[1] == pytest.approx((128, 2.0))  # 8 ^ (1/3)

@@ -1,8 +1,9 @@
 """What every shape of the learning rate promises, alone and under stages.
 
 A shape is a function of schedule.py with the parameters (stages, samples, min_lr), such as
-`cosine`. The tests find all of them: a new one needs no line here."""
+`cosine`. The tests find all of them: a new one needs no line here. `wsd` has one parameter more."""
 
+import functools
 import inspect
 
 import pytest
@@ -21,7 +22,8 @@ SHAPES = [
     if list(inspect.signature(function).parameters) == PARAMETERS and name != "learning_rate"
 ]
 FLOOR, PEAK = 0.1, 1e-3
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)
+WSD = [functools.partial(schedule.wsd, decay=decay) for decay in (0.3, 0.9)]
+every_shape = pytest.mark.parametrize("shape", SHAPES + WSD)
 
 
 def plan(*later: dict, steps=200, batch_size=1, warmup=20):
@@ -55,7 +57,7 @@ def test_a_stage_without_a_learning_rate_changes_nothing(shape, start, warmup):
     )
 
 
-@every_shape
+@pytest.mark.parametrize("shape", SHAPES)
 @given(first=st.integers(30, 90), second=st.integers(100, 180), own=st.floats(0.5, 0.9))
 def test_a_lower_rate_is_met_where_its_stage_begins(shape, first, second, own):
     """Two later stages with rates of their own, each lower than the one before, as in the paper's

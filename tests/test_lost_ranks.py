@@ -37,8 +37,8 @@ def after_freezing(tmp_path_factory):
 @pytest.mark.parametrize("name", frozen.CASES)
 def test_a_frozen_rank_is_named_and_the_other_one_ends(after_freezing, name):
     """A rank that stops for good, as if its machine or its link were gone: in a sum of plain
-    numbers, in a step over dp, tp and pp, in rank 0's own work. The other rank ends by itself, and
-    says which rank is lost."""
+    numbers, in a step over dp, tp and pp, in a save, in rank 0's own work. The other rank ends by
+    itself, and says which rank is lost."""
     said = (after_freezing() / f"{name}.log").read_text()
     assert f"no answer from rank {frozen.CASES[name][0]} (" in said
 

@@ -161,13 +161,16 @@ def test_masked_forward_is_the_formula(config, c, seed, data):
     """With masks at any c the logits equal the slow reference's.
 
     There channels count c in every LayerNorm's mean and variance, and new heads, hidden units
-    and layers contribute c times what they compute."""
+    and layers contribute c times what they compute. With CompleteP an old layer contributes what
+    it did in a model of the old depth, r times as much, at c = 0; at c = 1 the same as all."""
     size = {
         k: data.draw(st.integers(1, getattr(config, k))) for k in ("d_model", "n_heads", "d_ff")
     }
     layer_map = [data.draw(st.sampled_from([0, None])) for _ in range(config.n_layers)]
     model, tokens = build(config, seed), some_tokens(config, 6, seed=seed)
-    model.set_masks({"old": {"n_layers": layer_map.count(0), **size}, "layer_map": layer_map}, c)
+    old_L = max(1, layer_map.count(0))
+    model.set_masks({"old": {"n_layers": old_L, **size}, "layer_map": layer_map}, c)
+    r = (config.n_layers / old_L) ** config.depth_alpha
 
     def mask(old, new):
         return np.where(np.arange(new) < old, 1.0, c)
@@ -176,7 +179,7 @@ def test_masked_forward_is_the_formula(config, c, seed, data):
         "channels": mask(size["d_model"], config.d_model),
         "heads": mask(size["n_heads"], config.n_heads),
         "hidden": mask(size["d_ff"], config.d_ff),
-        "layers": np.array([c if i is None else 1.0 for i in layer_map]),
+        "layers": np.array([c if i is None else c + (1 - c) * r for i in layer_map]),
     }
     assert difference(model(tokens[None])[0], slow_forward(model, tokens, live=live)) < 1e-10
 

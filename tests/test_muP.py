@@ -26,8 +26,10 @@ def table(config: FLMConfig) -> dict[str, tuple[str, float, float]]:
     """{parameter: (kind, m, init std)} for every parameter of the whole model, row by row.
 
     From the papers (arXiv 2203.03466 and 2309.03852, section 3). A vector's std is 0: it starts
-    as a constant."""
+    as a constant. With CompleteP the depth that counts is the proxy's."""
     s, base, branches = config.init_std, config.mup_base_width, 2 * config.n_layers
+    if config.depth_alpha:
+        branches = 2 * config.base_layers
     m_width = config.d_model / base if config.mup else 1.0
     m_attention = config.n_heads * config.head_dim / base if config.mup else 1.0
     m_hidden = config.d_ff / (config.mup_ff_ratio * base) if config.mup else 1.0
@@ -198,14 +200,21 @@ def test_initial_values_are_those_of_fp32_in_any_dtype(dtype):
 def test_groups_are_the_table(config, lr, weight_decay):
     """Every parameter is in exactly one group, with learning rate lr/m and lr_scale 1/m.
 
-    lr * weight_decay, what a step takes off a matrix, does not depend on m. Biases and
+    With CompleteP (arXiv 2505.01618) both are multiplied by d^(a-1) in the blocks, gains and biases
+    too, and AdamW's eps there by d^-a: d = L / base_layers, a = depth_alpha.
+    lr * weight_decay, what a step takes off a matrix, does not depend on m or d. Biases and
     LayerNorms are not decayed."""
     model = FLM(config)
     groups, rows = param_groups(model, lr, weight_decay), table(config)
     group_of = {parameter: group for group in groups for parameter in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(group_of) == len(rows)
     for name, parameter in model.named_parameters():
-        (row, m, _), group = rows[name], group_of[parameter]
+        (row, m, _), group, eps = rows[name], group_of[parameter], 1e-8
+        if config.depth_alpha and name.startswith("layers."):
+            d = config.n_layers / config.base_layers
+            m /= d ** (config.depth_alpha - 1)
+            eps /= d**config.depth_alpha
+        assert group["eps"] == pytest.approx(eps, rel=1e-14), name
         assert group["lr"] == pytest.approx(lr / m, rel=1e-14), name
         assert group["lr_scale"] == pytest.approx(1 / m, rel=1e-14), name
         decay = 0 if row == "vector" else lr * weight_decay

@@ -9,7 +9,7 @@ from pathlib import Path
 import distributed
 import pytest
 import torch
-from distributed import CONFIG, GROWTH
+from distributed import CONFIG, DEEP, GROWTH
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import Shared, start, wait
@@ -30,13 +30,14 @@ INTERLEAVED = "Interleaved1F1B"
 # Each table: name -> (number of ranks, layout, options of distributed.steps or .evaluate).
 CASES = {
     "dp2": (2, Layout(dp=2), dict(teacher=True)),
-    "dp2-accum": (2, Layout(dp=2), dict(teacher=True, micro=2, growth=GROWTH)),
+    "dp2-accum": (2, Layout(dp=2), dict(teacher=True, micro=2, growth=GROWTH, mask=True)),
     "dp2-shard": (2, Layout(dp=2, shard_optimizer=True), dict(micro=4, teacher=True)),
     "dp2-shard-ckpt": (
         2,
         Layout(dp=2, shard_optimizer=True, activation_checkpointing=True),
         dict(config=TELE, growth=GROWTH),
     ),
+    "dp2-reshard": (2, Layout(dp=2, reshard=True), dict(micro=4, teacher=True, growth=GROWTH)),
     "tp2": (2, Layout(tp=2), dict(teacher=True, micro=8)),
     "tp2-untied": (
         2,
@@ -48,18 +49,19 @@ CASES = {
     "tp2-seq-ckpt": (
         2,
         Layout(tp=2, sequence_parallel=True, activation_checkpointing=True),
-        dict(config=STANDARD, micro=4),
+        dict(config=STANDARD, micro=4, mask=True),
     ),
     "pp2": (2, Layout(pp=2), dict(teacher=True, micro=4)),
     "pp2-gpipe": (
         2,
         Layout(pp=2, schedule="GPipe", activation_checkpointing=True),
-        dict(config=UNTIED, micro=2),
+        dict(config=UNTIED, micro=2, mask=True),
     ),
     "pp2-inter": (2, Layout(pp=2, schedule=INTERLEAVED), dict(growth=GROWTH, micro=4)),
     "pp2-inter-teacher": (2, Layout(pp=2, schedule=INTERLEAVED), dict(teacher=True, micro=2)),
     "dp2-tp2": (4, Layout(dp=2, tp=2), dict(growth=GROWTH, teacher=True)),
     "dp2-tp2-seq": (4, Layout(dp=2, tp=2, sequence_parallel=True), dict(micro=2)),
+    "dp2-tp2-reshard": (4, Layout(dp=2, tp=2, reshard=True), dict(config=UNTIED, micro=4)),
     "dp2-pp2": (4, Layout(dp=2, pp=2), dict(micro=2, teacher=True)),
     "dp2-pp2-inter": (
         4,
@@ -67,10 +69,11 @@ CASES = {
         dict(config=TELE, growth=GROWTH, micro=1),
     ),
     "tp2-pp2": (4, Layout(tp=2, pp=2), dict(micro=4, growth=GROWTH)),
+    "tp2-pp2-deep": (4, Layout(tp=2, pp=2), dict(config=DEEP, micro=4, growth=GROWTH)),
     "tp2-pp2-seq-inter": (
         4,
         Layout(tp=2, pp=2, sequence_parallel=True, schedule=INTERLEAVED),
-        dict(config=STANDARD, micro=4, teacher=True),
+        dict(config=STANDARD, micro=4, teacher=True, mask=True),
     ),
     "pp4": (4, Layout(pp=4), dict(micro=2)),
     "dp2-tp2-pp2": (8, Layout(dp=2, tp=2, pp=2), dict(micro=2, teacher=True, growth=GROWTH)),
@@ -88,7 +91,7 @@ CASES = {
     "tp2-compiled": (
         2,
         Layout(tp=2, sequence_parallel=True),
-        dict(config=SHALLOW, dtype="float32", compiled=True),
+        dict(config=SHALLOW, dtype="float32", compiled=True, mask=True),
     ),
 }
 EVALUATIONS = {
@@ -128,7 +131,7 @@ class Groups:
         grown = dict(config=distributed.BIGGER, load=self.grown, growth="of the checkpoint")
         more = {
             "save": (8, all_axes, dict(micro=2, growth=GROWTH, save=self.saved)),
-            "save plain": (8, all_axes, dict(micro=2, save=self.plain)),
+            "save plain": (8, all_axes, dict(config=DEEP, micro=2, save=self.plain)),
             "grow": (8, all_axes, dict(source=self.plain, out=self.grown)),
             "grown": (4, two_axes, dict(micro=2, first=3, **grown)),
         }
@@ -208,13 +211,16 @@ def test_a_layout_computes_what_one_process_does(groups, alone, name):
 
 @pytest.mark.parametrize("name", EVALUATIONS)
 def test_all_ranks_evaluate(groups, name):
-    """train.evaluate on rows that no layout divides: losses, bits per byte, counts and the share of
-    right labels are those of one process. Relative 1e-10; right labels are counted, so they are
-    equal."""
-    expected = distributed.evaluate(parallel.World(), 4)
+    """train.evaluate on rows that no layout divides: losses, those of each source, bits per byte,
+    counts and the share of right labels are those of one process. Relative 1e-10; right labels are
+    counted, so they are equal."""
+    found, expected = groups[EVALUATIONS[name][0], name], distributed.evaluate(parallel.World(), 4)
     assert expected["val_tokens"] == 13 * 16 and expected["teacher_labels"] == 18
     assert 0 < expected["teacher_accuracy"] < 1
-    assert groups[EVALUATIONS[name][0], name] == pytest.approx(expected, rel=1e-10)
+    for source, part in expected.pop("val_by_source").items():
+        assert found["val_by_source"][source] == pytest.approx(part, rel=1e-10)
+    del found["val_by_source"]
+    assert found == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("name", LOADS)
@@ -268,7 +274,8 @@ def test_a_checkpoint_that_lacks_a_rank_is_refused(groups, tmp_path):
 
 def test_grown_from_eight_ranks_to_four(groups):
     """Saved at dp 2 x tp 2 x pp 2, grown in all four dimensions on the disk, loaded at tp 2 x pp 2:
-    the loss is that of before. 1e-10: the growth itself is exact to 1e-12."""
+    the loss is that of before, although CompleteP's multiplier is another one. 1e-10: the growth
+    itself is exact to 1e-12."""
     before, after = groups[8, "save plain"][1][1], groups[4, "grown"][1][0]
     assert after == pytest.approx(before, rel=1e-10)
     model, _ = load_model(groups.grown)
@@ -315,6 +322,14 @@ def test_a_pipeline_gets_whole_micro_batches(pp, rows, micro, schedule):
         return
     assert n >= rows and not parallel.check_layout(layout, deep, n, micro)
     assert all(parallel.check_layout(layout, deep, k, micro) for k in range(rows, n))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("axes", [dict(dp=1), dict(dp=2, pp=2)])
+def test_resharding_without_a_use_is_refused(axes):
+    """One dp rank has nothing to gather, and a pipeline gathers once for all micro-batches."""
+    (problem,) = parallel.check_layout(Layout(**axes, reshard=True), CONFIG, 8)
+    assert problem.startswith("--reshard: ") and "add --no-reshard" in problem
 
 
 @pytest.mark.quick

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import sample
 from checkpoint import load_model
-from data import decodable, get_tokenizer
 from flm import FLM
 from sample import generate
+from tokenizer import decodable, get_tokenizer
 
 
 def byte_model(folder: Path, **changes) -> Path:

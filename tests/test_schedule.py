@@ -76,7 +76,7 @@ LARGER = {"config": {"n_layers": 8}, "start": 50}
         ([{"preset": "demo"}, {"config": {"n_layers": 8}}], ["needs a start in samples"]),
         (
             [{"preset": "demo"}, {"config": {"n_layers": 3, "d_ff": 5}, "start": 9}],
-            ["n_layers: 6 -> 3", "d_ff: 1024 -> 5"],
+            ["n_layers: 6 -> 3", "d_ff: 512 -> 5"],
         ),
         (
             [{"preset": "demo"}, LARGER | {"ramp": 20}, {"config": {"n_layers": 9}, "start": 60}],
@@ -115,9 +115,8 @@ def test_what_stages_means(tmp_path):
     assert given_stages(file, "demo", 100, 4) == [{"config": {"n_layers": 2}}]
     assert [stage.get("start") for stage in given_stages(None, "demo", 100, 4)] == [None, 220, 312]
     assert given_stages(None, "iq-demo", 100, 4) == [{}]
-    for content in ("[", b"\xff\xfe"):
-        data = content if isinstance(content, bytes) else content.encode()
-        (tmp_path / "bad.json").write_bytes(data)
+    for content in (b"[", "[{}]".encode("utf-16")):
+        (tmp_path / "bad.json").write_bytes(content)
         assert "--stages" in error(given_stages, str(tmp_path / "bad.json"), "demo", 100, 4)
     assert "cannot be read" in error(given_stages, str(tmp_path / "none.json"), "demo", 100, 4)
 

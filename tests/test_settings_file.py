@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from workshop import assert_same_run, corpus, few, job, workshop
 
+import run_folder
 import settings
 import train
 from settings import FIELDS, Settings, make_parser, with_file
@@ -69,8 +70,8 @@ def test_a_runs_own_config_starts_a_like_run(corpus):
     assert main(["--settings", f"{first}/config.json"]) == 0  # its own folder is taken
     assert_same_run(first, "runs/demo")
     main(["--settings", f"{first}/config.json", "--seed", "5", "--out", "third"])
-    kept = dataclasses.replace(train.read_run(first)[0], out="third", seed=5)
-    assert train.read_run("third")[0] == kept
+    kept = dataclasses.replace(run_folder.read_run(first)[0], out="third", seed=5)
+    assert run_folder.read_run("third")[0] == kept
 
 
 def test_everything_that_is_wrong_is_said_at_once(tmp_path):
@@ -121,7 +122,7 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path):
         ("[]", '--settings s.json: must hold {"settings": {option: value, ...}}'),
         ('{"lr": 1}', 'must hold {"settings"'),
         ('{"settings": []}', 'must hold {"settings"'),
-        (None, "--settings s.json: cannot be read"),
+        (None, "--settings s.json cannot be read"),
     ],
 )
 def test_a_file_that_holds_no_settings(text, words):

@@ -29,6 +29,7 @@ from workshop import (
 
 import launch
 import parallel
+import run_folder
 import sample
 import schedule
 import train
@@ -103,7 +104,7 @@ def test_config_json_describes_the_run(corpus):
     assert set(run["settings"]) == {field.name for field in dataclasses.fields(Settings)}
     assert "utilisation is against" in run["machine"]
     used = dataclasses.replace(train.resolve(s)[0], dtype="float32", out="runs/demo")
-    assert train.read_run(Path("runs/demo"))[0] == used
+    assert run_folder.read_run(Path("runs/demo"))[0] == used
 
 
 # --------------------------------------------------------------------------------------------------
@@ -354,7 +355,7 @@ def test_compile_without_a_compiler(corpus, monkeypatch, capsys):
     class InvalidCxxCompiler(RuntimeError):
         __module__ = "torch._inductor.exc"
 
-    def fails(*_):
+    def fails(*_, **__):
         raise InvalidCxxCompiler("No working C++ compiler found\nmany\nlines")
 
     monkeypatch.setattr(parallel.Worker, "gradients", fails)

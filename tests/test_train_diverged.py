@@ -84,8 +84,8 @@ def test_ruined_weights_never_replace_sound_ones(corpus, monkeypatch, keep):
     the last checkpoint with a finite loss is still there, and is the newest one now."""
     s, real = job(corpus, keep=keep), train.update
 
-    def ruin(worker, optimizer, clip, lr, nats, count):
-        found = real(worker, optimizer, clip, lr, nats, count)
+    def ruin(worker, optimizer, clip, lr, *numbers):
+        found = real(worker, optimizer, clip, lr, *numbers)
         if optimizer.state[worker.named[0][1]]["step"] == 4:
             with torch.no_grad():
                 worker.named[0][1].fill_(math.nan)
@@ -125,15 +125,15 @@ def test_one_bad_number_stops_before_the_step(corpus, monkeypatch, what):
     s, real, calls = job(corpus), parallel.Worker.gradients, itertools.count(1)
     before = []
 
-    def poisoned(worker, *args):
-        loss = real(worker, *args)
+    def poisoned(worker, *args, **cut):
+        nats, count = real(worker, *args, **cut)
         if next(calls) != 4:
-            return loss
+            return nats, count
         before.extend((p, p.detach().clone()) for _, p in worker.named)
         if what == "loss":
-            return math.nan
+            return math.nan, count
         worker.parts[0].layers["1"].ff.up.bias.grad[3] = math.inf
-        return loss
+        return nats, count
 
     with monkeypatch.context() as patch:
         patch.setattr(parallel.Worker, "gradients", poisoned)

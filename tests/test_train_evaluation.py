@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_helpers import words, write_rows
 from hypothesis import given
 from hypothesis import strategies as st
 from workshop import (
@@ -29,8 +30,11 @@ from workshop import (
 import data
 import train
 from checkpoint import find_checkpoint, load_model
+from evaluation import describe
 from flm import IGNORE
 from lab.publish import export_weights
+from prepare import prepare
+from tokenizer import get_tokenizer
 from train import main
 
 # --------------------------------------------------------------------------------------------------
@@ -38,8 +42,8 @@ from train import main
 
 
 def shard(folder, signal_name, split):
-    """A shard's tokens, read by hand: 24 bytes of header, then two bytes a token."""
-    return np.fromfile(Path(folder) / f"{signal_name}-0-{split}.tokens", "<u2", offset=24).astype(
+    """A shard's tokens, read by hand: 16 bytes of header, then two bytes a token."""
+    return np.fromfile(Path(folder) / f"{signal_name}-0-{split}.tokens", "<u2", offset=16).astype(
         np.int64
     )
 
@@ -117,7 +121,8 @@ def test_evaluation_spreads_its_rows(corpus):
     n = source.n_rows("val", "language")
 
     class Watched:
-        tokenizer, n_rows, seq_len = source.tokenizer, source.n_rows, T
+        tokenizer, seq_len = source.tokenizer, T
+        rows_by_source, documents = source.rows_by_source, source.documents
 
         def rows(self, split, signal_name, start, count):
             if signal_name == "language":
@@ -127,6 +132,52 @@ def test_evaluation_spreads_its_rows(corpus):
     train.evaluate(alone(model), Watched(), 8, 2)
     assert len(asked) == len(set(asked)) == 8
     assert max(b - a for a, b in itertools.pairwise([-1, *sorted(asked), n])) <= 2 * n / 8
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40, 10**6])
+def test_the_loss_of_each_source(tmp_path, rows):
+    """Where several sources have held-out rows, the loss of each is that of its own rows, one at
+    least of each, and the whole is their mean by tokens. A source that is only held out is one of
+    them, and one without a whole row is none."""
+    texts = {"a": words(200, 1), "b": words(40, 2), "c": ["x"] + words(40, 3)}
+    files = {
+        name: write_rows(tmp_path / f"{name}.jsonl", [{"text": text} for text in texts[name]])
+        for name in texts
+    }
+    sources, val = {name: [files[name]] for name in "ac"}, {"b": [files["b"]]}
+    options = {"val": val, "val_fraction": 0.02, "progress": False}
+    prepare({**sources}, tmp_path / "tokens", get_tokenizer("bytes"), **options)
+    source, model = data.Corpus(tmp_path / "tokens", T), float64_model(std=0.5)
+    found = train.evaluate(alone(model), source, rows, 3)
+    counts = source.rows_by_source("val", "language")
+    parts = found["val_by_source"]
+    assert set(parts) == {name for name, n in counts.items() if n} and len(parts) > 1
+    first = 0
+    for name, n in counts.items():
+        if rows > sum(counts.values()) and n:
+            x, y = source.rows("val", "language", first, n)
+            nats = [value for _, _, value in token_nats(model, x, y)]
+            assert parts[name]["val_loss"] == pytest.approx(math.fsum(nats) / len(nats), rel=1e-12)
+            assert parts[name]["val_tokens"] == len(nats)
+        first += n
+    tokens = sum(part["val_tokens"] for part in parts.values())
+    nats = sum(part["val_loss"] * part["val_tokens"] for part in parts.values())
+    assert found["val_tokens"] == tokens >= T * len(parts)
+    assert found["val_loss"] == pytest.approx(nats / tokens, rel=1e-12)
+    assert f"b {parts['b']['val_loss']:.4f}" in describe(found)
+
+
+def test_a_small_source_that_starts_over_is_told(corpus, capsys):
+    """A run that reads a source, or the teacher signal, more than once says so at its start, with
+    how often; one that does not says nothing."""
+    source = data.Corpus(corpus, T)
+    n = source.n_rows("train", "language")
+    train.train(job(corpus, steps=n // 4, eval_rows=1), stop_at=1)
+    assert "note:" not in capsys.readouterr().out
+    train.train(job(corpus, steps=n, eval_rows=1, teacher_fraction=0.5), stop_at=1)
+    printed = capsys.readouterr().out
+    assert f"this run reads words {4 * n / 2 / n:.1f} times" in printed
+    assert "this run reads the teacher signal" in printed
 
 
 def test_eval_only_on_other_text(corpus, other_corpus, capsys):

@@ -52,13 +52,13 @@ SIGNALLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import data, train
-real, calls, number = data.Corpus.batch, [], int(sys.argv[2])
+real, calls, number = data.Corpus.batch_ahead, [], int(sys.argv[2])
 def batch(*args, **options):
     calls.append(0)
     if len(calls) == 4:
         os.kill(os.getpid(), number)
     return real(*args, **options)
-data.Corpus.batch = batch
+data.Corpus.batch_ahead = batch
 sys.argv = ["train.py", *sys.argv[3:]]
 train.launch(train.main)
 """
@@ -85,7 +85,7 @@ def test_a_signal_saves_and_leaves(corpus, number):
 
 def signals_at_batch(monkeypatch, call, *numbers):
     """The process gets these signals while it prepares its batch number `call`."""
-    real, calls = data.Corpus.batch, itertools.count(1)
+    real, calls = data.Corpus.batch_ahead, itertools.count(1)
 
     def batch(self, *args, **options):
         if next(calls) == call:
@@ -93,7 +93,7 @@ def signals_at_batch(monkeypatch, call, *numbers):
                 signal.raise_signal(number)
         return real(self, *args, **options)
 
-    monkeypatch.setattr(data.Corpus, "batch", batch)
+    monkeypatch.setattr(data.Corpus, "batch_ahead", batch)
 
 
 def test_an_ignored_signal_stays_ignored(corpus, monkeypatch):
@@ -156,7 +156,7 @@ def test_checkpoints_by_time(corpus, monkeypatch):
     clock, saved = [0.0], []
     real_time, real_batch, real_save = (
         time.monotonic,
-        data.Corpus.batch,
+        data.Corpus.batch_ahead,
         checkpoint.write_in_background,
     )
 
@@ -171,7 +171,7 @@ def test_checkpoints_by_time(corpus, monkeypatch):
     s = job(corpus, steps=9, save_every=100, save_minutes=10)
     with monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: real_time() + clock[0])
-        patch.setattr(data.Corpus, "batch", batch)
+        patch.setattr(data.Corpus, "batch_ahead", batch)
         patch.setattr(checkpoint, "write_in_background", save)
         train.train(s)
     assert saved == [f"step-{step:08d}" for step in (0, 3, 6, 9)]
@@ -266,7 +266,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(corpus, monkeypatch):
     then there is no such checkpoint. It holds the weights and moments of step 2 all the same, and
     the run is an undisturbed one, bit for bit."""
     s, fourth, seen = job(corpus, keep=9), threading.Event(), []
-    real, calls = data.Corpus.batch, itertools.count(1)
+    real, calls = data.Corpus.batch_ahead, itertools.count(1)
 
     def batch(*args, **options):
         if next(calls) == 4:
@@ -279,7 +279,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(corpus, monkeypatch):
             seen.append(fourth.wait(60))
 
     with monkeypatch.context() as patch:
-        patch.setattr(data.Corpus, "batch", batch)
+        patch.setattr(data.Corpus, "batch_ahead", batch)
         when_written(patch, wait_for_it)
         train.train(s)
     assert sorted(seen, key=str) == [True, ["step-00000000", "step-00000002.tmp"]]

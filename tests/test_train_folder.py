@@ -30,6 +30,8 @@ from workshop import (
 
 import data
 import flm
+import prepare
+import run_folder
 import train
 from checkpoint import find_checkpoint
 from train import main
@@ -182,17 +184,17 @@ def test_two_first_runs_that_prepare_the_default_corpus(monkeypatch, capsys):
     for name in ("one", "two"):
         text = f"# {name}\n" + "def f(x):\n    return x + 1\n" * 40
         Path(library, f"{name}.py").write_text(text)
-    monkeypatch.setattr(data, "stdlib_files", lambda: sorted(library.iterdir()))
-    real = data.prepare
+    monkeypatch.setattr(run_folder, "stdlib_files", lambda: sorted(library.iterdir()))
+    real = prepare.prepare
 
     def other_was_faster(*args, **options):
         real(*args, **options)
         raise OSError(17, "File exists")
 
-    monkeypatch.setattr(data, "prepare", other_was_faster)
+    monkeypatch.setattr(prepare, "prepare", other_was_faster)
     assert train.open_corpus(None, "bytes", None, flm.preset("demo")).n_rows("train", "language")
     shutil.rmtree("corpora")
-    monkeypatch.setattr(data, "prepare", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(prepare, "prepare", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         train.open_corpus(None, "bytes", None, flm.preset("demo"))
 

@@ -24,6 +24,7 @@ from workshop import (
 )
 
 import data
+import run_folder
 import sample
 import train
 from checkpoint import find_checkpoint, load_model
@@ -173,7 +174,7 @@ def test_the_default_corpus_is_prepared_once(monkeypatch, tmp_path, capsys):
     library.mkdir()
     for name in ("one", "two"):
         (library / f"{name}.py").write_text(f"# {name}\n" + "def f(x):\n    return x + 1\n" * 40)
-    monkeypatch.setattr(data, "stdlib_files", lambda: sorted(library.iterdir()))
+    monkeypatch.setattr(run_folder, "stdlib_files", lambda: sorted(library.iterdir()))
     first = train.open_corpus(None, "bytes", None, PRESETS["demo"])
     assert (
         first.path.parent == Path("corpora")
@@ -191,6 +192,6 @@ def test_the_default_corpus_is_prepared_once(monkeypatch, tmp_path, capsys):
 def test_the_default_corpus_is_not_prepared_in_vain(monkeypatch, tmp_path):
     """A vocabulary that cannot hold the tokenizer's ids is refused before minutes go into
     preparing."""
-    monkeypatch.setattr(data, "prepare", lambda *args, **options: pytest.fail("prepared in vain"))
+    monkeypatch.setattr("prepare.prepare", lambda *args, **options: pytest.fail("prepared in vain"))
     with pytest.raises(ValueError, match="add --model vocab_size=384"):
         train.open_corpus(None, "bytes", None, CONFIG.replace(vocab_size=100))

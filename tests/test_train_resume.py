@@ -41,6 +41,7 @@ from workshop import (
 )
 
 import data
+import run_folder
 import sample
 import train
 from checkpoint import find_checkpoint, load_model
@@ -129,7 +130,7 @@ def test_resume_after_a_crash_forgets_what_came_after_the_checkpoint(corpus, mon
     straight = train.train(job(corpus))["folder"]
     s = job(corpus)
     with monkeypatch.context() as patch:
-        crashes(patch, data.Corpus, "batch", call)
+        crashes(patch, data.Corpus, "batch_ahead", call)
         with pytest.raises(RuntimeError, match="power cut"):
             train.train(s)
     with open(Path(s.out) / "metrics.jsonl", "a") as file:
@@ -148,7 +149,7 @@ def test_resume_after_a_crash_around_a_growth(corpus, monkeypatch, call):
         job(corpus, stages="stages.json"),
     )
     with monkeypatch.context() as patch:
-        crashes(patch, data.Corpus, "batch", call)
+        crashes(patch, data.Corpus, "batch_ahead", call)
         with pytest.raises(RuntimeError, match="power cut"):
             train.train(s)
     go_on(s.out)
@@ -340,7 +341,7 @@ def test_resume_takes_what_may_change(corpus, other_corpus):
     train.train(s, stop_at=2)
     changes = dict(steps=8, lr=1e-4, min_lr=0.5, eval_rows=2, eval_every=1, keep=1)
     go_on(s.out, **changes, data=other_corpus, data_changed=True)
-    kept, lines = train.read_run(Path(s.out))[0], log(s.out)
+    kept, lines = run_folder.read_run(Path(s.out))[0], log(s.out)
     assert (kept.steps, kept.lr, kept.min_lr, kept.keep, kept.data) == (
         8,
         1e-4,
@@ -423,7 +424,7 @@ def test_a_checkpoint_of_another_shape_is_refused(corpus):
     shutil.copytree(find_checkpoint(narrow.out), Path(s.out) / "step-00000002")
     with pytest.raises(ValueError, match=f"{s.out}/step-00000002 holds another model than stage 1"):
         main(["--resume", s.out])
-    relabel(s.out, config=train.read_run(s.out)[1][0].config.to_dict())
+    relabel(s.out, config=run_folder.read_run(s.out)[1][0].config.to_dict())
     with pytest.raises(ValueError, match=f"{s.out}/step-00000002 does not hold these tensors"):
         main(["--resume", s.out])
 

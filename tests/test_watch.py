@@ -26,6 +26,7 @@ from workshop import (
     write_stages,
 )
 
+import run_folder
 import train
 import watch
 from flm import FLM
@@ -227,7 +228,7 @@ def test_a_profile_changes_nothing(corpus, capsys):
     assert 0 < sum(float(row[4]) for row in rows) <= 100.5
     assert table[11] == f"  trace: {s.out}/trace-step-4-rank-0.json, for ui.perfetto.dev"
     assert_same_run(s.out, train.train(job(corpus))["folder"])
-    assert train.read_run(s.out)[0].profile is None
+    assert run_folder.read_run(s.out)[0].profile is None
 
 
 # --------------------------------------------------------------------------------------------------

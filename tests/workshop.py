@@ -30,7 +30,7 @@ import muP
 import parallel
 import train
 from checkpoint import find_checkpoint, read_info
-from flm import FLM, IGNORE, FLMConfig
+from flm import FLM, IGNORE, FLMConfig, preset
 from train import Settings
 
 ROOT = Path(train.__file__).parent
@@ -39,8 +39,9 @@ CONFIG = FLMConfig(
     n_layers=2, d_model=32, n_heads=2, head_dim=16, d_ff=64, max_seq_len=T, vocab_size=V
 )
 SIZE = tuple(
-    f"{name}={getattr(CONFIG, name)}"
-    for name in ("n_layers", "d_model", "n_heads", "head_dim", "d_ff", "max_seq_len", "vocab_size")
+    f"{name}={value}"
+    for name, value in CONFIG.to_dict().items()
+    if value != getattr(preset("demo"), name)
 )
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # sums depend on it
 FLOAT64 = train.Machine(torch.device("cpu"), torch.float64, 1e9, "")

@@ -1,0 +1,294 @@
+"""Tests of lab/recipe.py: the whole recipe in one command, stopped anywhere, and its report.
+
+The recipe --quick is run twice: once as a user would, undisturbed, and once killed at five places.
+The second one trains its models one after another in the recipe's own process, which is faster, for
+no process has to start. What becomes of runs whose command is killed is in test_lab_runs.py."""
+
+import dataclasses
+import html
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import processes
+import pytest
+from helpers import ROOT, error
+
+from flm import count_parameters
+from lab import recipe, recipe_page, runs
+from lab.recipe import GPU, LAPTOP, QUICK, Recipe, scaled
+from run_folder import read_log, read_run
+from schedule import learning_rate, training_flops
+from settings import resolve
+
+WORDS = ["--quick", "--control", "--jobs", "2"]
+COMMAND = [sys.executable, "-m", "lab.recipe", *WORDS]
+IN_ONE_PROCESS = """import sys
+from lab import recipe, runs
+from small_runs import train_here
+runs.train_jobs = train_here
+recipe.main(sys.argv[1:])
+"""
+TIMES = {"tokens_per_s", "utilisation", "cpu_seconds", "wall_seconds"}
+BEST = {"lr": 0.01, "init_std": 0.05, "output_mult": 2.0}
+
+
+def start(folder: Path) -> subprocess.Popen:
+    """The recipe in this folder, in one process."""
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-c", IN_ONE_PROCESS, *WORDS]
+    return processes.start(command, folder / "log", cwd=folder, env=paths)
+
+
+def finish(folder: Path, process: subprocess.Popen) -> tuple[Path, dict]:
+    """Wait for the end of the recipe in this folder: (its folder, its report)."""
+    assert processes.wait(process, folder / "log") == 0, (folder / "log").read_text()[-3000:]
+    out = folder / "runs" / "recipe"
+    return out, json.loads((out / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> tuple[Path, dict]:
+    """An undisturbed recipe, as a user would start it."""
+    folder = tmp_path_factory.mktemp("quick")
+    return finish(folder, processes.start(COMMAND, folder / "log", cwd=folder))
+
+
+def logs(out: Path) -> dict[str, list[dict]]:
+    """The log of every run, without its times."""
+    return {
+        str(file.parent.relative_to(out)): [
+            {key: value for key, value in line.items() if key not in TIMES}
+            for line in read_log(file.parent)
+        ]
+        for file in sorted(out.glob("*/*/metrics.jsonl"))
+    }
+
+
+def without_times(numbers: dict) -> dict:
+    """What of a report does not depend on the clock."""
+    kept = {key: numbers[key] for key in ("search", "growths", "control", "texts")}
+    prediction = {k: v for k, v in numbers["prediction"].items() if k != "written"}
+    scores = {k: {**v, "seconds": 0} for k, v in numbers["evaluation"].items()}
+    return kept | {"prediction": prediction, "evaluation": scores}
+
+
+# ----------------------------------------------------------------------------------------------
+# The whole recipe
+
+
+def test_the_report_has_the_numbers_of_the_runs(quick):
+    """Every number that a reader compares is one that a run logged: the grid, the narrow losses,
+    both sides of each growth, the ends."""
+    out, numbers = quick
+    for row in numbers["search"]["finalists"]:
+        name = "-".join(f"{key}{value:g}" for key, value in row["values"].items())
+        for seed, loss in row["losses"].items():
+            assert loss == runs.read_finished(out / "search" / f"{name}-seed{seed}").loss
+    for width, losses in numbers["prediction"]["losses"].items():
+        for seed, loss in losses.items():
+            log = read_log(out / "narrow" / f"w{int(width):04}-seed{seed}")
+            assert loss == next(line["loss_before"] for line in log if "grown" in line)
+    log = read_log(out / "train" / "grown")
+    growths = [(line["loss_before"], line["loss_after"]) for line in log if "grown" in line]
+    assert [(g["before"], g["after"]) for g in numbers["growths"]] == growths
+    assert numbers["prediction"]["predicted"][0]["loss"] == growths[0][0]
+    for name in ("grown", "scratch"):
+        ends = [line for line in read_log(out / "train" / name) if "val_loss" in line]
+        assert numbers["control"][name] == ends[-1]["val_loss"]
+        final = "stage-3" if name == "grown" else name
+        held_out = numbers["evaluation"][final]["held_out"]
+        assert held_out["val_loss"] == pytest.approx(ends[-1]["val_loss"], abs=1e-6)
+    assert list(numbers["evaluation"]) == ["stage-1", "stage-2", "stage-3", "scratch"]
+    at_growth = numbers["evaluation"]["stage-1"]["held_out"]["val_loss"]
+    assert at_growth == pytest.approx(growths[0][0], abs=1e-6)
+
+
+def test_the_prediction_is_there_before_the_model(quick):
+    """Its file is older than the first file of the run that it is about. It holds no outcome."""
+    out, _ = quick
+    file = out / "prediction.json"
+    assert file.stat().st_mtime_ns <= (out / "train" / "grown" / "config.json").stat().st_mtime_ns
+    (row,) = json.loads(file.read_text())["predicted"]
+    assert "loss" not in row and row["interval"][0] < row["predicted"] < row["interval"][1]
+
+
+def test_the_page_shows_what_the_json_holds(quick):
+    """The page opens without a network, and each line of the summary is on it."""
+    out, numbers = quick
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for line in [*recipe_page.summary(numbers), *numbers["cluster"], "FLM-101B", "21.54"]:
+        assert html.escape(line) in page
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+def test_the_bar_ends_full(quick):
+    """The FLOPs that were promised are those that were done."""
+    out, _ = quick
+    shown = (out.parent.parent / "log").read_text().replace("\r", "\n")
+    assert "5 of 5, report: 100%" in shown
+
+
+PLACES = (  # what is in the folder when the recipe is killed
+    "search/*/metrics.jsonl",
+    "narrow/w0024-seed1/metrics.jsonl",
+    "prediction.json",
+    "train/grown/step-00000010/checkpoint.json",
+    "evaluation-stage-1.json",
+)
+
+
+def kill_at(folder: Path, place: str):
+    """Start the recipe, and kill -9 it when a file is there."""
+    process = start(folder)
+    while process.poll() is None and not list((folder / "runs" / "recipe").glob(place)):
+        time.sleep(0.02)
+    assert process.poll() is None, f"{place} never came: {(folder / 'log').read_text()[-3000:]}"
+    processes.kill(process)
+
+
+def test_killed_at_five_places(quick, tmp_path):
+    """kill -9 in each part, and the same command again: every log and every number is the one of
+    the undisturbed recipe, and no finished run was touched again."""
+    done = {}
+    for place in PLACES:
+        kill_at(tmp_path, place)
+        out = tmp_path / "runs" / "recipe"
+        for config in out.glob("*/*/config.json"):
+            if runs.read_finished(config.parent) and config.parent.parent.name != "train":
+                done.setdefault(config, config.stat().st_mtime_ns)
+    found, numbers = finish(tmp_path, start(tmp_path))
+    assert len(done) > 10
+    assert {config: config.stat().st_mtime_ns for config in done} == done
+    assert logs(found) == logs(quick[0])
+    assert without_times(numbers) == without_times(quick[1])
+
+
+# ----------------------------------------------------------------------------------------------
+# Chapter 8
+
+CHAPTER = (ROOT / "tutorials/08-recipe.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.quick
+def test_chapter_8_has_the_numbers():
+    """Every line of the summary of every recipe that was measured is in the chapter; line ends
+    aside."""
+    files = sorted(ROOT.glob("tutorials/measurements/recipe-seed*.json"))
+    shown = " ".join(CHAPTER.split())
+    lines = [line for file in files for line in recipe_page.summary(json.loads(file.read_text()))]
+    assert lines and [line for line in lines if " ".join(line.split()) not in shown] == []
+
+
+@pytest.mark.quick
+def test_chapter_8_has_the_sizes():
+    """The table of the stages is that of the laptop's recipe, and so are the narrow widths."""
+    asked = Recipe(Path("nowhere"), LAPTOP, 0, "cpu", False, 2)
+    for layers, width in zip(LAPTOP.layers, LAPTOP.widths):
+        size = count_parameters(asked.model(width, layers))
+        assert f"| {layers} | {width} | {size:,} |" in CHAPTER
+    *first, last = map(str, LAPTOP.narrow)
+    assert f"widths {', '.join(first)} and {last}" in CHAPTER.replace("\n", " ")
+
+
+@pytest.mark.quick
+def test_chapter_8_has_the_luck():
+    """The standard deviations over the seeds, from the measured losses."""
+    losses = json.loads((ROOT / "tutorials/measurements/recipe-luck.json").read_text())["losses"]
+    for width in ("32", "64"):
+        for step in ("200", "400"):
+            found = statistics.stdev(row[step] for row in losses[width].values())
+            assert f"{found:.4f}" in CHAPTER
+
+
+# ----------------------------------------------------------------------------------------------
+# What is asked for
+
+
+def small(tmp_path: Path, **changes) -> Recipe:
+    """The quick recipe in a folder that is there."""
+    return Recipe(tmp_path, dataclasses.replace(QUICK, **changes), 0, "cpu", True, 2)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("size", [LAPTOP, QUICK, GPU], ids=["laptop", "quick", "gpu"])
+def test_the_narrow_runs_share_the_first_stage(tmp_path, size):
+    """Up to the end of the first stage a narrow run has the learning rate of the run that grows, at
+    every step; it ends one step later."""
+    asked = Recipe(tmp_path, size, 0, "cpu", False, 2)
+    grown, stages = resolve(recipe.grown_settings(asked, BEST))
+    narrow, short = resolve(recipe.narrow_settings(asked, BEST)[0])
+    end, B = stages[0].end, size.batch_size
+    assert short[0].end == end and short[-1].end == end + B
+    for samples in range(B, end + 1, max(1, end // B // 50) * B):
+        rate = learning_rate(stages, samples, grown.min_lr)
+        assert learning_rate(short, samples, narrow.min_lr) == pytest.approx(rate, rel=1e-9)
+
+
+@pytest.mark.quick
+def test_the_control_has_the_same_flops(tmp_path):
+    """Up to half a step of the large model."""
+    asked = Recipe(tmp_path, LAPTOP, 0, "cpu", True, 2)
+    grown, scratch = recipe.big_settings(asked, BEST)
+    _, stages = resolve(scratch)
+    step = training_flops(stages, scratch.batch_size)
+    assert abs(recipe.flops_of(grown) - recipe.flops_of(scratch)) <= step / 2
+
+
+@pytest.mark.quick
+def test_minutes_scale_the_work():
+    """Half the minutes, half the steps; too few are refused with what to type."""
+    half = scaled(LAPTOP, LAPTOP.minutes / 2)
+    assert half.steps == LAPTOP.steps // 2 and half.search_steps == LAPTOP.search_steps // 2
+    assert scaled(LAPTOP, LAPTOP.minutes) == LAPTOP
+    for minutes in (0, -1, 2, float("nan"), float("inf")):
+        assert "ask for --quick" in error(scaled, LAPTOP, minutes)
+
+
+@pytest.mark.quick
+def test_another_recipe_is_refused(tmp_path):
+    """With each difference, before anything is trained; the folder stays as it was."""
+    recipe.check_folder(small(tmp_path))
+    recipe.check_folder(small(tmp_path))
+    before = (tmp_path / "recipe.json").read_text()
+    message = error(recipe.check_folder, small(tmp_path, steps=99))
+    assert "steps = 20, asked is 99" in message and "another --out" in message
+    assert (tmp_path / "recipe.json").read_text() == before
+    (tmp_path / "recipe.json").write_text("[]")
+    assert "is not what lab.recipe writes" in error(recipe.check_folder, small(tmp_path))
+
+
+@pytest.mark.quick
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    """Nothing is written there, and what is damaged is named."""
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds something that is no recipe" in error(recipe.run, small(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "search.json").write_text("{")
+    assert "search.json is no JSON" in error(recipe.read, small(tmp_path), "search")
+
+
+@pytest.mark.quick
+def test_what_the_command_line_refuses(tmp_path):
+    """All of it at once."""
+    file = tmp_path / "file"
+    file.touch()
+    words = ["--quick", "--minutes", "9", "--seed", "-1", "--jobs", "0", "--out", str(file)]
+    message = error(recipe.read_recipe, recipe.make_parser().parse_args(words))
+    for part in ("--quick and --minutes", "--seed -1", "--jobs 0", "is a file"):
+        assert part in message
+
+
+@pytest.mark.quick
+def test_a_stage_ends_with_its_checkpoint(quick):
+    """Each evaluated checkpoint is the last one of its stage, and is there."""
+    out, _ = quick
+    grown = runs.read_finished(out / "train" / "grown")
+    found = recipe.stage_checkpoints([grown])
+    _, stages = read_run(out / "train" / "grown")
+    for path, stage in zip(found.values(), stages):
+        assert json.loads((path / "checkpoint.json").read_text())["samples"] == stage.end
