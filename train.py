@@ -29,7 +29,6 @@ import itertools
 import math
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,10 +59,10 @@ from run_folder import (
     has_checkpoint,
     lock_folder,
     open_corpus,
-    read_log,
     resume_command,
     resumed,
     resumed_stages,
+    set_diverged_aside,
     tell_repeats,
     write_run,
 )
@@ -78,7 +77,7 @@ from settings import (
     resolve,
     with_file,
 )
-from watch import Watch, describe_config, describe_run, describe_start, print_next, refuse_board
+from watch import Watch, describe_config, describe_run, describe_start, print_end, refuse_board
 
 # --------------------------------------------------------------------------------------------------
 # 1. The parts of a step
@@ -330,7 +329,8 @@ class Run:
             self.remove_older_checkpoints()
 
     def close(self):
-        """Before another process may write into the folder, the thread that writes must end."""
+        """Wait until the thread that writes has ended: only then may the lock go, or checkpoints
+        get other names."""
         if self.writing:
             with contextlib.suppress(OSError):
                 self.writing[2]()
@@ -390,24 +390,11 @@ class Run:
                 return None
         return " ".join(f"--{k} {n}" for k, n in wanted.items())
 
-    def set_diverged_aside(self) -> str | None:
-        """The newest checkpoint whose next step had a sound loss. Newer ones get another name, and
-        so are no checkpoints any more; nothing happens where none is sound."""
-        log = read_log(self.folder)
-        losses = {line["step"] - 1: line["loss"] for line in log if "loss" in line}
-        ruined = []
-        for path in reversed(checkpoint.list_checkpoints(self.folder)):
-            if self.is_sound(losses.get(checkpoint.step_of(path.name), math.inf)):
-                for old in ruined:
-                    names = (old.with_name(f"{old.name}.diverged-{n}") for n in itertools.count(1))
-                    old.rename(next(name for name in names if not name.exists()))
-                return str(path)
-            ruined.append(path)
-        return None
-
     def advice(self, error: NonFinite) -> str:
         """What to do about numbers that are not finite."""
-        s, sound = self.settings, self.world.on_rank_0(self.set_diverged_aside)
+        self.close()
+        s, aside = self.settings, (set_diverged_aside, self.folder, self.is_sound)
+        sound = self.world.on_rank_0(*aside)
         text = f"step {self.state.step + 1} stopped before the optimizer: {error}.\n"
         fresh = (
             f"begin a new run with a smaller --lr (now {s.lr:g}), a longer --warmup (now "
@@ -492,6 +479,35 @@ def open_run(
     return run
 
 
+def loop(run: Run, stop_at: int | None) -> tuple[dict, str | None]:
+    """Train until the end of the run, a signal, the step `stop_at`, or a stage that asks for
+    another layout. Returns (the last evaluation, that layout)."""
+    s, state, result = run.settings, run.state, {}
+    while state.step < run.last_step and state.step != stop_at and not run.asked[0]:
+        if run.growth_is_due():
+            move = run.next_layout()
+            if move:
+                return result, move
+            run.grow()
+        try:
+            run.train_step()
+        except parallel.Stopped:
+            break  # half a step is thrown away; the weights are those from before it
+        # The log comes before the checkpoint. On --resume, newer lines of the log are dropped and
+        # written again, so no evaluation is lost.
+        last = state.step == run.last_step
+        if last or state.step % s.eval_every == 0:
+            result = run.evaluate()
+            run.ask()
+        if run.asked[2]:
+            run.finish_save()
+        due = last or state.step % s.save_every == 0 or state.step == run.decay_step
+        if due or run.asked[1]:
+            run.save()
+            run.ask()
+    return result, None
+
+
 def train(
     settings: Settings,
     *,
@@ -509,43 +525,24 @@ def train(
     fit, OSError for a disk that does not take the run, NonFinite."""
     with contextlib.ExitStack() as stack:
         run = open_run(settings, resume, world, stack, run_class)
-        state, s, result, move = run.state, run.settings, {}, None
+        state = run.state
         stack.enter_context(console.receive_signals(run.signals))
         try:
-            while state.step < run.last_step and state.step != stop_at and not run.asked[0]:
-                if run.growth_is_due():
-                    move = run.next_layout()
-                    if move:
-                        break
-                    run.grow()
-                run.train_step()
-                # The log comes before the checkpoint. On --resume, newer lines of the log are
-                # dropped and written again, so no evaluation is lost.
-                last = state.step == run.last_step
-                if last or state.step % s.eval_every == 0:
-                    result = run.evaluate()
-                    run.ask()
-                if run.asked[2]:
-                    run.finish_save()
-                due = last or state.step % s.save_every == 0 or state.step == run.decay_step
-                if due or run.asked[1]:
-                    run.save()
-                    run.ask()
-        except parallel.Stopped:
-            pass  # half a step is thrown away; the weights are those from before it
+            result, move = loop(run, stop_at)
+            finished = state.step == run.last_step
+            if finished:
+                run.sound = state.step
+            run.save()
+            run.finish_save()
         except NonFinite as error:
             raise NonFinite(run.advice(error)) from None
-        except OSError as error:  # a full disk under the log, a closed terminal
+        except OSError as error:  # a full disk, a closed terminal
             if run.world.size == 1:
-                run.save()
-                run.finish_save()
+                with contextlib.suppress(OSError):
+                    run.save()
+                    run.finish_save()
             go_on = resume_command(run.world, run.folder)
             raise OSError(f"{error}\nsaved at step {run.saved}; to go on: {go_on}") from error
-        finished = state.step == run.last_step
-        if finished:
-            run.sound = state.step
-        run.save()
-        run.finish_save()
         signals = {} if finished else dict(enumerate(run.world.gather(run.signals[:1])))
     return result | {
         "step": state.step,
@@ -587,33 +584,7 @@ def main(argv=None, world: World = World(), run_class: type[Run] = Run) -> int:
     else:
         s = Settings(**given)
     result = train(s, resume=resume, world=world, run_class=run_class)
-    return tell(result, s, world, time.perf_counter() - start)
-
-
-def tell(result: dict, s: Settings, world: World, seconds: float) -> int:
-    """Print what came out of a run and what to type next; returns the exit code."""
-    step, signals, move = result["step"], result["signals"], result["move"]
-    go_on = resume_command(world, result["folder"])
-    if signals:
-        number = next(iter(signals.values()))
-        name = signal.Signals(number).name
-        print(f"stopped by {name} after step {step}, saved; to go on:\n  {go_on}")
-        if len(signals) < world.size:
-            ranks = ", ".join(map(str, signals))
-            print(
-                f"torchrun takes this for a failure, since only rank {ranks} received the signal: "
-                "with --max-restarts it starts the run again"
-            )
-        return 128 + number
-    if move:
-        print(
-            f"saved at step {step}: the next stage lies on another layout; it begins when you "
-            f"type, on as many processes:\n  {go_on} {move}"
-        )
-        return 0
-    print(f"done in {seconds:.0f} s.")
-    print_next(result["folder"], step, s, world)
-    return 0
+    return print_end(result, s, world, time.perf_counter() - start)
 
 
 if __name__ == "__main__":

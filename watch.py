@@ -12,8 +12,10 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -104,6 +106,15 @@ def refuse_board(s: Settings):
         )
 
 
+def numbers_of(record: dict) -> Iterator[tuple[str, float]]:
+    """(name, number) of a line of the log; what is inside another has a name such as a/b."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{inner}", number) for inner, number in numbers_of(value))
+        if isinstance(value, (int, float)) and name != "step":
+            yield name, value
+
+
 INTERVAL = 0.5  # seconds between two states of the bar
 
 
@@ -133,7 +144,8 @@ class Watch:
             self.board = stack.enter_context(board_writer()(folder, purge_step=step + 1))
         self.profiler = None
         if s.profile:
-            self.profiler = stack.enter_context(profile_steps(s, world, step))
+            steps = profiled_steps(s.profile, step, self.last_step)
+            self.profiler = stack.enter_context(profile_steps(s.out, world, step, steps))
         self.warned = False  # of a utilisation that cannot be
         self.shown = 0  # step of the last line
         self.begun, self.total = flop_progress(stages, samples)
@@ -159,13 +171,12 @@ class Watch:
         self.bar.set_description_str(what)
 
     def log(self, record: dict):
-        """One line of metrics.jsonl; its numbers go to TensorBoard and, of a step, to the screen."""
+        """One line of metrics.jsonl. Its numbers go to TensorBoard, those of a step to the screen."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         if self.board:
-            for name, value in record.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self.board.add_scalar(name, value, record["step"])
+            for name, value in numbers_of(record):
+                self.board.add_scalar(name, value, record["step"])
         if "tokens_per_s" in record:
             self.show(record)
         if "tokens_per_s" in record and self.profiler:
@@ -201,18 +212,35 @@ class Watch:
 WARM_UP = 3  # steps before the profile: the first ones allocate and compile
 
 
-def profile_steps(s: Settings, world: World, step: int) -> torch.profiler.profile:
-    """PyTorch's profiler for s.profile steps after WARM_UP ones. Each rank writes a trace, which
-    chrome://tracing and ui.perfetto.dev open; rank 0 prints the costliest operations."""
-    first = step + WARM_UP + 1
-    steps = f"steps {first} to {first + s.profile - 1}"
-    file = Path(s.out, f"trace-step-{first}-rank-{world.rank}.json")
+def profiled_steps(n: int, step: int, last_step: int) -> range:
+    """The steps that are profiled of a run that has done `step` of its steps: n of them after
+    WARM_UP ones, or as many as there are, at least one.
+
+    >>> [profiled_steps(2, 10, last) for last in (20, 14, 12, 11)]
+    [range(14, 16), range(14, 15), range(12, 13), range(11, 12)]
+    """
+    first = min(step + WARM_UP + 1, last_step)
+    return range(first, min(first + n, last_step + 1))
+
+
+def profile_steps(out: str, world: World, step: int, steps: range) -> torch.profiler.profile:
+    """PyTorch's profiler for these steps of a run that has done `step`. Each rank writes a trace,
+    which chrome://tracing and ui.perfetto.dev open; rank 0 prints the costliest operations. Of a
+    run that stops before, nothing is written."""
+    file = Path(out, f"trace-step-{steps[0]}-rank-{world.rank}.json")
+    before = steps[0] - step - 1
+    warm_up = min(1, before)
+    actions = {"wait": before - warm_up, "warmup": warm_up, "active": len(steps), "repeat": 1}
 
     def finish(profiler: torch.profiler.profile):
+        last = step + profiler.step_num
+        if last < steps[0]:
+            return
         profiler.export_chrome_trace(str(file))
-        tqdm.write(f"{costliest(profiler, steps)}\n  trace: {file}, for ui.perfetto.dev")
+        table = costliest(profiler, f"steps {steps[0]} to {last}")
+        tqdm.write(f"{table}\n  trace: {file}, for ui.perfetto.dev")
 
-    schedule = torch.profiler.schedule(wait=WARM_UP - 1, warmup=1, active=s.profile, repeat=1)
+    schedule = torch.profiler.schedule(**actions)
     return torch.profiler.profile(schedule=schedule, on_trace_ready=finish)
 
 
@@ -238,6 +266,33 @@ def costliest(profiler: torch.profiler.profile, steps: str, n: int = 10) -> str:
 PROMPT, TEMPERATURE = "\n\ndef ", 0.8
 
 
+def print_end(result: dict, s: Settings, world: World, seconds: float) -> int:
+    """Print what came of a run (train.train's result) and what to type next; returns the exit
+    code."""
+    step, signals, folder = result["step"], result["signals"], result["folder"]
+    go_on = resume_command(world, folder)
+    if signals:
+        number = next(iter(signals.values()))
+        name = signal.Signals(number).name
+        print(f"stopped by {name} after step {step}, saved; to go on:\n  {go_on}")
+        if len(signals) < world.size:
+            ranks = ", ".join(map(str, signals))
+            print(
+                f"torchrun takes this for a failure, since only rank {ranks} received the signal: "
+                "with --max-restarts it starts the run again"
+            )
+        return 128 + number
+    if result["move"]:
+        print(
+            f"saved at step {step}: the next stage lies on another layout; it begins when you "
+            f"type, on as many processes:\n  {go_on} {result['move']}"
+        )
+        return 0
+    print(f"done in {seconds:.0f} s.")
+    print_next(folder, step, s, world)
+    return 0
+
+
 def print_next(folder: str, step: int, s: Settings, world: World):
     """Print a sample of a finished run, and what to type next."""
     where, go_on = shlex.quote(folder), resume_command(world, folder)
@@ -256,7 +311,7 @@ def print_next(folder: str, step: int, s: Settings, world: World):
 
 
 def print_sample(folder: str, s: Settings):
-    """What the model writes: of the default corpus after PROMPT, else from the start of a document."""
+    """What the model writes: after PROMPT, or where a document starts if the corpus is another."""
     model, info = load_model(folder)
     prompt = "" if s.data else PROMPT
     room = min(400, model.config.max_seq_len - max(1, len(prompt)))
