@@ -197,16 +197,18 @@ def test_without_torchrun_the_command_is_named():
 
 def test_a_run_grows_moves_and_is_evaluated(workshop, tmp_path):
     """A run with a teacher signal grows under tp 2 x pp 2 in bf16, with the same held-out loss in
-    full precision before and after; its checkpoint is evaluated by two ranks and by one, the same
+    full precision before and after; each rank has a profile, and rank 0 alone prints one; its checkpoint is evaluated by two ranks and by one, the same
     but for rounding, and the run goes on in one process."""
     small, large = {"n_layers": 2, "d_model": 16}, {"n_layers": 4, "d_model": 32}
     stages = [{"config": small}, {"config": large, "start": 16, "ramp": 16}]
     (tmp_path / "stages.json").write_text(json.dumps(stages))
     run, log = tmp_path / "run", tmp_path / "log"
     words = ["--tp", 2, "--pp", 2, "--sequence-parallel", "--stages", tmp_path / "stages.json"]
-    words += ["--teacher-fraction", 0.25, "--eval-every", 3]
+    words += ["--teacher-fraction", 0.25, "--eval-every", 3, "--profile", 2]
     code, output = workshop.torchrun(4, run, *words, dtype="bfloat16")
     assert code == 0, output
+    assert output.count("profile of steps 4 to 5, cpu time") == 1
+    assert len(list(run.glob("trace-step-4-rank-*.json"))) == 4
     lines = read_log(run)
     (grown,) = (line for line in lines if "grown" in line)
     assert grown["loss_after"] == pytest.approx(grown["loss_before"], rel=1e-6)

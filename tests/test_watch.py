@@ -231,6 +231,18 @@ def test_a_profile_changes_nothing(corpus, capsys):
     assert run_folder.read_run(s.out)[0].profile is None
 
 
+def test_a_profile_of_more_steps_than_there_are(corpus, capsys):
+    """The profile begins earlier and is shorter, so that there is one, and says which steps it
+    holds. A run that is stopped before has none; in the middle, it has the steps so far."""
+    for steps, stop_at, first, last in ((2, None, 2, 2), (6, 2, None, None), (6, 4, 4, 4)):
+        s = job(corpus, steps=steps, profile=9)
+        train.train(s, stop_at=stop_at)
+        tables = re.findall(r"profile of steps (\d+) to (\d+), cpu time\n", capsys.readouterr().out)
+        traces = [path.name for path in Path(s.out).glob("trace-*")]
+        assert tables == [(str(first), str(last))] * (first is not None)
+        assert traces == [f"trace-step-{first}-rank-0.json"] * (first is not None)
+
+
 # --------------------------------------------------------------------------------------------------
 # The sample
 
