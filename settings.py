@@ -285,7 +285,7 @@ def read_settings(file: str) -> dict:
 def with_file(given: dict) -> dict:
     """The options of a command line, over those of the file that its --settings names."""
     file = given.pop("settings", None)
-    return {**read_settings(file), **given} if file else given
+    return given if file is None else {**read_settings(file), **given}
 
 
 # --------------------------------------------------------------------------------------------------
