@@ -171,7 +171,7 @@ class Watch:
         self.bar.set_description_str(what)
 
     def log(self, record: dict):
-        """One line of metrics.jsonl. Its numbers go to TensorBoard, those of a step to the screen."""
+        """One line of metrics.jsonl. Numbers go to TensorBoard, those of a step to the screen."""
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         if self.board:
