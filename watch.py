@@ -251,10 +251,10 @@ def costliest(profiler: torch.profiler.profile, steps: str, n: int = 10) -> str:
     kind = "device" if any(e.self_device_time_total for e in events) else "cpu"
     times = {e.key: getattr(e, f"self_{kind}_time_total") for e in events}
     calls, total = {e.key: e.count for e in events}, sum(times.values())
-    lines = [f"profile of {steps}, {kind} time", f"  {'operation':58}{'calls':>8}{'ms':>11}  share"]
+    lines = [f"profile of {steps}, {kind} time", f"  {'operation':60}{'calls':>8}{'ms':>11}  share"]
     for key in sorted(times, key=times.get, reverse=True)[:n]:
         share = times[key] / max(total, 1e-9)
-        lines.append(f"  {key[:57]:58}{calls[key]:8,}{times[key] / 1e3:11,.1f}{share:7.1%}")
+        lines.append(f"  {key[:59]:60}{calls[key]:8,}{times[key] / 1e3:11,.1f}{share:7.1%}")
     return "\n".join(lines)
 
 
