@@ -1,4 +1,5 @@
-"""Errors for people: what every command of this repository does around its own work.
+"""What every command of this repository does around its own work: errors for people, what takes
+long, signals.
 
 A user's mistake raises ValueError, and a limit of the machine (a full disk) raises OSError. `run`
 prints such an error as one screen, without a traceback. Any other error is a fault of this
@@ -6,13 +7,18 @@ repository, and keeps its traceback.
 """
 
 import codecs
+import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
+
+from tqdm import tqdm
 
 
 def refuse(problems: Iterable[str], heading: str = ""):
@@ -29,6 +35,37 @@ def refuse(problems: Iterable[str], heading: str = ""):
         raise ValueError("\n  ".join([heading, *lines]))
     if lines:
         raise ValueError("\n".join(lines))
+
+
+EVERY = 30  # seconds between two lines
+
+
+class Lines:
+    """A stream for tqdm where there is no terminal. tqdm writes the same line again and again; this
+    prints one of them after `delay` seconds, and another one whenever EVERY seconds are over."""
+
+    def __init__(self, delay: float):
+        self.due = time.monotonic() + delay
+
+    def write(self, text: str):
+        line = text.replace("\r", "").strip()
+        if line and time.monotonic() >= self.due:
+            print(line, file=sys.stderr)
+            self.due = time.monotonic() + EVERY
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(things: Iterable | None = None, delay: float = 3, **options) -> tqdm:
+    """tqdm on stderr, for what takes more than a few seconds; its time left is by the mean speed.
+
+    Without a terminal there is no bar and there are no escape codes, but a line now and then: see
+    Lines. options: those of tqdm; desc says what is being done."""
+    if sys.stderr.isatty():
+        return tqdm(things, dynamic_ncols=True, smoothing=0, **options)
+    form = "{desc}: {percentage:.0f}% of {total_fmt} {unit}, {remaining} left{postfix}"
+    return tqdm(things, file=Lines(delay), bar_format=form, smoothing=0, **options)
 
 
 def read_text(path: str | Path) -> str:
@@ -153,3 +190,29 @@ def run(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoR
         discard_streams()
         code = 2
     sys.exit(code)
+
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
+
+
+@contextlib.contextmanager
+def receive_signals(received: list[int]):
+    """Append the numbers of signals that ask a run to stop, in place of what they do otherwise; a
+    second Ctrl-C stops at once. A signal that the caller ignores (nohup) stays ignored."""
+
+    def receive(number, frame):
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    try:
+        with contextlib.suppress(ValueError):  # only the main thread may handle signals
+            for number in before:
+                signal.signal(number, receive)
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            for number, handler in before.items():
+                signal.signal(number, handler)

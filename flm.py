@@ -220,6 +220,8 @@ PRESETS = {
     "iq-demo": _flm(4, 128, 4, V=288, T=768, D=32),
     # The paper: width 256, 2 heads, under 100M parameters, all else as in the 16B model (section 3)
     "flm-proxy": _flm(48, 256, 2),
+    # OURS: as deep for its width as the 101B model, of 1.01 billion parameters.
+    "flm-1b": _flm(16, 2048, 16),
     # The paper prints no shape for its 16B and 51B models. These are OURS: the sizes fit, heads of
     # 128 as in the 101B model, and from one to the next every dimension only grows.
     "flm-16b": _flm(48, 5120, 40),

@@ -46,7 +46,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import console
 import muP
@@ -537,12 +536,14 @@ def grow_share(
         sizes = {name: p.numel() for name, p in FLM(new_config).named_parameters()}
     by_size = sorted(sizes, key=sizes.get, reverse=True)  # so that all ranks have as much to do
     mine = by_size[world.rank :: world.size]
-    old = old_tensors(path, {old_name(name, record) for name in mine}, folder)
-    silent = None if world.rank == 0 else True  # None: where there is no terminal
-    bar, grown = tqdm(mine, desc="growing", unit="parameter", disable=silent), {}
-    for kind, name, value in grown_tensors(bar, old, new_config, record, **how):
-        tensor = file_backed(value.shape, value.dtype, folder).copy_(value)
-        grown.setdefault(kind, {})[name] = tensor
+    total, grown = sum(sizes[name] for name in mine), {}
+    count = {"total": total, "unit": "weights", "unit_scale": True, "disable": world.rank > 0}
+    with console.progress(desc="growing", **count) as bar:
+        old = old_tensors(path, {old_name(name, record) for name in mine}, folder)
+        for kind, name, value in grown_tensors(mine, old, new_config, record, **how):
+            tensor = file_backed(value.shape, value.dtype, folder).copy_(value)
+            grown.setdefault(kind, {})[name] = tensor
+            bar.update(value.numel() if kind == "model" else 0)
     kept = {key: value for key, value in info.items() if key not in ("format", "files")}
     return {**kept, "config": new_config.to_dict(), "growth": record}, grown
 

@@ -1267,9 +1267,7 @@ def item_options(parser: argparse.ArgumentParser, items: int | None = None):
 
 def run_options(parser: argparse.ArgumentParser):
     """Add the options that say which model is scored, and how."""
-    parser.add_argument(
-        "checkpoint", help="a run folder, a checkpoint in it, or a file from train.py --export"
-    )
+    parser.add_argument("checkpoint", help="a run folder, a checkpoint in it, or a file of weights")
     parser.add_argument(
         "--out", default="iqeval.json", metavar="FILE", help="for all answers (default %(default)s)"
     )

@@ -61,7 +61,7 @@ import torch
 from torch import Tensor
 
 import console
-from flm import FLM, FLMConfig, loss_sum, parse_fields, preset
+from flm import FLM, FLMConfig, forward_flops, loss_sum, parse_fields, preset
 
 # --------------------------------------------------------------------------------------------------
 # 1. The parametrization
@@ -300,13 +300,17 @@ def coord_check(
     else:
         configs = {L: config.replace(n_layers=L) for L in sorted(set(widths))}
         base = {"base_layers": min(configs)}
-    sizes = {}
-    for name, choice in CHOICES[axis].items():
-        runs = [
-            [early_sizes(c.replace(**base | choice), seed, batch, lr, steps) for seed in seeds]
-            for c in configs.values()
-        ]
-        sizes[name] = torch.tensor(runs, dtype=torch.float64)
+    sizes, seeds = {}, list(seeds)
+    costs = [forward_flops(c, c.max_seq_len) for c in configs.values()]
+    total = len(CHOICES[axis]) * len(seeds) * sum(costs)
+    with console.progress(total=total, desc="training", unit="FLOP", unit_scale=True) as bar:
+        for name, choice in CHOICES[axis].items():
+            runs = []
+            for c, cost in zip(configs.values(), costs):
+                for seed in seeds:
+                    runs.append(early_sizes(c.replace(**base | choice), seed, batch, lr, steps))
+                    bar.update(cost)
+            sizes[name] = torch.tensor(runs, dtype=torch.float64).unflatten(0, (-1, len(seeds)))
     return sizes
 
 

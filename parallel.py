@@ -227,10 +227,12 @@ class World:
     layout: Layout = Layout()
     rank: int = 0
     mesh: DeviceMesh | None = None  # axes pp, dp, tp
-    control: dist.ProcessGroup | None = None  # all ranks: plain numbers, checkpoints
+    control: dist.ProcessGroup | None = None  # all ranks: plain numbers
+    files: dist.ProcessGroup | None = None  # all ranks: checkpoints, which a thread writes
     neighbours: int = 1  # ranks on this machine
     roll_call: dist.ProcessGroup | None = None  # all ranks: who still answers after a failure
     timeout: datetime.timedelta = datetime.timedelta(minutes=10)  # of every wait for another rank
+    begun: float | None = None  # when the ranks began to meet, by time.perf_counter
 
     @property
     def size(self) -> int:
@@ -623,6 +625,10 @@ class Stopped(Exception):
     """Worker.gradients was asked to stop between two micro-batches: the step is not complete."""
 
 
+class NonFinite(RuntimeError):
+    """The loss or the norm of the gradient is not a finite number; every rank has this error."""
+
+
 @functools.cache
 def group_of_tied_ends(mesh: DeviceMesh, timeout: datetime.timedelta) -> dist.ProcessGroup | None:
     """The process group of the first and the last pp rank with this rank's dp and tp coordinates;
@@ -717,8 +723,8 @@ class Worker:
         ranks; and the supervised tokens of the whole batch.
 
         stop: called in each micro-batch but the last, not in a pipeline. The function that it
-        returns is called before the next one; where that says True, Stopped is raised, and what .grad holds is
-        worthless. documents: as for `forward`."""
+        returns is called before the next one; where that says True, Stopped is raised, and what
+        .grad holds is worthless. documents: as for `forward`."""
         first = self.world.at("tp") == self.world.at("pp") == 0  # the others have the same rows
         self.supervised = self.world.begin_sum((targets != IGNORE).sum().item() if first else 0)
         x = tokens.to(self.device, non_blocking=True)
@@ -859,7 +865,7 @@ def connect(timeout_minutes: float = 10) -> World:
     ConnectionError where a rank cannot be reached."""
     if sys.platform == "win32":
         raise ValueError("several processes need Linux or macOS: on Windows, use WSL")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    begun, rank, size = time.perf_counter(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = datetime.timedelta(minutes=timeout_minutes)
     # With fewer GPUs than ranks, --device cpu still works.
     if dist.get_node_local_rank() < torch.cuda.device_count():
@@ -868,16 +874,17 @@ def connect(timeout_minutes: float = 10) -> World:
 
     def form_groups():
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        return dist.new_group(backend="gloo", timeout=timeout)
+        return [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
 
     try:
         store = open_store(rank, timeout)
         call_ranks(store, rank, size)
-        roll_call = do_together(form_groups, store, rank, timeout)
+        roll_call, files = do_together(form_groups, store, rank, timeout)
     except (dist.DistError, TimeoutError) as error:
         text = f"rank {rank} has not met the {size - 1} other ranks in {timeout_minutes:g} minutes"
         raise TimeoutError(f"{text}: {str(error).splitlines()[0]}") from error
-    world = World(rank=rank, control=dist.group.WORLD, roll_call=roll_call, timeout=timeout)
+    groups = {"control": dist.group.WORLD, "files": files, "roll_call": roll_call}
+    world = World(rank=rank, timeout=timeout, begun=begun, **groups)
     machines = world.gather(platform.node())
     return dataclasses.replace(world, neighbours=machines.count(platform.node()))
 

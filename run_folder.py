@@ -11,10 +11,12 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import platform
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ import torch
 import data
 import parallel
 import schedule
-from checkpoint import find_checkpoint, list_checkpoints, read_info
+from checkpoint import find_checkpoint, list_checkpoints, read_info, step_of
 from console import make_folder, refuse, replace_file
 from flm import FLMConfig
 from machine import Machine
@@ -53,12 +55,15 @@ def read_run(folder) -> tuple[Settings, list[Stage]]:
         ) from error
 
 
+ONCE = {"data_changed": False, "profile": None}  # asked for once, not for ever
+
+
 def write_run(
     folder: Path, s: Settings, stages: list[Stage], machine: Machine, corpus: data.Corpus
 ):
     """Write config.json: everything that the run can be repeated from."""
     content = {
-        "settings": dataclasses.asdict(s) | {"data_changed": False},  # said once, not for ever
+        "settings": dataclasses.asdict(s) | ONCE,
         "stages": [stage.to_dict() for stage in stages],
         "corpus": str(corpus.path),
         "corpus_digest": corpus.digest,
@@ -236,6 +241,21 @@ def check_decay(s: Settings, samples: int):
         f"with --steps {s.steps} --lr-decay {s.lr_decay:g} it would from sample {starts[1]:,} on. "
         f"So it would jump: {advice}"
     )
+
+
+def set_diverged_aside(folder: Path, is_sound: Callable[[float], bool]) -> str | None:
+    """The newest checkpoint of a run whose next step had a sound loss. Newer ones get another name,
+    and so are no checkpoints any more; nothing happens where none is sound."""
+    losses = {line["step"] - 1: line["loss"] for line in read_log(folder) if "loss" in line}
+    ruined = []
+    for path in reversed(list_checkpoints(folder)):
+        if is_sound(losses.get(step_of(path.name), math.inf)):
+            for old in ruined:
+                names = (old.with_name(f"{old.name}.diverged-{n}") for n in itertools.count(1))
+                old.rename(next(name for name in names if not name.exists()))
+            return str(path)
+        ruined.append(path)
+    return None
 
 
 def program(world: World) -> str:

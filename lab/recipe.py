@@ -524,7 +524,7 @@ def all_flops(recipe: Recipe) -> int:
 def part(recipe: Recipe, number: int, bar: tqdm) -> Iterator[None]:
     """A part of the recipe, counted from 1: says so, and adds up its seconds over all starts."""
     name, start = PARTS[number - 1], time.perf_counter()
-    bar.set_description(f"{number} of {len(PARTS)}, {name}")
+    bar.set_description_str(f"{number} of {len(PARTS)}, {name}")
     bar.refresh()
     try:
         yield
@@ -566,7 +566,7 @@ def run(recipe: Recipe) -> dict:
             wait_for_runs(recipe)
             make_corpus(recipe)
             options = {"total": all_flops(recipe), "unit": "FLOP", "unit_scale": True}
-            bar = stack.enter_context(tqdm(**options, smoothing=0, dynamic_ncols=True))
+            bar = stack.enter_context(console.progress(**options, delay=0))
             return run_parts(recipe, bar)
     finally:
         signal.signal(signal.SIGTERM, before)

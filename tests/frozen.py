@@ -15,6 +15,7 @@ from pathlib import Path
 import distributed
 import torch
 
+import launch
 import parallel
 import train
 from checkpoint import write_checkpoint
@@ -82,7 +83,7 @@ def run(name: str, folder: Path, seconds: float):
     try:
         work(world, freeze_me if world.rank == frozen else lambda: None)
     except (RuntimeError, OSError) as error:
-        print(train.describe_error(error, world)[0], flush=True)
+        print(launch.describe_error(error, world)[0], flush=True)
         os._exit(1)
 
 

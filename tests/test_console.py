@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import ROOT, error
@@ -152,6 +153,40 @@ def test_the_program_is_named_as_it_was_called(monkeypatch):
     ):
         monkeypatch.setattr(sys, "argv", [path])
         assert console.program_name() == name
+
+
+def lines_of(monkeypatch, capsys, seconds: float, delay: float = 3) -> list[str]:
+    """What a job of 50 equal parts shows without a terminal, if it takes so many seconds."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with console.progress(total=50, desc="growing", unit="parts", delay=delay) as bar:
+        bar._time = lambda: clock[0]  # tqdm has a clock of its own
+        bar.start_t = bar.last_print_t = 0.0
+        for _ in range(50):
+            clock[0] += seconds / 50
+            bar.update()
+    return capsys.readouterr().err.splitlines()
+
+
+def test_progress_without_a_terminal(monkeypatch, capsys):
+    """What takes long says what it does, how much of it is done and what is left: after three
+    seconds (at once where asked), then twice a minute, in lines without escape codes. What ends
+    within three seconds says nothing."""
+    assert lines_of(monkeypatch, capsys, 2.5) == []
+    assert lines_of(monkeypatch, capsys, 100) == [
+        "growing: 4% of 50 parts, 01:36 left",
+        "growing: 34% of 50 parts, 01:06 left",
+        "growing: 64% of 50 parts, 00:36 left",
+        "growing: 94% of 50 parts, 00:06 left",
+    ]
+    assert lines_of(monkeypatch, capsys, 1, delay=0)[0] == "growing: 0% of 50 parts, ? left"
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    """There it is tqdm's bar."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with console.progress(range(3), desc="growing", delay=0) as bar:
+        assert list(bar) == [0, 1, 2] and "growing: 100%|" in str(bar)
 
 
 # --------------------------------------------------------------------------------------------------

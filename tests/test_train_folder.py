@@ -77,7 +77,7 @@ def test_only_what_was_made_is_removed(corpus, monkeypatch, error):
         Path("place", "thesis.txt").write_text("all of it")
         raise error
 
-    monkeypatch.setattr(train.checkpoint, "write_checkpoint", fails)
+    monkeypatch.setattr(train.checkpoint, "write_in_background", fails)
     with pytest.raises(type(error)):
         train.train(job(corpus, out="place"))
     assert files_of("place") == {"place/thesis.txt": b"all of it"}
@@ -88,7 +88,7 @@ def test_a_run_killed_in_its_first_save_may_begin_again(corpus, monkeypatch):
     s = job(corpus)
     with monkeypatch.context() as patch:
         patch.setattr("run_folder.remove_unbegun", lambda *_: None)  # a killed process does nothing
-        patch.setattr(train.checkpoint, "write_checkpoint", lambda *_: 1 / 0)
+        patch.setattr(train.checkpoint, "write_in_background", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.train(s)
     Path(s.out, "step-00000000.tmp").mkdir()
