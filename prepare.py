@@ -9,7 +9,6 @@
 3. All pieces         the workers; a signal's shards; how a killed preparation goes on
 4. prepare            the whole, from a request to meta.json; more text for a folder
 5. Where it is made   the lock; what a kill or a full disk leaves
-6. merge              several folders become one
 
 How the text is divided into pieces depends on the files alone. So the same bytes are written with
 any number of workers, and however often the work is stopped.
@@ -32,7 +31,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import accumulate, chain, product
+from itertools import accumulate, chain
 from pathlib import Path
 from signal import SIG_IGN, SIGINT
 from signal import signal as handle_signal
@@ -732,69 +731,3 @@ def prepare_once(sources: Sources, out: str | Path, tokenizer: Encoding):
     except (OSError, ValueError):
         if not made.is_file():
             raise
-
-
-# --------------------------------------------------------------------------------------------------
-# 6. merge
-
-
-def merge(
-    folders: Sequence[str | Path],
-    out: str | Path,
-    *,
-    weights: dict[str, float] | None = None,
-    progress: bool = True,
-) -> dict:
-    """Make one folder of several, which other jobs have prepared; returns its meta.
-
-    The result is what one `prepare` of all their files, in this order, would have made. weights: as
-    for `prepare`; without them those of the folders. ValueError where the folders do not fit
-    together; OSError as for `prepare`."""
-    out, metas = Path(out).resolve(), {Path(folder): read_meta(Path(folder)) for folder in folders}
-    given, problems = {}, []
-    for name, weight in chain.from_iterable(meta["weights"].items() for meta in metas.values()):
-        if given.setdefault(name, weight) != weight and not weights:
-            problems.append(f"source {name!r} has the weights {given[name]} and {weight}: give one")
-    names = [name for meta in metas.values() for name in trained(meta)]
-    problems += check_weights(weights or given, names) + check_merged(metas)
-    if len(metas) < len(folders):
-        problems.append("a folder is named twice")
-    refuse(problems + check_place(out, None))
-    first = next(iter(metas.values()))
-    request = hashlib.sha256(json.dumps([list(metas.values()), weights]).encode()).hexdigest()
-    dtype = token_type(first["tokenizer"]["n_vocab"])
-    total = sum(path.stat().st_size for folder in metas for path in folder.glob("*.tokens"))
-    options = {"total": total, "unit": "B", "unit_scale": True, "disable": not progress}
-    with building(out, request, None), tqdm(desc="merging", **options) as bar:
-        entries, skipped, limits = entries_of(None), {}, {}
-        for folder, meta in metas.items():
-            limits |= meta["limits"]
-            add_skipped(skipped, meta["skipped"])
-            for signal, found in entries_of(meta).items():
-                for name, split in product(found, SPLITS):
-                    new = new_entry(signal, len(entries[signal]))
-                    entry, more = entries[signal].setdefault(name, new)[split], found[name][split]
-                    tokens = open_shard(folder / more["shard"], more["tokens"], dtype)
-                    append_to_shard(out / entry["shard"], entry, tokens, more)
-                    bar.update(tokens.nbytes)
-        merged = {"limits": limits, "entries": entries, "skipped": skipped}
-        about = first["tokenizer"], first["val_fraction"]
-        return write_meta(out, *about, weights or given, **merged)
-
-
-def check_merged(metas: dict[Path, dict]) -> list[str]:
-    """Why prepared folders cannot become one."""
-    problems, limits, first = [], {}, next(iter(metas.items()))
-    for folder, meta in metas.items():
-        if meta["tokenizer"] != first[1]["tokenizer"]:
-            names = (f"{path}: {one['tokenizer']['name']}" for path, one in (first, (folder, meta)))
-            problems.append(f"the tokens are not of one tokenizer: {', '.join(names)}")
-        for signal, limit in meta["limits"].items():
-            known, where = limits.setdefault(signal, (limit, folder))
-            if limit != known:
-                problems.append(
-                    f"{folder} holds out other documents ({signal}) than {where}: prepare both "
-                    "with the same --val-fraction; what has only a few documents takes another "
-                    "share, so add its files with --append in place of merging"
-                )
-    return problems
