@@ -54,6 +54,16 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path} is no UTF-8 text, {problem}: save it as UTF-8") from None
 
 
+def read_json(option: str, file: str | Path):
+    """What a JSON file holds. Raises ValueError that names the option."""
+    try:
+        return json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} {file} is not JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from error
+
+
 def make_folder(folder: str | Path):
     """Make a folder and those above it, where they are missing. Raises ValueError where a file has
     the name of one of them."""
