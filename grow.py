@@ -549,8 +549,8 @@ def old_tensors(path: Path, names: set[str | None], folder: Path) -> dict[str, t
 
 
 def target_config(words: list[str], old: FLMConfig) -> FLMConfig:
-    """--to: a preset, and changes FIELD=VALUE; without a preset, the changes are to the checkpoint's
-    own configuration. Raises ValueError naming every word that is none of these.
+    """--to: a preset, and changes FIELD=VALUE; without a preset, the changes are to the
+    checkpoint's own configuration. Raises ValueError naming every word that is none of these.
 
     >>> target_config(["flm-16b", "n_layers=62"], preset("demo")).n_layers
     62

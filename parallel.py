@@ -716,8 +716,8 @@ class Worker:
         ranks; and the supervised tokens of the whole batch.
 
         stop: called in each micro-batch but the last, not in a pipeline. The function that it
-        returns is called before the next one; where that says True, Stopped is raised, and what .grad holds is
-        worthless. documents: as for `forward`."""
+        returns is called before the next one; where that says True, Stopped is raised, and what
+        .grad holds is worthless. documents: as for `forward`."""
         first = self.world.at("tp") == self.world.at("pp") == 0  # the others have the same rows
         self.supervised = self.world.begin_sum((targets != IGNORE).sum().item() if first else 0)
         x = tokens.to(self.device, non_blocking=True)
