@@ -4,7 +4,7 @@ FLM-101B is arXiv 2309.03852; the model is in its sections 2.1 and 2.4. Read fro
 
     1. FLMConfig, PRESETS     every number that defines a model
     2. xPos                   rotary positions with an exponential decay (arXiv 2212.10554)
-    3. Norm ... Block         the pre-norm GPT block
+    3. Norm ... Block         the pre-norm GPT block; visible_slots: what a token may attend to
     4. FLM                    embedding, blocks, final norm, head; the growth masks
     5. the loss               a sum over tokens, and the same without holding all logits
     6. KVCache                for texts that grow token by token (sample.py): nothing is computed
@@ -381,7 +381,8 @@ class Attention(nn.Module):
 
         tables: xPos's factors for the positions of x, at least (T, 2, D/2).
         visible: bool (B or 1, 1, T, S), what each query may attend to; None: causal attention.
-        cache: where the keys and values of earlier tokens are, and where these ones go (section 6).
+        cache: None in training; else where the keys and values of earlier tokens are, and where
+        these ones go (section 6).
         layer: the number of this block in the whole model, under which the cache keeps them.
         """
         qkv = self.qkv(x).unflatten(-1, (-1, 3, self.D))  # (B, T, H, 3, D)
@@ -454,6 +455,39 @@ class Block(nn.Module):
         """The residual stream x (B, T, C) with the output y of a branch added to it."""
         y = y if self.mask is None else y * self.mask.to(y.dtype)
         return torch.add(x, y, alpha=self.branch_mult)
+
+
+def visible_slots(
+    start: int,
+    T: int,
+    pad: Tensor | None,
+    block: int | None,
+    device,
+    documents: Tensor | None = None,
+) -> Tensor | None:
+    """Which of the S = start+T slots each of the last T queries may attend to. `start` slots of a
+    cache are filled already; in training there are none, and S = T.
+
+    pad (B,): slots at the left of each row that hold padding. block: length of a block of
+    blockwise attention. documents (B, T): as in FLM.forward, without a cache. Returns bool (B or 1,
+    1, T, S); or None where plain causal attention is asked for, which
+    F.scaled_dot_product_attention does faster without a mask."""
+    if block is None and pad is None and documents is None and (start == 0 or T == 1):
+        return None
+    if documents is not None:
+        T = documents.shape[1]  # under sequence parallelism a rank may hold less of x
+    q = torch.arange(start, start + T, device=device)[:, None]  # (T, 1)
+    k = torch.arange(start + T, device=device)  # (S,)
+    left = torch.zeros(1, dtype=torch.long, device=device) if pad is None else pad
+    left = left[:, None, None]  # (B or 1, 1, 1): the first slot that is no padding
+    visible = (k <= q) & (k >= left)  # (B or 1, T, S)
+    if block is not None:
+        visible &= (q - left) // block - (k - left) // block <= 1
+    if documents is not None:
+        visible = visible & (documents[:, :, None] == documents[:, None, :])
+    # A query in the padding sees itself. Else its softmax were empty, and its NaN would reach
+    # other positions as 0 * NaN.
+    return (visible | (k == q))[:, None]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -584,7 +618,7 @@ class FLM(nn.Module):
             old, layer_map = record["old"], record["layer_map"]
         names = ("d_model", "n_heads", "d_ff")
         channels, heads, hidden = (self._mask(old[k], getattr(config, k), c) for k in names)
-        new_layer = self._mask(0, 1, c).squeeze()  # ()
+        new_layer = self._mask(0, 1, c).squeeze()  # (): c as a tensor
         r = (config.n_layers / old["n_layers"]) ** config.depth_alpha
         old_layer = None if r == 1 else new_layer + (1 - c) * r
         for number, block in self.layers.items():
@@ -699,7 +733,9 @@ class HeadLoss(torch.autograd.Function):
                 t = targets[i : i + rows, None]  # (rows, 1)
                 supervised = t != IGNORE
                 t = t.masked_fill(~supervised, 0)  # an id outside the vocabulary fails in gather
-                here = supervised
+                here = (
+                    supervised  # whether the target is among these words: always, without `words`
+                )
                 z = (x @ w.T).to(total.dtype)  # logits (rows, V); then, in place, what follows
                 largest = z.amax(-1, keepdim=True)  # (rows, 1)
                 if words is not None:
@@ -733,38 +769,6 @@ class HeadLoss(torch.autograd.Function):
 
 # --------------------------------------------------------------------------------------------------
 # 6. The cache
-
-
-def visible_slots(
-    start: int,
-    T: int,
-    pad: Tensor | None,
-    block: int | None,
-    device,
-    documents: Tensor | None = None,
-) -> Tensor | None:
-    """Which of the S = start+T slots each of the last T queries may attend to.
-
-    pad (B,): slots at the left of each row that hold padding. block: length of a block of
-    blockwise attention. documents (B, T): as in FLM.forward, without a cache. Returns bool (B or 1,
-    1, T, S); or None where plain causal attention is asked for, which
-    F.scaled_dot_product_attention does faster without a mask."""
-    if block is None and pad is None and documents is None and (start == 0 or T == 1):
-        return None
-    if documents is not None:
-        T = documents.shape[1]  # under sequence parallelism a rank may hold less of x
-    q = torch.arange(start, start + T, device=device)[:, None]  # (T, 1)
-    k = torch.arange(start + T, device=device)  # (S,)
-    left = torch.zeros(1, dtype=torch.long, device=device) if pad is None else pad
-    left = left[:, None, None]  # (B or 1, 1, 1): the first slot that is no padding
-    visible = (k <= q) & (k >= left)  # (B or 1, T, S)
-    if block is not None:
-        visible &= (q - left) // block - (k - left) // block <= 1
-    if documents is not None:
-        visible = visible & (documents[:, :, None] == documents[:, None, :])
-    # A query in the padding sees itself. Else its softmax were empty, and its NaN would reach
-    # other positions as 0 * NaN.
-    return (visible | (k == q))[:, None]
 
 
 class KVCache:

@@ -249,6 +249,7 @@ WORDING = {
     "en": ("Label:", " or ", ": ", "Answer with {}."),
     "zh": ("标签:", "或", ":", "请回答{}。"),
 }
+TEXT_AND_CLAIM = {"en": ("Text", "Claim"), "zh": ("文本", "断言")}
 Fields = list[tuple[str, str]]  # [(name of a field, its text)]
 
 
@@ -320,15 +321,15 @@ def entailment(rng: random.Random, language: str, holds: bool, chain: int) -> Fi
     A true and a false claim both name a word of the text, so only the chain of rules tells."""
     kinds = invented(rng, 2 * chain + 2, language)
     person = rng.choice(["小明", "小红", "小刚"] if language == "zh" else ["Tom", "Ann", "Bob"])
+    rule, fact = (
+        ("{}都是{}。", "{}是{}。") if language == "zh" else ("Every {} is a {}. ", "{} is a {}.")
+    )
     one, other = kinds[: chain + 1], kinds[chain + 1 :]
     rules = [pair for line in (one, other) for pair in zip(line, line[1:])]
     rng.shuffle(rules)
-    goal = one[-1] if holds else other[-1]
-    if language == "zh":
-        text = "".join(f"{a}都是{b}。" for a, b in rules) + f"{person}是{one[0]}。"
-        return [("文本", text), ("断言", f"{person}是{goal}。")]
-    text = "".join(f"Every {a} is a {b}. " for a, b in rules) + f"{person} is a {one[0]}."
-    return [("Text", text), ("Claim", f"{person} is a {goal}.")]
+    text = "".join(rule.format(*pair) for pair in rules) + fact.format(person, one[0])
+    claim = fact.format(person, one[-1] if holds else other[-1])
+    return list(zip(TEXT_AND_CLAIM[language], (text, claim)))
 
 
 NAMES = {"en": ("Ann", "Bob", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal"), "zh": "安白陈丁方郭何江"}
@@ -345,9 +346,8 @@ def comparison(rng: random.Random, language: str, holds: bool, people: int) -> F
     sentences = [form.format(*pair) for pair in zip(order, order[1:])]
     rng.shuffle(sentences)
     claim = form.format(*(order[1], order[-2])[:: 1 if holds else -1])
-    if language == "zh":
-        return [("文本", "".join(sentences)), ("断言", claim)]
-    return [("Text", " ".join(sentences)), ("Claim", claim)]
+    text = ("" if language == "zh" else " ").join(sentences)
+    return list(zip(TEXT_AND_CLAIM[language], (text, claim)))
 
 
 def sense(rng: random.Random, language: str, holds: bool) -> Fields:
