@@ -47,7 +47,6 @@ from textfiles import (
     PIECE,
     SHOWN,
     SUFFIXES,
-    Document,
     Part,
     Skipped,
     check_packages,
@@ -205,12 +204,6 @@ def add_skipped(skipped: dict, more: dict):
                 known["examples"].append((path, detail))
 
 
-def encode_document(document: Document, tokenizer: Encoding) -> list[np.ndarray]:
-    """A document's tokens, without the end of text."""
-    parts = filter(None, (document.text, document.ending))
-    return [encode(tokenizer, text) for text in parts]
-
-
 def tokenize(job: Job, piece: Piece) -> dict:
     """Write a piece's tokens, first those to train on; what is known of them.
 
@@ -229,7 +222,8 @@ def tokenize(job: Job, piece: Piece) -> dict:
             examples = [] if found.detail is None else [(path, found.detail)]
             add_skipped(skipped, {found.reason: {"count": 1, "examples": examples}})
             continue
-        ids = [*encode_document(found, job.tokenizer), end_of_text]
+        ids = [encode(job.tokenizer, part) for part in (found.text, found.ending) if part]
+        ids.append(end_of_text)
         text = (found.text + found.ending).encode()
         hash = hash64(found.key.encode() if teacher else text)
         split = "val" if piece.held_out or hash < job.limit else "train"
@@ -241,13 +235,14 @@ def tokenize(job: Job, piece: Piece) -> dict:
         count["digest"] = (count["digest"] * BASE + (hash64(text) if teacher else hash)) % MODULUS
         tokens[split] += ids
     part = piece.file(job, f".{os.getpid()}.tmp")
-    ids = chain(tokens["train"], tokens["val"])
-    part.write_bytes(np.concatenate([*ids], dtype=job.dtype, casting="unsafe").data)
+    ids = tokens["train"] + tokens["val"]
+    part.write_bytes(np.concatenate(ids, dtype=job.dtype, casting="unsafe").data)
     part.replace(piece.file(job, ".tokens"))
     result = {split: count | {"digest": f"{count['digest']:x}"} for split, count in counts.items()}
     result["hashes"] = min(hashes, default=1 << 64), max(hashes, default=-1)
-    replace_file(saved, as_json(result | {"skipped": skipped}))
-    return result | {"skipped": skipped}
+    result["skipped"] = skipped
+    replace_file(saved, as_json(result))
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -437,16 +432,10 @@ def prepare(
         val_fraction = old["val_fraction"] if old else 0.05
     weights = (old["weights"] if old else {}) | (weights or {})
     val, workers = val or {}, cores() if workers is None else workers
-    problems = check_request(sources, val, teacher, val_fraction, workers, old)
-    if old and val_fraction != old["val_fraction"]:
-        share = old["val_fraction"]
-        problems.append(f"--val-fraction {val_fraction}: {out} holds out {share}; leave it out")
+    problems = check_request(sources, val, teacher, val_fraction, workers, old, tokenizer.name)
     problems += check_weights(weights, [*trained(old), *sources])
     inputs = {"language": find_inputs(sources, val, problems)}
     inputs["teacher"] = find_inputs({"teacher": teacher}, {}, problems)
-    if old and old["tokenizer"]["name"] != tokenizer.name:
-        name = old["tokenizer"]["name"]
-        problems.append(f"{out} has {name} tokens, not those of {tokenizer.name}")
     problems += check_packages(one.path for one in chain(*inputs.values()))
     refuse(problems + check_place(out, old))
     job = Job(out, field, tokenizer, workers, progress)
@@ -478,8 +467,8 @@ def tokenize_request(
         add_skipped(skipped, state["skipped"])
         if state["limit"] is None:
             n = sum(one[split]["documents"] for one in entries[signal].values() for split in SPLITS)
-            what = "documents (a file of up to 16 KiB is one)"
-            what = "texts with propositions" if signal == "teacher" else what
+            texts = "documents (a file of up to 16 KiB is one)"
+            what = {"language": texts, "teacher": "texts with propositions"}[signal]
             problems.append(
                 f"the {signal} signal needs at least two different {what}, one to train on and one "
                 f"to hold out, but got {n}{' equal ones' * (n > 1)}: give more text"
@@ -534,9 +523,10 @@ def fingerprint(job: Job, inputs: dict, val_fraction: float, old: dict | None) -
     """A text that is another one where an unfinished preparation must not go on."""
     about = [VERSION, job.tokenizer.name, job.field, val_fraction, old]
     digest = hashlib.sha256(json.dumps(about).encode())
-    for signal, one in ((signal, one) for signal in inputs for one in inputs[signal]):
-        place = one._replace(path=os.path.abspath(one.path))
-        digest.update(json.dumps([signal, *place]).encode())
+    for signal, files in inputs.items():
+        for one in files:
+            place = one._replace(path=os.path.abspath(one.path))
+            digest.update(json.dumps([signal, *place]).encode())
     return digest.hexdigest()
 
 
@@ -547,9 +537,18 @@ def check_request(
     val_fraction: float,
     workers: int,
     old: dict | None,
+    tokenizer: str,
 ) -> list[str]:
     """What is wrong with a request for `prepare`. old: the meta of a folder that is added to."""
     problems = []
+    if old and val_fraction != old["val_fraction"]:
+        share = old["val_fraction"]
+        problems.append(
+            f"--val-fraction {val_fraction}: the folder holds out {share}; leave it out"
+        )
+    if old and tokenizer != old["tokenizer"]["name"]:
+        name = old["tokenizer"]["name"]
+        problems.append(f"the folder has {name} tokens, not those of {tokenizer}")
     if not (sources or old):
         problems.append("no source is given: name a text file, a folder, or stdlib")
     for path in map(Path, teacher):
