@@ -22,7 +22,7 @@ Read it from top to bottom:
 
     1. what can grow        and what cannot, because the function would change
     2. four operators       which sides of which matrix grow; where a new layer comes from
-    3. old tensors to new   growth_record, grow_tensor: a parameter or AdamW's state of it
+    3. old tensors to new   growth_record, old_name; grow_tensor: a parameter or AdamW's state
     4. in memory            grow
     5. on disk              grow_checkpoint: from checkpoint to checkpoint, in little memory
     6. the command line
@@ -443,8 +443,9 @@ def next_record(
     ramp: int | None = None,
     finish_ramp: bool = False,
 ) -> dict:
-    """growth_record for a checkpoint, from what its checkpoint.json says. Raises ValueError for a
-    checkpoint in mid-ramp, unless finish_ramp."""
+    """growth_record for a checkpoint; info: what its checkpoint.json says. ramp, in samples, is by
+    default a tenth of those seen (ours). Raises ValueError for a checkpoint in mid-ramp, unless
+    finish_ramp: then it grows as if its own mask had reached 1."""
     last_growth, samples = info["growth"], info["samples"]
     c = growth_mask(last_growth, samples)
     if c < 1 and not finish_ramp:
@@ -488,9 +489,9 @@ def grow_checkpoint(
     **options,
 ) -> dict:
     """Grow a CHECKPOINT (see find_checkpoint) into the folder `out`; returns the info of the new
-    checkpoint. It holds the same tensors, bit for bit, as `grow` makes. Options as there; ramp, in
-    samples, is by default a tenth of the samples seen (ours). finish_ramp: grow a checkpoint in
-    mid-ramp as if its own mask had reached 1.
+    checkpoint. It holds the same tensors, bit for bit, as `grow` makes.
+
+    seed, draw: see grow_tensor. options: layers, ramp and finish_ramp of next_record.
 
     world: a parallel.World, whose ranks all call this; each grows its share of the tensors, on a
     file system that all of them see.
