@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 
 import grow
 import muP
-from flm import FLM, KVCache, growth_mask
+from flm import FLM, growth_mask
 from grow import DIMENSIONS
+from sample import KVCache
 
 # --------------------------------------------------------------------------------------------------
 # The function
