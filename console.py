@@ -104,6 +104,11 @@ def write_numbers(file: str | Path, value):
     print(f"  python -m lab.report {numbers} --out {picture}")
 
 
+def markers() -> tuple[str, str]:
+    """What stands before and after marked text: green on a terminal, brackets elsewhere."""
+    return ("\x1b[1;32m", "\x1b[0m") if sys.stdout.isatty() else ("\u27e6", "\u27e7")
+
+
 def program_name() -> str:
     """What the user typed after `python`: train.py, or lab.growth for `python -m lab.growth`."""
     path = Path(sys.argv[0])

@@ -27,7 +27,6 @@ import json
 import math
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, product
@@ -423,7 +422,7 @@ def summary(meta: dict) -> str:
 def show(args: argparse.Namespace):
     """`python data.py show`: the summary, then the first training rows of a seed."""
     corpus = Corpus(args.folder, args.seq_len, args.tokenizer_file)
-    before, after = ("\x1b[1;32m", "\x1b[0m") if sys.stdout.isatty() else ("\u27e6", "\u27e7")
+    before, after = console.markers()
     targets = corpus.batch(args.seed, 0, args.rows, teacher_fraction=args.teacher_fraction)[1]
     share = (targets != IGNORE).float().mean()
     print(summary(corpus.meta))

@@ -36,7 +36,6 @@ import math
 import random
 import re
 import string
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -1126,7 +1125,7 @@ def list_tasks() -> str:
 
 def show(items: list[Item]):
     """Print items with their answers marked, then what chance and laziness get."""
-    before, after = ("\x1b[1;32m", "\x1b[0m") if sys.stdout.isatty() else ("\u27e6", "\u27e7")
+    before, after = console.markers()
     task = items[0].task
     for number, item in enumerate(items, 1):
         print(f"--- {task.name}, item {number} ---")
