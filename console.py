@@ -91,6 +91,16 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"{path} is no UTF-8 text, {problem}: save it as UTF-8") from None
 
 
+def read_json(option: str, file: str | Path):
+    """What a JSON file holds. Raises ValueError that names the option."""
+    try:
+        return json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} {file} is not JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from error
+
+
 def make_folder(folder: str | Path):
     """Make a folder and those above it, where they are missing. Raises ValueError where a file has
     the name of one of them."""
@@ -129,6 +139,11 @@ def write_numbers(file: str | Path, value):
     numbers, picture = (shlex.quote(str(path)) for path in (file, Path(file).with_suffix(".svg")))
     print(f"numbers: {file}; to draw them:")
     print(f"  python -m lab.report {numbers} --out {picture}")
+
+
+def markers() -> tuple[str, str]:
+    """What stands before and after marked text: green on a terminal, brackets elsewhere."""
+    return ("\x1b[1;32m", "\x1b[0m") if sys.stdout.isatty() else ("\u27e6", "\u27e7")
 
 
 def program_name() -> str:

@@ -20,8 +20,9 @@ import math
 from dataclasses import dataclass, replace
 
 import console
+from console import read_json
 from flm import FLMConfig, forward_flops, preset
-from grow import check_growth, layer_origins, read_json
+from grow import check_growth, layer_origins
 
 # --------------------------------------------------------------------------------------------------
 # 1. A stage

@@ -20,9 +20,8 @@ from pathlib import Path
 import parallel
 import schedule
 from checkpoint import find_checkpoint, read_info
-from console import refuse
+from console import read_json, refuse
 from flm import PRESETS, FLMConfig, parse_fields, preset
-from grow import read_json
 from parallel import Layout, World
 from schedule import RECIPES, Stage
 

@@ -43,6 +43,7 @@ from console import replace_file
 from evaluation import eval_only
 from flm import FLMConfig, count_parameters, forward_flops, preset
 from lab import runs, transfer
+from lab.iq import write_signals
 from lab.recipe_page import collect, print_summary, write_page
 from lab.report import write_texts
 from lab.runs import FinishedRun, mean
@@ -227,14 +228,12 @@ def make_corpus(recipe: Recipe):
     folder, size = recipe.out / "corpus", recipe.size
     if (folder / "meta.json").exists():
         return
-    files = {name: recipe.out / f"{name}.jsonl" for name in ("iq", "teacher")}
-    for file, rows in zip(files.values(), iqeval.corpus(size.documents, recipe.seed)):
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        replace_file(file, "".join(lines))
-    sources = {"text": stdlib_files()[: size.files], "iq": [files["iq"]]}
+    iq, teacher = recipe.out / "iq.jsonl", recipe.out / "teacher.jsonl"
+    write_signals(size.documents, recipe.seed, iq, teacher)
+    sources = {"text": stdlib_files()[: size.files], "iq": [iq]}
     weights = {"text": 1 - IQ_SHARE, "iq": IQ_SHARE}
     tokenizer = get_tokenizer("bytes")
-    prepare(sources, folder, tokenizer, teacher=[files["teacher"]], weights=weights)
+    prepare(sources, folder, tokenizer, teacher=[teacher], weights=weights)
 
 
 def flops_of(settings: Settings) -> int:

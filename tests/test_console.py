@@ -222,6 +222,24 @@ def test_text_in_another_encoding_is_refused(tmp_path, content, said):
         console.read_text(tmp_path / "a b.txt")
 
 
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "is not JSON"),
+        ("{}".encode("utf-16"), "is UTF-16"),
+        (b"\xe9", "no UTF-8 text"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_of_json_that_is_none(tmp_path, content, said):
+    """What is no JSON, no UTF-8 and no file at all: a message that names the option."""
+    if content is not None:
+        file = tmp_path / "x.json"
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = error(console.read_json, "--stages", tmp_path / "x.json")
+    assert message.startswith("--stages ") and said in message
+
+
 def test_where_a_file_or_a_folder_may_be_written(tmp_path):
     """Missing folders are made. A file in the place of a folder is named, as is the reverse, and a
     link to nowhere."""

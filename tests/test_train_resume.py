@@ -248,8 +248,8 @@ def test_main_prints_what_to_type_next_and_it_works(corpus, capsys):
     gap=st.integers(4, 9),
 )
 def test_every_printed_command_is_accepted(corpus, tmp_path, steps, size, later, gap):
-    """Whatever stages a run has, with batches of their own: it does --steps steps, and goes on to as
-    many as the printed command names. What does not fit is refused with a number of steps, or a
+    """Whatever stages a run has, with batches of their own: it does --steps steps, and goes on to
+    as many as the printed command names. What does not fit is refused with a number of steps, or a
     start of a stage, that mends it."""
     sizes = [{"n_layers": 2}, {"n_layers": 2, "d_ff": 96}]
     stages = [{"config": CONFIG.to_dict() | {"n_layers": 1}}]
