@@ -18,7 +18,7 @@ keys = st.integers(0, 2**70)
 
 
 # So far out that a float, which has 53 bits, gives another index.
-@check("sampler", share=shares, far=st.integers(0, 10**18))
+@check("sampler", share=shares, far=st.integers(10**17, 10**18))
 def every_prefix_has_its_share(f, share, far):
     """Of the first s samples exactly floor(s * share / 2**32) belong to part 0, for every s; within
     a part the indices count 0, 1, 2, ... without a gap. Also far out."""
@@ -32,12 +32,13 @@ def every_prefix_has_its_share(f, share, far):
         many = int((s + 1) * exact)
         text = f"of the first {s + 1} samples {counts[0]} belong to part 0, expected {many}"
         expect(counts[0] == many, text)
-    part, index = f.pick(far, share)
-    right = int((far + 1) * exact) > int(far * exact)
-    before = int(far * exact) if right else far - int(far * exact)
-    expected = (0 if right else 1, before)
-    found = f"pick({far}, {share}) is {(part, index)}, expected {expected}"
-    expect((part, index) == expected, found)
+    for share in (share, ONE // 3):
+        exact, (part, index) = Fraction(share, ONE), f.pick(far, share)
+        right = int((far + 1) * exact) > int(far * exact)
+        before = int(far * exact) if right else far - int(far * exact)
+        expected = (0 if right else 1, before)
+        found = f"pick({far}, {share}) is {(part, index)}, expected {expected}"
+        expect((part, index) == expected, found)
 
 
 @check("sampler", n=small, seed=keys, epoch=st.integers(0, 5))
