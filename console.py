@@ -42,16 +42,18 @@ EVERY = 30  # seconds between two lines
 
 class Lines:
     """A stream for tqdm where there is no terminal. tqdm writes the same line again and again; this
-    prints one of them after `delay` seconds, and another one whenever EVERY seconds are over."""
+    prints one of them after `delay` seconds, and another one whenever EVERY seconds are over. Where
+    it has printed any, it prints that of the end, too."""
 
     def __init__(self, delay: float):
-        self.due = time.monotonic() + delay
+        self.due, self.printed = time.monotonic() + delay, ""
 
     def write(self, text: str):
         line = text.replace("\r", "").strip()
-        if line and time.monotonic() >= self.due:
+        ends = self.printed and ": 100% of" in line and line != self.printed
+        if line and (ends or time.monotonic() >= self.due):
             print(line, file=sys.stderr)
-            self.due = time.monotonic() + EVERY
+            self.due, self.printed = time.monotonic() + EVERY, line
 
     def flush(self):
         sys.stderr.flush()

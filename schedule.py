@@ -479,6 +479,6 @@ def flop_progress(stages: list[Stage], samples: int) -> tuple[int, int]:
     >>> stages = fit_stages(given, preset("demo"), steps=20, **options)
     >>> done, total = flop_progress(stages, 160)  # half of the steps
     >>> round(done / total, 3)
-    0.259
+    0.258
     """
     return training_flops(stages, samples), training_flops(stages, stages[-1].end)

@@ -330,7 +330,7 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path):
     (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-200])
     for name in ("list", "garbage", "empty", "cut"):
         message = error(load_model, tmp_path / name)
-        assert f"{name} is not a file of weights written by lab.publish save --as pt" in message
+        assert f"{name} is not a file of weights from lab.publish save --as pt" in message
 
 
 def drop_a_weight(blob):

@@ -170,16 +170,20 @@ def lines_of(monkeypatch, capsys, seconds: float, delay: float = 3) -> list[str]
 
 def test_progress_without_a_terminal(monkeypatch, capsys):
     """What takes long says what it does, how much of it is done and what is left: after three
-    seconds (at once where asked), then twice a minute, in lines without escape codes. What ends
-    within three seconds says nothing."""
+    seconds (at once where asked), then twice a minute and at the end, in lines without escape
+    codes. What ends within three seconds says nothing."""
     assert lines_of(monkeypatch, capsys, 2.5) == []
     assert lines_of(monkeypatch, capsys, 100) == [
         "growing: 4% of 50 parts, 01:36 left",
         "growing: 34% of 50 parts, 01:06 left",
         "growing: 64% of 50 parts, 00:36 left",
         "growing: 94% of 50 parts, 00:06 left",
+        "growing: 100% of 50 parts, 00:00 left",
     ]
-    assert lines_of(monkeypatch, capsys, 1, delay=0)[0] == "growing: 0% of 50 parts, ? left"
+    assert lines_of(monkeypatch, capsys, 1, delay=0) == [
+        "growing: 0% of 50 parts, ? left",
+        "growing: 100% of 50 parts, 00:00 left",
+    ]
 
 
 def test_progress_on_a_terminal(monkeypatch):
