@@ -252,13 +252,13 @@ def breaks_saves(monkeypatch, step, error):
 
 
 class PatientRun(train.Run):
-    """A run that waits after each step until no thread writes: what happens then does not depend on
-    how fast the disk is."""
+    """A run that waits before each step until no thread writes: what happens then does not depend
+    on how fast the disk is."""
 
     def train_step(self):
-        super().train_step()
         while self.writing and not self.writing[1]():
             time.sleep(0.001)
+        super().train_step()
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(corpus, monkeypatch):
