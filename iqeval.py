@@ -44,7 +44,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 import console
 from checkpoint import load_model
@@ -972,7 +971,7 @@ def evaluate(model, suite: dict[str, list[Item]], batch_size: int = BATCH) -> di
     an item needs. accuracy and interval: None where no item fits. ValueError: no item of any task
     fits the context."""
     results = {}
-    for name, items in tqdm(suite.items(), unit="tasks", dynamic_ncols=True, disable=None):
+    for name, items in console.progress(suite.items(), desc="answering", unit="tasks"):
         task = items[0].task
         answers, need = answer_all(model, items, batch_size)
         rows = [

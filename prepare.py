@@ -39,7 +39,6 @@ from typing import NamedTuple
 
 import numpy as np
 from tiktoken import Encoding
-from tqdm import tqdm
 
 import console
 from console import refuse, replace_file
@@ -339,7 +338,7 @@ def write_signal(job: Job, inputs: list[Input], entries: dict) -> dict:
     options = {"unit": "B", "unit_scale": True, "disable": not job.progress, "total": total}
     options |= {"initial": state["on_disk"], "desc": f"tokenizing ({job.signal})"}
     workers = min(job.workers, 1 + total // MANY)
-    with tqdm(**options) as bar:
+    with console.progress(delay=0, **options) as bar:
         for piece, result in tokenize_all(job, cut_pieces(inputs, job.field, state), workers):
             append_piece(job, piece, result, state)
             replace_file(job.state_file, as_json(state))

@@ -453,9 +453,9 @@ def learning_rate(
     return wsd(stages, samples, min_lr, decay) * warm
 
 
-def training_flops(stages: list[Stage], samples: int) -> int:
-    """Floating point operations of the model from the start of the run to `samples`: three forward
-    passes' worth for each token.
+def training_flops(stages: list[Stage], samples: float = math.inf) -> int:
+    """Floating point operations of the model from the start of the run to `samples`, or to its end:
+    three forward passes' worth for each token.
 
     >>> stages = fit_stages([{}], preset("demo"), steps=1, batch_size=1, lr=1.0, warmup=0)
     >>> training_flops(stages, 1) == 3 * forward_flops(preset("demo"), 256) * 256
@@ -481,4 +481,4 @@ def flop_progress(stages: list[Stage], samples: int) -> tuple[int, int]:
     >>> round(done / total, 3)
     0.258
     """
-    return training_flops(stages, samples), training_flops(stages, stages[-1].end)
+    return training_flops(stages, samples), training_flops(stages)

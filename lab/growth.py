@@ -90,7 +90,7 @@ def equal_steps(stages: list[dict], budget: int, settings: Settings, final: FLMC
     flops = []
     for given in ([{}], in_samples(stages, many * B)):
         planned = fit_stages(given, final, steps=many, **options)
-        flops.append(training_flops(planned, planned[-1].end))
+        flops.append(training_flops(planned))
     return max(2 * len(stages) - 1, round(budget * flops[0] / flops[1]))
 
 
@@ -183,7 +183,7 @@ def at_the_edge(cell: Cell, cells: list[Cell]) -> list[str]:
 def flops_of(bench: Bench) -> int:
     """The FLOPs of all schedules and budgets, one run of each."""
     planned = [resolve(settings)[1] for settings in bench.of.values()]
-    return sum(training_flops(stages, stages[-1].end) for stages in planned)
+    return sum(training_flops(stages) for stages in planned)
 
 
 def choose(
@@ -275,7 +275,7 @@ def make_row(
     first, (name, budget) = seeds[0], key
     row = {"name": name, "budget": budget, "steps": first.asked["steps"]}
     row["samples"] = first.stages[-1].end
-    row["tflop"] = training_flops(first.stages, first.stages[-1].end) / 1e12
+    row["tflop"] = training_flops(first.stages) / 1e12
     row |= {"lr": cell[0], "decay": decay_words(cell[1]), "stages": describe(first.stages)}
     row["alone"] = len(first.stages) == 1 and name != "scratch"  # a small model, never grown
     row["at_the_edge"] = at_the_edge(cell, list(losses))

@@ -16,7 +16,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tqdm import tqdm
 
 import console
 from iqeval import LABELS, TASKS, Item, bars, interval, item_options, make_suite, said
@@ -55,7 +54,7 @@ def corpus(documents: int, seed: int) -> tuple[list[dict], list[dict]]:
     """(rows {"text"} of the language signal, rows {"text", "proposition", "label"} of the teacher
     signal), about `documents` of each, from the training split."""
     language, teacher = [], []
-    for name, weight in tqdm(MIX.items(), unit="tasks", dynamic_ncols=True, disable=None):
+    for name, weight in console.progress(MIX.items(), desc="making", unit="tasks"):
         # A symbolic task comes in two halves: with symbols and, from another seed, with words.
         variants = [{"labels": kind} for kind in LABELS] if TASKS[name].kind == "symbolic" else [{}]
         n = max(2, round(documents * weight / len(variants) / sum(MIX.values())))

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from itertools import chain, product
 from pathlib import Path
 
-from tqdm import tqdm
 
 import console
 from console import refuse
@@ -63,7 +62,7 @@ def merge(
     dtype = token_type(first["tokenizer"]["n_vocab"])
     total = sum(path.stat().st_size for folder in metas for path in folder.glob("*.tokens"))
     options = {"total": total, "unit": "B", "unit_scale": True, "disable": not progress}
-    with building(out, request, None), tqdm(desc="merging", **options) as bar:
+    with building(out, request, None), console.progress(desc="merging", **options) as bar:
         entries, skipped, limits = entries_of(None), {}, {}
         for folder, meta in metas.items():
             limits |= meta["limits"]

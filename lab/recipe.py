@@ -239,7 +239,7 @@ def make_corpus(recipe: Recipe):
 def flops_of(settings: Settings) -> int:
     """Floating point operations of a whole run."""
     _, stages = resolve(settings)
-    return training_flops(stages, stages[-1].end)
+    return training_flops(stages)
 
 
 def train_all(

@@ -71,7 +71,7 @@ def describe_run(run: FinishedRun) -> dict:
     """A large run: its numbers for the pictures, its stages, its end."""
     last = [line for line in read_log(run.folder) if "val_loss" in line][-1]
     rows = stage_rows(run)
-    one_size = training_flops([run.stages[-1]], run.stages[-1].end)
+    one_size = training_flops([run.stages[-1]])
     last_samples = run.stages[-1].end - run.stages[-1].start
     return {
         **report.read_numbers(run.folder),

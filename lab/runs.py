@@ -253,7 +253,7 @@ def train_one(job: Job) -> int:
             if code:
                 return code
         remove_checkpoints(folder)
-        before += training_flops(branch.stages, branch.stages[-1].end) - branch.flops
+        before += training_flops(branch.stages) - branch.flops
     return 0
 
 
@@ -326,7 +326,7 @@ def unfinished(settings: Settings, stages: list[Stage], keep: bool) -> Job | Non
     """One run as a job; None where it is finished. The log comes before the checkpoint: a run that
     was killed between the two is finished, but not where its checkpoints are to be kept."""
     folder = Path(settings.out)
-    total = training_flops(stages, stages[-1].end)
+    total = training_flops(stages)
     done = flops_done(folder, stages)
     run = read_finished(folder)
     if run and (run.loss is None or not keep or done == total):
@@ -347,7 +347,7 @@ def trunk_job(key: str, members: list[tuple[Settings, list[Stage]]]) -> Job:
     folder = Path(longest.settings.out).with_name(name)
     never = {"keep": 10**9, "save_every": 10**9, "eval_every": 10**9}
     trunk = replace(longest.settings, out=str(folder), lr_decay=0.0, **never)
-    own = [training_flops(b.stages, b.stages[-1].end) - b.flops for b in branches]
+    own = [training_flops(b.stages) - b.flops for b in branches]
     done = flops_done(folder, longest.stages)
     for branch in branches:
         done += max(0, flops_done(Path(branch.settings.out), branch.stages) - branch.flops)

@@ -24,6 +24,7 @@ from data_helpers import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import console
 import data
 import prepare as preparing
 import textfiles
@@ -326,7 +327,7 @@ def test_the_bar_shows_every_byte(tmp_path, monkeypatch):
 
     for module in (preparing, textfiles):
         monkeypatch.setattr(module, "PIECE", 10_000)
-    monkeypatch.setattr(preparing, "tqdm", Bar)
+    monkeypatch.setattr(console, "progress", Bar)
     sources = {"s": [tmp_path / "a.jsonl", tmp_path / "b.txt"]}
     prepare(sources, tmp_path / "out", BYTES, teacher=[teacher])
     sizes = [(tmp_path / name).stat().st_size for name in ("a.jsonl", "b.txt", "t.jsonl")]
