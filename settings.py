@@ -22,6 +22,7 @@ import schedule
 from checkpoint import find_checkpoint, read_info
 from console import read_json, refuse
 from flm import PRESETS, FLMConfig, parse_fields, preset
+from grow import DIMENSIONS
 from parallel import Layout, World
 from schedule import RECIPES, Stage
 
@@ -320,8 +321,18 @@ def resolve(settings: Settings) -> tuple[Settings, list[Stage]]:
     numbers = dict(steps=steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup, seen=seen)
     stages = schedule.fit_stages(given, config, **numbers)
     s = dataclasses.replace(s, steps=schedule.total_steps(stages))
+    # Sizes may differ: --model may have those of the last stage.
+    first, named = stages[0].config, {k: v for k, v in changes.items() if k not in DIMENSIONS}
+    refuse(
+        (
+            f"--model {k}={v}, --stages {s.stages} {getattr(first, k)}"
+            for k, v in named.items()
+            if getattr(first, k) != v
+        ),
+        "the model and its first stage differ; leave one of the two out:",
+    )
     if s.init_from:
-        wanted, found = stages[0].config.to_dict(), config.to_dict()
+        wanted, found = first.to_dict(), config.to_dict()
         differ = [f"{k} {v}, not {wanted[k]}" for k, v in found.items() if v != wanted[k]]
         refuse(differ, f"--init-from {s.init_from} holds another model than the first stage's:")
     return s, stages

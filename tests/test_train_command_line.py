@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import error
 from hypothesis import given
 from hypothesis import strategies as st
 from workshop import (
@@ -35,6 +36,7 @@ import schedule
 import train
 from flm import PRESETS
 from lab import bench
+from settings import resolve
 from train import Settings, World, main
 
 # --------------------------------------------------------------------------------------------------
@@ -365,3 +367,18 @@ def test_compile_without_a_compiler(corpus, monkeypatch, capsys):
     error = capsys.readouterr().err.splitlines()
     assert error[-2].startswith("train.py: --compile: PyTorch cannot compile here. It needs a C++")
     assert error[-1] == "  No working C++ compiler found"
+
+
+@pytest.mark.quick
+def test_a_model_that_its_first_stage_contradicts(tmp_path):
+    """A field that --model and the stages' file set to two values is refused with both; sizes may
+    differ, for --model may name those of the last stage."""
+    file = tmp_path / "stages.json"
+    first = {"n_layers": 1, "init_std": 0.02}
+    file.write_text(json.dumps([{"config": first}, {"config": {"n_layers": 2}, "start": 64}]))
+    options = {"stages": str(file), "steps": 20, "batch_size": 8}
+    message = error(resolve, Settings(model=("n_layers=2", "init_std=0.1"), **options))
+    assert "--model init_std=0.1" in message and f"--stages {file} 0.02" in message
+    assert "n_layers" not in message
+    _, stages = resolve(Settings(model=("n_layers=2", "init_std=0.02"), **options))
+    assert [stage.config.n_layers for stage in stages] == [1, 2]
