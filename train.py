@@ -198,14 +198,16 @@ class Run:
         weights. The model before it is freed first."""
         self.free()
         s, world, state = self.settings, self.world, self.state
-        options = self.stage.config, self.machine, world, s.compile
-        self.worker = world.raise_on_all_ranks(allocate, *options)
+        self.worker = world.raise_on_all_ranks(
+            allocate, self.stage.config, self.machine, world, s.compile
+        )
         self.optimizer = make_optimizer(self.worker, s)
         if path is None:
             self.worker.init_weights(s.seed)
         else:
-            mine = self.worker.named, self.optimizer
-            world.raise_on_all_ranks(checkpoint.read_training, *mine, path)
+            world.raise_on_all_ranks(
+                checkpoint.read_training, self.worker.named, self.optimizer, path
+            )
             self.worker.set_masks(state.growth, growth_mask(state.growth, state.samples))
 
     def free(self):
@@ -226,17 +228,25 @@ class Run:
         start = now(self.machine.device)
 
         # This dp rank's rows, (B/dp, T) each.
-        rows = {"rank": world.at("dp"), "ranks": world.layout.dp}
-        rows["teacher_fraction"] = s.teacher_fraction
-        tokens, targets = self.corpus.batch_ahead(s.seed, state.samples, B, **rows)
+        tokens, targets = self.corpus.batch_ahead(
+            s.seed,
+            state.samples,
+            B,
+            rank=world.at("dp"),
+            ranks=world.layout.dp,
+            teacher_fraction=s.teacher_fraction,
+        )
 
         # Forward and backward; check, clip, AdamW.
         micro = parallel.micro_rows(world.layout, B, s.micro_batch)
-        cut = {"documents": self.corpus.documents(tokens)}
-        nats, count = self.worker.gradients(tokens, targets, micro, self.begin_asking, **cut)
+        documents = self.corpus.documents(tokens)
+        nats, count = self.worker.gradients(
+            tokens, targets, micro, self.begin_asking, documents=documents
+        )
         lr = learning_rate(self.stages, state.samples + B, s.min_lr, s.lr_decay)
-        step = self.worker, self.optimizer, s.clip, lr, nats, count
-        loss, norm, *self.asked = update(*step, *self.questions())
+        loss, norm, *self.asked = update(
+            self.worker, self.optimizer, s.clip, lr, nats, count, *self.questions()
+        )
 
         newest = self.writing[0] if self.writing else self.saved
         if newest == state.step and self.is_sound(loss):  # its weights had this loss
@@ -316,8 +326,8 @@ class Run:
                 "torch": torch.__version__,
             }
             tensors = checkpoint.training_tensors(self.worker.named, self.optimizer)
-            written = self.checkpoint, tensors, info, self.world
-            self.writing = step, *checkpoint.write_in_background(*written)
+            written = checkpoint.write_in_background(self.checkpoint, tensors, info, self.world)
+            self.writing = step, *written
         self.save_by = time.monotonic() + 60 * self.settings.save_minutes
 
     def finish_save(self):
@@ -328,6 +338,11 @@ class Run:
             wait()
             self.saved = step
             self.remove_older_checkpoints()
+
+    def save_and_wait(self):
+        """The checkpoint of this step, whole."""
+        self.save()
+        self.finish_save()
 
     def close(self):
         """Wait until the thread that writes has ended: only then may the lock go, or checkpoints
@@ -355,8 +370,7 @@ class Run:
         """Go on to the next stage: save, grow the checkpoint on disk, load it. The larger model
         computes what the smaller one did; the log has the held-out loss of both, in the full
         precision of the weights."""
-        self.save()
-        self.finish_save()
+        self.save_and_wait()
         self.watch.doing("growing")
         before = self.loss_of(self.checkpoint)
         self.state.stage += 1
@@ -394,8 +408,8 @@ class Run:
     def advice(self, error: NonFinite) -> str:
         """What to do about numbers that are not finite."""
         self.close()
-        s, aside = self.settings, (set_diverged_aside, self.folder, self.is_sound)
-        sound = self.world.on_rank_0(*aside)
+        s = self.settings
+        sound = self.world.on_rank_0(set_diverged_aside, self.folder, self.is_sound)
         text = f"step {self.state.step + 1} stopped before the optimizer: {error}.\n"
         fresh = (
             f"begin a new run with a smaller --lr (now {s.lr:g}), a longer --warmup (now "
@@ -456,8 +470,9 @@ def open_run(
         world.raise_on_all_ranks(check_shared, Path(out), lock)
     s = dataclasses.replace(s, dtype=name_of(machine.dtype), out=out)
     text, digest = world.on_rank_0(find_text, Path(out), s.data) if resume else (s.data, None)
-    options = stages[-1].config, world, s.document_mask
-    corpus = open_corpus(text, s.tokenizer, s.tokenizer_file, *options)
+    corpus = open_corpus(
+        text, s.tokenizer, s.tokenizer_file, stages[-1].config, world, s.document_mask
+    )
     check_corpus(s, corpus, digest)
     tell_repeats(corpus, stages[-1].end, s.teacher_fraction)
     source = out if resume else s.init_from
@@ -473,8 +488,7 @@ def open_run(
         run.saved = state.step
         world.on_rank_0(cut_log, run.folder, state.step, state.stage)
     world.on_rank_0(write_run, run.folder, s, stages, machine, corpus)
-    run.save()  # a disk that cannot take a checkpoint shows now, not in an hour
-    run.finish_save()
+    run.save_and_wait()  # a disk that cannot take a checkpoint shows now, not in an hour
     run.watch = Watch(s, stages, world, state.step, state.samples, stack)
     seconds = time.perf_counter() - begun
     print(describe_start(world, machine.device, run.worker.named, seconds))
@@ -536,15 +550,13 @@ def train(
             finished = state.step == run.last_step
             if finished:
                 run.sound = state.step
-            run.save()
-            run.finish_save()
+            run.save_and_wait()
         except NonFinite as error:
             raise NonFinite(run.advice(error)) from None
         except OSError as error:  # a full disk, a closed terminal
             if run.world.size == 1:
                 with contextlib.suppress(OSError):
-                    run.save()
-                    run.finish_save()
+                    run.save_and_wait()
             go_on = resume_command(run.world, run.folder)
             raise OSError(f"{error}\nsaved at step {run.saved}; to go on: {go_on}") from error
         signals = {} if finished else dict(enumerate(run.world.gather(run.signals[:1])))
