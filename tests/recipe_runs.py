@@ -6,6 +6,7 @@ disturbs: it trains two models at a time, each in a process of its own, forked a
 FOLDER/killed the same command is killed at each of PLACES, and then started once more; it trains in
 its own process. FOLDER/killed/done.json has what was finished when it was killed."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -86,6 +87,7 @@ def finished(out: Path) -> dict[str, int]:
 
 
 def main(folder: Path):
+    gc.freeze()  # see conftest.py
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # no thread: a fork may not have a second one
     runs.machine.matmul_rate = lambda *arguments: 1e12  # takes longer than these runs
