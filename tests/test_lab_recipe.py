@@ -250,7 +250,6 @@ def test_what_the_command_line_refuses(tmp_path):
         assert part in message
 
 
-@pytest.mark.quick
 def test_a_stage_ends_with_its_checkpoint(quick):
     """Each evaluated checkpoint is the last one of its stage, and is there."""
     out, _ = quick
