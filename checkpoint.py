@@ -11,16 +11,16 @@ PyTorch's distributed checkpoint (DCP) writes the tensors: each process writes t
 holds, and each process reads the pieces that it needs. So a model may be cut over processes in one
 way (a layout, parallel.py) when it is written, and in another way when it is read.
 
-Security: .metadata is a pickle. Trust a step folder as you trust code. `export_weights` writes one
-file that holds no code; pass that file around.
+Security: .metadata is a pickle. Trust a step folder as you trust code. `python -m lab.publish save
+RUN --to FILE --as pt` writes one file that holds no code; pass that file around.
 
 Read it from top to bottom:
 
     1. the folders of a run    their names, which are whole, which may be removed
-    2. writing                 write_checkpoint; why a write failed
+    2. writing                 at once, or while training goes on; why a write failed
     3. reading                 read_info, read_tensors
     4. training                AdamW's moments beside the weights
-    5. one model               load_model, export_weights
+    5. one model               load_model
 """
 
 import contextlib
@@ -36,7 +36,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from console import output_file, refuse
+from console import refuse
 from flm import FLM, FLMConfig, growth_mask
 
 FORMAT = 1  # version of the step folder that this code reads and writes
@@ -111,7 +111,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if not steps:
         raise ValueError(
             f"no checkpoint in {path}: expected a run folder with step folders such as "
-            "step-00000200, one of those, or a file written by train.py --export"
+            "step-00000200, one of those, or a file from lab.publish save --as pt"
         )
     return steps[-1]
 
@@ -173,7 +173,7 @@ def failed_write(what: str | Path, error: BaseException) -> BaseException:
 class OneProcess:
     """What files above parallel.py need of its World, where one process works alone."""
 
-    rank, size, control = 0, 1, None
+    rank, size, files = 0, 1, None
 
     def on_rank_0(self, action: Callable, *args, **options):
         return action(*args, **options)
@@ -187,20 +187,52 @@ def make_empty(folder: Path):
     folder.mkdir(parents=True)
 
 
-def finish(tmp: Path, folder: Path, info: dict):
-    """Write checkpoint.json into `tmp`, then rename `tmp` to `folder`. A checkpoint that stands
-    there already, of the same step, goes away only when the new one is in its place."""
-    files = {path.name: path.stat().st_size for path in sorted(tmp.iterdir())}
-    with open(tmp / "checkpoint.json", "w") as file:
-        json.dump({"format": FORMAT, **info, "files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    old = folder.with_name(folder.name + ".old.tmp")
-    remove_parts(old)
-    if folder.exists():
-        folder.rename(old)
-    tmp.rename(folder)
-    remove_parts(old)
+class StepWriter(dcp.FileSystemWriter):
+    """DCP's writer of files, which writes a step folder FOLDER as FOLDER.tmp. DCP calls `finish` on
+    rank 0 when all ranks have written their files: it makes a checkpoint of them."""
+
+    def __init__(self, folder: Path, info: dict):
+        super().__init__(folder.with_name(folder.name + ".tmp"))
+        self.folder, self.info = folder, info
+
+    def finish(self, metadata, results):
+        """Write .metadata, then checkpoint.json, then rename the folder. A checkpoint that stands
+        there already, of the same step, goes away only when the new one is in its place."""
+        super().finish(metadata, results)
+        files = {path.name: path.stat().st_size for path in sorted(self.path.iterdir())}
+        with open(self.path / "checkpoint.json", "w") as file:
+            json.dump({"format": FORMAT, **self.info, "files": files}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        old = self.folder.with_name(self.folder.name + ".old.tmp")
+        remove_parts(old)
+        if self.folder.exists():
+            self.folder.rename(old)
+        self.path.rename(self.folder)
+        remove_parts(old)
+
+
+@contextlib.contextmanager
+def failed_writes(writer: StepWriter, world):
+    """Around a write: after an error of it, remove the half that was written, and raise what
+    failed_write makes of it."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if world.rank == 0:
+            remove_parts(writer.path)
+        raise failed_write(f"the checkpoint {writer.folder}", error) from error
+
+
+def begin_write(save: Callable, folder: Path, tensors: dict, info: dict, world):
+    """Call `save`, which is dcp.save or dcp.async_save. Returns (its result, the writer)."""
+    # DCP warns that torch.distributed is not initialized, which no_dist already says.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")
+    writer, group = StepWriter(folder, info), world.files
+    with failed_writes(writer, world):
+        world.on_rank_0(make_empty, writer.path)
+        options = {"process_group": group, "no_dist": group is None}
+        return save(tensors, storage_writer=writer, **options), writer
 
 
 def write_checkpoint(folder: Path, tensors: dict, info: dict, world=OneProcess()) -> Path:
@@ -215,20 +247,25 @@ def write_checkpoint(folder: Path, tensors: dict, info: dict, world=OneProcess()
     Everything is written to FOLDER.tmp, which is then renamed. So a folder without .tmp is whole,
     whenever the process was killed. Raises OSError where the folder cannot be written (a full
     disk), after removing the half that was."""
-    tmp = folder.with_name(folder.name + ".tmp")
-    try:
-        world.on_rank_0(make_empty, tmp)
-        # DCP warns that torch.distributed is not initialized, which no_dist already says.
-        with warnings.catch_warnings(action="ignore"):
-            group = world.control
-            dcp.save(tensors, checkpoint_id=tmp, no_dist=group is None, process_group=group)
-        world.on_rank_0(finish, tmp, folder, info)
-    except (OSError, RuntimeError, CheckpointException) as error:
-        raise failed_write(f"the checkpoint {folder}", error) from error
-    finally:
-        if world.rank == 0:  # after a success there is no such folder
-            remove_parts(tmp)
+    begin_write(dcp.save, folder, tensors, info, world)
     return folder
+
+
+def write_in_background(
+    folder: Path, tensors: dict, info: dict, world=OneProcess()
+) -> tuple[Callable[[], bool], Callable[[], None]]:
+    """write_checkpoint while training goes on: copies the tensors into the memory of the CPU, and
+    lets a thread write the copy.
+
+    Returns (done, wait). done(): whether the write has ended, well or not. wait(): returns when the
+    folder is whole, and raises what write_checkpoint raises."""
+    future, writer = begin_write(dcp.async_save, folder, tensors, info, world)
+
+    def wait():
+        with failed_writes(writer, world):
+            future.result()
+
+    return future.done, wait
 
 
 # --------------------------------------------------------------------------------------------------
@@ -346,13 +383,13 @@ def read_training(named: Named, optimizer: torch.optim.AdamW, path: Path):
 
 
 def read_exported(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(info, {name: tensor}) of a file that export_weights wrote. Raises ValueError for another."""
+    """(info, {name: tensor}) of a file that lab/publish.py wrote. Raises ValueError for another."""
     try:
         blob = torch.load(file, map_location="cpu", weights_only=True)
         info, weights = blob["info"], blob["model"]
     except Exception as error:  # torch.load fails in many ways on a file that is no such file
         raise ValueError(
-            f"{file} is not a file of weights written by train.py --export, or it was cut off "
+            f"{file} is not a file of weights from lab.publish save --as pt, or it was cut off "
             f"({type(error).__name__})"
         ) from error
     check_info(file, info)
@@ -414,25 +451,3 @@ def load_model(path: str | Path, device="cpu") -> tuple[FLM, dict]:
         advice = f"use {sound}" if sound else "train again with a smaller --lr, a longer --warmup"
         raise ValueError(f"{path} holds weights that are not finite: the run diverged; {advice}")
     return model, info
-
-
-def export_weights(checkpoint: str | Path, file: str | Path):
-    """Write the weights of a CHECKPOINT into one file, which torch.load(weights_only=True) reads:
-    {"info": ..., "model": {name: tensor}}. Raises ValueError for a file that exists, OSError where
-    it cannot be written."""
-    if Path(file).exists():
-        raise ValueError(f"{file} exists: choose another name for the weights")
-    file = output_file(file)
-    model, info = load_model(checkpoint)
-    info = {key: value for key, value in info.items() if key != "files"}
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    tmp = file.with_name(f".{file.name}.exporting")
-    try:
-        with open(tmp, "wb") as stream:  # a stream of Python's: PyTorch's own hides a full disk
-            torch.save({"info": info, "model": weights}, stream)
-        tmp.replace(file)
-    except (OSError, RuntimeError) as error:
-        raise failed_write(str(file), error) from error
-    finally:
-        tmp.unlink(missing_ok=True)
-    print(f"wrote {file}: python sample.py {shlex.quote(str(file))} --prompt TEXT")

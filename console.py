@@ -1,4 +1,5 @@
-"""Errors for people: what every command of this repository does around its own work.
+"""What every command of this repository does around its own work: errors for people, what takes
+long, signals.
 
 A user's mistake raises ValueError, and a limit of the machine (a full disk) raises OSError. `run`
 prints such an error as one screen, without a traceback. Any other error is a fault of this
@@ -6,13 +7,18 @@ repository, and keeps its traceback.
 """
 
 import codecs
+import contextlib
 import json
 import os
 import shlex
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
+
+from tqdm import tqdm
 
 
 def refuse(problems: Iterable[str], heading: str = ""):
@@ -29,6 +35,39 @@ def refuse(problems: Iterable[str], heading: str = ""):
         raise ValueError("\n  ".join([heading, *lines]))
     if lines:
         raise ValueError("\n".join(lines))
+
+
+EVERY = 30  # seconds between two lines
+
+
+class Lines:
+    """A stream for tqdm where there is no terminal. tqdm writes the same line again and again; this
+    prints one of them after `delay` seconds, and another one whenever EVERY seconds are over. Where
+    it has printed any, it prints that of the end, too."""
+
+    def __init__(self, delay: float):
+        self.due, self.printed = time.monotonic() + delay, ""
+
+    def write(self, text: str):
+        line = text.replace("\r", "").strip()
+        ends = self.printed and ": 100% of" in line and line != self.printed
+        if line and (ends or time.monotonic() >= self.due):
+            print(line, file=sys.stderr)
+            self.due, self.printed = time.monotonic() + EVERY, line
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(things: Iterable | None = None, delay: float = 3, **options) -> tqdm:
+    """tqdm on stderr, for what takes more than a few seconds; its time left is by the mean speed.
+
+    Without a terminal there is no bar and there are no escape codes, but a line now and then: see
+    Lines. options: those of tqdm; desc says what is being done."""
+    if sys.stderr.isatty():
+        return tqdm(things, dynamic_ncols=True, smoothing=0, **options)
+    form = "{desc}: {percentage:.0f}% of {total_fmt} {unit}, {remaining} left{postfix}"
+    return tqdm(things, file=Lines(delay), bar_format=form, smoothing=0, **options)
 
 
 def read_text(path: str | Path) -> str:
@@ -52,6 +91,16 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         problem = f"the byte at offset {error.start} fits no UTF-8 character"
         raise ValueError(f"{path} is no UTF-8 text, {problem}: save it as UTF-8") from None
+
+
+def read_json(option: str, file: str | Path):
+    """What a JSON file holds. Raises ValueError that names the option."""
+    try:
+        return json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} {file} is not JSON: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from error
 
 
 def make_folder(folder: str | Path):
@@ -92,6 +141,11 @@ def write_numbers(file: str | Path, value):
     numbers, picture = (shlex.quote(str(path)) for path in (file, Path(file).with_suffix(".svg")))
     print(f"numbers: {file}; to draw them:")
     print(f"  python -m lab.report {numbers} --out {picture}")
+
+
+def markers() -> tuple[str, str]:
+    """What stands before and after marked text: green on a terminal, brackets elsewhere."""
+    return ("\x1b[1;32m", "\x1b[0m") if sys.stdout.isatty() else ("\u27e6", "\u27e7")
 
 
 def program_name() -> str:
@@ -153,3 +207,29 @@ def run(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoR
         discard_streams()
         code = 2
     sys.exit(code)
+
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
+
+
+@contextlib.contextmanager
+def receive_signals(received: list[int]):
+    """Append the numbers of signals that ask a run to stop, in place of what they do otherwise; a
+    second Ctrl-C stops at once. A signal that the caller ignores (nohup) stays ignored."""
+
+    def receive(number, frame):
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    try:
+        with contextlib.suppress(ValueError):  # only the main thread may handle signals
+            for number in before:
+                signal.signal(number, receive)
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            for number, handler in before.items():
+                signal.signal(number, handler)

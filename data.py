@@ -4,7 +4,7 @@
    integer is enough;
 2. *rows* of T + 1 tokens, for FreeLM's two signals;
 3. `Corpus` opens a prepared folder and makes *batches*: tokens (B, T), and targets (B, T);
-4. the command line: `python data.py prepare`, `merge` and `show`.
+4. the command line: `python data.py prepare` and `show`.
 
 How text becomes such a folder is in three files above this one: tokenizer.py, textfiles.py,
 prepare.py.
@@ -27,7 +27,6 @@ import json
 import math
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, product
@@ -42,7 +41,6 @@ from console import refuse
 from prepare import (
     SPLITS,
     describe_skipped,
-    merge,
     open_shard,
     prepare,
     read_meta,
@@ -424,7 +422,7 @@ def summary(meta: dict) -> str:
 def show(args: argparse.Namespace):
     """`python data.py show`: the summary, then the first training rows of a seed."""
     corpus = Corpus(args.folder, args.seq_len, args.tokenizer_file)
-    before, after = ("\x1b[1;32m", "\x1b[0m") if sys.stdout.isatty() else ("\u27e6", "\u27e7")
+    before, after = console.markers()
     targets = corpus.batch(args.seed, 0, args.rows, teacher_fraction=args.teacher_fraction)[1]
     share = (targets != IGNORE).float().mean()
     print(summary(corpus.meta))
@@ -476,12 +474,6 @@ def run_prepare(args: argparse.Namespace):
     tell(args.out, prepare(sources, args.out, tokenizer, val=val, weights=weights, **options))
 
 
-def run_merge(args: argparse.Namespace):
-    """`python data.py merge`."""
-    weights = dict(map(parse_weight, args.weight))
-    tell(args.out, merge(args.folders, args.out, weights=weights))
-
-
 def tell(out: str, meta: dict):
     """What is in a folder that is ready, and what to type next."""
     print(summary(meta))
@@ -503,7 +495,8 @@ name are one source. What cannot be read is left out, counted, and told at the e
 UTF-8, broken JSON, a line of 16 MiB or more, the rest of a packed file that is damaged.
 
 If the command is stopped or killed, or the disk is full, the same command goes on where it was.
-Several jobs can each prepare a part, with the same --val-fraction; merge makes one folder of them.
+Several jobs can each prepare a part, with the same --val-fraction; python -m lab.merge makes one
+folder of them.
 
 examples:
     python data.py prepare stdlib --out stdlib-tokens
@@ -512,14 +505,6 @@ examples:
         --tokenizer cl100k_base --out mixed-tokens
     python data.py prepare en=news-2026 --append --out mixed-tokens
     python data.py prepare text --val exam=exam.jsonl --val-fraction 0 --out text-tokens"""
-
-MERGE_HELP = """\
-The folder is the one that a single command with the inputs of all of them would have made.
-
-example:
-    python data.py prepare en=dump/0 --out part-0     # on one machine
-    python data.py prepare en=dump/1 --out part-1     # on another one
-    python data.py merge part-0 part-1 --out corpora/dump"""
 
 TOKENIZER_FILE_HELP = "a copy of cl100k_base.tiktoken, where there is no network"
 WEIGHT_HELP = (
@@ -566,15 +551,6 @@ def add_prepare(commands):
     add("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
 
-def add_merge(commands):
-    """`python data.py merge`: its options."""
-    help = "make one prepared folder of several"
-    add = add_command(commands, "merge", run_merge, help, MERGE_HELP)
-    add("folders", nargs="+", metavar="DIR", help="a folder that `python data.py prepare` made")
-    add("--out", required=True, metavar="DIR", help="the folder to make; must not be there")
-    add("--weight", action="append", default=[], metavar="NAME=W", help=WEIGHT_HELP)
-
-
 def add_show(commands):
     """`python data.py show`: its options."""
     help = "print what a prepared folder holds, and its first training rows as text"
@@ -593,7 +569,6 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description="Turns text into token shards, and shows them.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_prepare(commands)
-    add_merge(commands)
     add_show(commands)
     args = parser.parse_args(argv)
     args.act(args)

@@ -4,16 +4,16 @@ FLM-101B is arXiv 2309.03852; the model is in its sections 2.1 and 2.4. Read fro
 
     1. FLMConfig, PRESETS     every number that defines a model
     2. xPos                   rotary positions with an exponential decay (arXiv 2212.10554)
-    3. Norm ... Block         the pre-norm GPT block
+    3. Norm ... Block         the pre-norm GPT block; visible_slots: what a token may attend to
     4. FLM                    embedding, blocks, final norm, head; the growth masks
     5. the loss               a sum over tokens, and the same without holding all logits
-    6. KVCache                for texts that grow token by token (sample.py): nothing is computed
-                              twice. A first reading may leave it out
+
+A `cache` is a sample.KVCache: for texts that grow token by token. In training there is none.
 
 One set of letters stands for shapes everywhere in this repository:
 
     B batch   T sequence   C d_model   H heads   D head_dim   F d_ff   V vocabulary   L layers
-    m width ratio (muP.py)   c a growth mask's value   S cache slots (here only)
+    m width ratio (muP.py)   c a growth mask's value   S cache slots
 
 Growth: FLM-101B was trained as a small model first, which was then made larger, twice (grow.py).
 What is new in the larger model is multiplied by a mask, whose value c rises from 0 to 1 (Masked
@@ -220,6 +220,8 @@ PRESETS = {
     "iq-demo": _flm(4, 128, 4, V=288, T=768, D=32),
     # The paper: width 256, 2 heads, under 100M parameters, all else as in the 16B model (section 3)
     "flm-proxy": _flm(48, 256, 2),
+    # OURS: as deep for its width as the 101B model, of 1.01 billion parameters.
+    "flm-1b": _flm(16, 2048, 16),
     # The paper prints no shape for its 16B and 51B models. These are OURS: the sizes fit, heads of
     # 128 as in the 101B model, and from one to the next every dimension only grows.
     "flm-16b": _flm(48, 5120, 40),
@@ -374,14 +376,15 @@ class Attention(nn.Module):
         x: Tensor,
         tables: Tensor,
         visible: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache=None,
         layer: int = 0,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
         tables: xPos's factors for the positions of x, at least (T, 2, D/2).
         visible: bool (B or 1, 1, T, S), what each query may attend to; None: causal attention.
-        cache: where the keys and values of earlier tokens are, and where these ones go (section 6).
+        cache: None in training; else where the keys and values of earlier tokens are, and where
+        these ones go (sample.KVCache).
         layer: the number of this block in the whole model, under which the cache keeps them.
         """
         qkv = self.qkv(x).unflatten(-1, (-1, 3, self.D))  # (B, T, H, 3, D)
@@ -443,7 +446,7 @@ class Block(nn.Module):
         x: Tensor,
         tables: Tensor,
         visible: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache=None,
         layer: int = 0,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C). All other arguments are the attention's: see there."""
@@ -454,6 +457,39 @@ class Block(nn.Module):
         """The residual stream x (B, T, C) with the output y of a branch added to it."""
         y = y if self.mask is None else y * self.mask.to(y.dtype)
         return torch.add(x, y, alpha=self.branch_mult)
+
+
+def visible_slots(
+    start: int,
+    T: int,
+    pad: Tensor | None,
+    block: int | None,
+    device,
+    documents: Tensor | None = None,
+) -> Tensor | None:
+    """Which of the S = start+T slots each of the last T queries may attend to. `start` slots of a
+    cache are filled already; in training there are none, and S = T.
+
+    pad (B,): slots at the left of each row that hold padding. block: length of a block of
+    blockwise attention. documents (B, T): as in FLM.forward, without a cache. Returns bool (B or 1,
+    1, T, S); or None where plain causal attention is asked for, which
+    F.scaled_dot_product_attention does faster without a mask."""
+    if block is None and pad is None and documents is None and (start == 0 or T == 1):
+        return None
+    if documents is not None:
+        T = documents.shape[1]  # under sequence parallelism a rank may hold less of x
+    q = torch.arange(start, start + T, device=device)[:, None]  # (T, 1)
+    k = torch.arange(start + T, device=device)  # (S,)
+    left = torch.zeros(1, dtype=torch.long, device=device) if pad is None else pad
+    left = left[:, None, None]  # (B or 1, 1, 1): the first slot that is no padding
+    visible = (k <= q) & (k >= left)  # (B or 1, T, S)
+    if block is not None:
+        visible &= (q - left) // block - (k - left) // block <= 1
+    if documents is not None:
+        visible = visible & (documents[:, :, None] == documents[:, None, :])
+    # A query in the padding sees itself. Else its softmax were empty, and its NaN would reach
+    # other positions as 0 * NaN.
+    return (visible | (k == q))[:, None]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -512,7 +548,7 @@ class FLM(nn.Module):
         x: Tensor,
         targets: Tensor | None = None,
         *,
-        cache: KVCache | None = None,
+        cache=None,
         blockwise: bool = False,
         last_only: bool = False,
         documents: Tensor | None = None,
@@ -521,7 +557,7 @@ class FLM(nn.Module):
 
         targets: (B, T); then the result is loss_sum(logits, targets) of section 5, a number, and
         all logits never exist at once.
-        cache: a KVCache (section 6); x continues what it holds.
+        cache: a sample.KVCache; x continues what it holds.
         blockwise: blockwise causal attention (arXiv 2212.10554, section 3.2), for inference past
         the trained length: a query sees its own block of max_seq_len/2 positions and the block
         before. Training never uses it.
@@ -555,7 +591,7 @@ class FLM(nn.Module):
         its place where the head is cut."""
         return head_loss(hidden, self.head.weight, targets)
 
-    def _tables(self, start: int, T: int, cache: KVCache | None) -> Tensor:
+    def _tables(self, start: int, T: int, cache) -> Tensor:
         """xPos's factors from position `start` on; attention takes the first T of them."""
         if cache is None and T <= self.config.max_seq_len:
             return self.xpos
@@ -584,7 +620,7 @@ class FLM(nn.Module):
             old, layer_map = record["old"], record["layer_map"]
         names = ("d_model", "n_heads", "d_ff")
         channels, heads, hidden = (self._mask(old[k], getattr(config, k), c) for k in names)
-        new_layer = self._mask(0, 1, c).squeeze()  # ()
+        new_layer = self._mask(0, 1, c).squeeze()  # (): c as a tensor
         r = (config.n_layers / old["n_layers"]) ** config.depth_alpha
         old_layer = None if r == 1 else new_layer + (1 - c) * r
         for number, block in self.layers.items():
@@ -699,7 +735,9 @@ class HeadLoss(torch.autograd.Function):
                 t = targets[i : i + rows, None]  # (rows, 1)
                 supervised = t != IGNORE
                 t = t.masked_fill(~supervised, 0)  # an id outside the vocabulary fails in gather
-                here = supervised
+                here = (
+                    supervised  # whether the target is among these words: always, without `words`
+                )
                 z = (x @ w.T).to(total.dtype)  # logits (rows, V); then, in place, what follows
                 largest = z.amax(-1, keepdim=True)  # (rows, 1)
                 if words is not None:
@@ -729,66 +767,3 @@ class HeadLoss(torch.autograd.Function):
         scaled = torch.empty_like(d_weight, dtype=ctx.dtype)  # no second one in fp32
         torch.mul(d_weight, d_total, out=scaled)
         return d_hidden * d_total, scaled, None, None, None
-
-
-# --------------------------------------------------------------------------------------------------
-# 6. The cache
-
-
-def visible_slots(
-    start: int,
-    T: int,
-    pad: Tensor | None,
-    block: int | None,
-    device,
-    documents: Tensor | None = None,
-) -> Tensor | None:
-    """Which of the S = start+T slots each of the last T queries may attend to.
-
-    pad (B,): slots at the left of each row that hold padding. block: length of a block of
-    blockwise attention. documents (B, T): as in FLM.forward, without a cache. Returns bool (B or 1,
-    1, T, S); or None where plain causal attention is asked for, which
-    F.scaled_dot_product_attention does faster without a mask."""
-    if block is None and pad is None and documents is None and (start == 0 or T == 1):
-        return None
-    if documents is not None:
-        T = documents.shape[1]  # under sequence parallelism a rank may hold less of x
-    q = torch.arange(start, start + T, device=device)[:, None]  # (T, 1)
-    k = torch.arange(start + T, device=device)  # (S,)
-    left = torch.zeros(1, dtype=torch.long, device=device) if pad is None else pad
-    left = left[:, None, None]  # (B or 1, 1, 1): the first slot that is no padding
-    visible = (k <= q) & (k >= left)  # (B or 1, T, S)
-    if block is not None:
-        visible &= (q - left) // block - (k - left) // block <= 1
-    if documents is not None:
-        visible = visible & (documents[:, :, None] == documents[:, None, :])
-    # A query in the padding sees itself. Else its softmax were empty, and its NaN would reach
-    # other positions as 0 * NaN.
-    return (visible | (k == q))[:, None]
-
-
-class KVCache:
-    """Rotated keys and values of every layer, in `capacity` slots: (B, H, S, D) each.
-
-    pad (B,): how many slots at the left of each row hold padding. Prompts of different lengths
-    are aligned at their ends. As scores depend on distances alone, a row's logits are those that
-    it would have on its own. Raises ValueError for a capacity past config.xpos_limit()."""
-
-    def __init__(self, model: FLM, capacity: int, pad: Tensor | None = None):
-        self.capacity, self.pad = capacity, pad
-        self.length = 0  # slots in use
-        self.kv = {}  # {layer: (keys, values)}
-        xpos = model.xpos
-        self.tables = xpos_tables(model.config, capacity, xpos.device, xpos.real.dtype)
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k and v (B, H, T, D) of a layer; return all of its so far (B, H, S, D)."""
-        if layer not in self.kv:  # only here is the dtype known, which autocast may choose
-            B, H, _, D = k.shape
-            slots = (B, H, self.capacity, D)
-            self.kv[layer] = k.new_empty(slots), v.new_empty(slots)
-        end = self.length + k.shape[2]
-        for slots, fresh in zip(self.kv[layer], (k, v)):
-            slots[:, :, self.length : end] = fresh
-        keys, values = self.kv[layer]
-        return keys[:, :, :end], values[:, :, :end]

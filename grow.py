@@ -22,8 +22,8 @@ Read it from top to bottom:
 
     1. what can grow        and what cannot, because the function would change
     2. four operators       which sides of which matrix grow; where a new layer comes from
-    3. old tensors to new   growth_record, grow_tensor: a parameter or AdamW's state of it
-    4. in memory            grow, g_stack
+    3. old tensors to new   growth_record, old_name; grow_tensor: a parameter or AdamW's state
+    4. in memory            grow
     5. on disk              grow_checkpoint: from checkpoint to checkpoint, in little memory
     6. the command line
 
@@ -38,7 +38,6 @@ ratio of muP, c the mask's value.
 import argparse
 import ctypes
 import dataclasses
-import json
 import math
 import os
 import tempfile
@@ -46,7 +45,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import console
 import muP
@@ -138,9 +136,9 @@ def shape(part: str, config: FLMConfig) -> tuple[int, ...]:
     HD = config.n_heads * config.head_dim
     lengths = {"V": config.vocab_size, "C": config.d_model, "F": config.d_ff}
     lengths |= {"HD": HD, "3HD": 3 * HD}
-    module, _, kind = part.rpartition(".")
+    module, _, leaf = part.rpartition(".")
     sides = MATRICES.get(module, ("C",))
-    return tuple(lengths[side] for side in (sides[:1] if kind == "bias" else sides))
+    return tuple(lengths[side] for side in (sides[:1] if leaf == "bias" else sides))
 
 
 def layer_origins(old_L: int, new_L: int, rule="stack") -> list[tuple[int | None, int | None]]:
@@ -200,22 +198,6 @@ def split_name(name: str) -> tuple[int | None, str]:
     return int(layer), part
 
 
-def old_name(name: str, record: dict) -> str | None:
-    """The name of the old tensor that the new tensor `name` starts from; None for a fresh layer.
-    record: see growth_record.
-
-    >>> record = growth_record(preset("demo"), preset("demo").replace(n_layers=8))
-    >>> old_name("layers.7.ff.up.weight", record), old_name("norm.bias", record)
-    ('layers.5.ff.up.weight', 'norm.bias')
-    """
-    layer, part = split_name(name)
-    if layer is None:
-        return name
-    kept, copied = record["layer_map"][layer], record["copied_from"][layer]
-    old = copied if kept is None else kept
-    return None if old is None else f"layers.{old}.{part}"
-
-
 # --------------------------------------------------------------------------------------------------
 # 3. From old tensors to new ones
 
@@ -248,6 +230,22 @@ def growth_record(
         "ramp": ramp,
         "growths": growths,
     }
+
+
+def old_name(name: str, record: dict) -> str | None:
+    """The name of the old tensor that the new tensor `name` starts from; None for a fresh layer.
+    record: see growth_record.
+
+    >>> record = growth_record(preset("demo"), preset("demo").replace(n_layers=8))
+    >>> old_name("layers.7.ff.up.weight", record), old_name("norm.bias", record)
+    ('layers.5.ff.up.weight', 'norm.bias')
+    """
+    layer, part = split_name(name)
+    if layer is None:
+        return name
+    kept, copied = record["layer_map"][layer], record["copied_from"][layer]
+    old = copied if kept is None else kept
+    return None if old is None else f"layers.{old}.{part}"
 
 
 # What AdamW keeps of each parameter: the first moment (a running mean of the gradient), the second
@@ -420,20 +418,6 @@ def larger_optimizer(optimizer: torch.optim.AdamW, grown: FLM) -> torch.optim.Ad
     return torch.optim.AdamW([{**base[0], **group} for group in new_groups])  # betas, eps, ...
 
 
-def g_stack(
-    model: FLM, times: int, optimizer: torch.optim.AdamW | None = None
-) -> tuple[FLM, torch.optim.AdamW | None, dict]:
-    """G_stack ("Stacking Your Transformers", arXiv 2405.15319): the whole stack of layers `times`
-    times over and no mask. It does NOT preserve the function; it is what to compare growth with.
-    Returns what `grow` returns, with c = 1."""
-    if times < 2:
-        raise ValueError(f"a stack {times} times over: at least 2")
-    target = model.config.replace(n_layers=times * model.config.n_layers)
-    grown, larger, record = grow(model, target, optimizer, seed=0)
-    grown.set_masks(record, 1.0)
-    return grown, larger, record
-
-
 # --------------------------------------------------------------------------------------------------
 # 5. On disk, as the paper did it: training stops, a program extends the checkpoint, training loads
 #    it. A run of train.py grows in this way too.
@@ -458,8 +442,9 @@ def next_record(
     ramp: int | None = None,
     finish_ramp: bool = False,
 ) -> dict:
-    """growth_record for a checkpoint, from what its checkpoint.json says. Raises ValueError for a
-    checkpoint in mid-ramp, unless finish_ramp."""
+    """growth_record for a checkpoint; info: what its checkpoint.json says. ramp, in samples, is by
+    default a tenth of those seen (ours). Raises ValueError for a checkpoint in mid-ramp, unless
+    finish_ramp: then it grows as if its own mask had reached 1."""
     last_growth, samples = info["growth"], info["samples"]
     c = growth_mask(last_growth, samples)
     if c < 1 and not finish_ramp:
@@ -503,9 +488,9 @@ def grow_checkpoint(
     **options,
 ) -> dict:
     """Grow a CHECKPOINT (see find_checkpoint) into the folder `out`; returns the info of the new
-    checkpoint. It holds the same tensors, bit for bit, as `grow` makes. Options as there; ramp, in
-    samples, is by default a tenth of the samples seen (ours). finish_ramp: grow a checkpoint in
-    mid-ramp as if its own mask had reached 1.
+    checkpoint. It holds the same tensors, bit for bit, as `grow` makes.
+
+    seed, draw: see grow_tensor. options: layers, ramp and finish_ramp of next_record.
 
     world: a parallel.World, whose ranks all call this; each grows its share of the tensors, on a
     file system that all of them see.
@@ -537,12 +522,14 @@ def grow_share(
         sizes = {name: p.numel() for name, p in FLM(new_config).named_parameters()}
     by_size = sorted(sizes, key=sizes.get, reverse=True)  # so that all ranks have as much to do
     mine = by_size[world.rank :: world.size]
-    old = old_tensors(path, {old_name(name, record) for name in mine}, folder)
-    silent = None if world.rank == 0 else True  # None: where there is no terminal
-    bar, grown = tqdm(mine, desc="growing", unit="parameter", disable=silent), {}
-    for kind, name, value in grown_tensors(bar, old, new_config, record, **how):
-        tensor = file_backed(value.shape, value.dtype, folder).copy_(value)
-        grown.setdefault(kind, {})[name] = tensor
+    total, grown = sum(sizes[name] for name in mine), {}
+    count = {"total": total, "unit": "weights", "unit_scale": True, "disable": world.rank > 0}
+    with console.progress(desc="growing", **count) as bar:
+        old = old_tensors(path, {old_name(name, record) for name in mine}, folder)
+        for kind, name, value in grown_tensors(mine, old, new_config, record, **how):
+            tensor = file_backed(value.shape, value.dtype, folder).copy_(value)
+            grown.setdefault(kind, {})[name] = tensor
+            bar.update(value.numel() if kind == "model" else 0)
     kept = {key: value for key, value in info.items() if key not in ("format", "files")}
     return {**kept, "config": new_config.to_dict(), "growth": record}, grown
 
@@ -563,42 +550,15 @@ def old_tensors(path: Path, names: set[str | None], folder: Path) -> dict[str, t
 # 6. The command line
 
 
-def read_json(option: str, file: str):
-    """What a JSON file holds. Raises ValueError that names the option."""
-    try:
-        return json.loads(console.read_text(file))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option} {file} is not JSON: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{option} {error}") from error
-
-
-def read_config(file: str) -> FLMConfig:
-    """The model that a JSON file describes: its fields, a checkpoint.json, or the config.json of a
-    run, whose last stage counts. Raises ValueError for any other file."""
-    values = read_json("--to", file)
-    if isinstance(values, dict) and isinstance(values.get("stages"), list):
-        values = values["stages"][-1] if values["stages"] else None
-    if isinstance(values, dict) and "config" in values:
-        values = values["config"]
-    if not isinstance(values, dict):
-        raise ValueError(
-            f"--to {file}: holds no model; give a file with the fields of one, a checkpoint.json, "
-            "or the config.json of a run"
-        )
-    return FLMConfig.from_dict(values)
-
-
 def target_config(words: list[str], old: FLMConfig) -> FLMConfig:
-    """--to: a preset or a JSON file, and changes FIELD=VALUE; without the first, the changes are to
-    the checkpoint's own configuration. Raises ValueError naming every word that is none of these.
+    """--to: a preset, and changes FIELD=VALUE; without a preset, the changes are to the
+    checkpoint's own configuration. Raises ValueError naming every word that is none of these.
 
     >>> target_config(["flm-16b", "n_layers=62"], preset("demo")).n_layers
     62
     """
     if "=" not in words[0]:
-        old = read_config(words[0]) if words[0].endswith(".json") else preset(words[0])
-        words = words[1:]
+        old, words = preset(words[0]), words[1:]
     changes, problems = parse_fields(words)
     console.refuse(f"--to {problem}" for problem in problems)
     return old.replace(**changes)
@@ -635,7 +595,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = apply.add_argument
     add("checkpoint", help="a run folder (its newest checkpoint) or a step folder")
-    target = f"the model to grow into: a preset ({', '.join(PRESETS)}), a config.json, and/or "
+    target = f"the model to grow into: a preset ({', '.join(PRESETS)}) and/or "
     target += f"FIELD=VALUE ... ({', '.join(DIMENSIONS)})"
     add("--to", required=True, nargs="+", metavar="TARGET", help=target)
     add("--out", required=True, metavar="CHECKPOINT", help="the folder to write; it must not exist")

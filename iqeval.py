@@ -1,10 +1,8 @@
 """iqeval.py - the evaluation inspired by IQ tests (FLM-101B, arXiv 2309.03852, section 5).
 
-    python iqeval.py show                     list the tasks
-    python iqeval.py show head-tail           print a few items of one task, with their answers
-    python iqeval.py play head-tail           answer them yourself
-    python iqeval.py make --out corpora/iq    write a corpus to learn the tasks from
-    python iqeval.py run runs/iq-demo         score a checkpoint: one table per kind of task
+    python iqeval.py show                 list the tasks
+    python iqeval.py show head-tail       print a few items of one task, with their answers
+    python iqeval.py run runs/iq-demo     score a checkpoint: one table per kind of task
 
 Read it from top to bottom:
 
@@ -16,14 +14,14 @@ Read it from top to bottom:
     6. propositions           FreeLM's teacher signal as a task: does a claim hold?
     7. TASKS                  the table of all tasks
     8. scoring                greedy generation or log-likelihood, in batches; the interval
-    9. a corpus               the training split as FreeLM's two signals
-    10. the command line
+    9. the command line
 
 The paper prints few of its prompts: the instructions of counting and of replacement (section 5.2),
 and two label strings. Those are kept. Every other text, every length and the number of examples
 per label are OURS. Items are made anew from a seed: a model may have read this file, but not its
 items.
 
+`python -m lab.iq` writes a corpus to learn the tasks from, and lets you answer items yourself.
 `python -m lab.datasets` reads items from the original datasets. `python -m lab.harness` exports
 items for lm-evaluation-harness, which runs other models.
 """
@@ -37,10 +35,7 @@ import json
 import math
 import random
 import re
-import shlex
 import string
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -55,7 +50,6 @@ import console
 from checkpoint import load_model
 from flm import FLM
 from machine import pick_device
-from prepare import prepare
 from sample import fill_cache, generate, writable
 from tokenizer import EMOJI, get_tokenizer
 
@@ -254,6 +248,7 @@ WORDING = {
     "en": ("Label:", " or ", ": ", "Answer with {}."),
     "zh": ("标签:", "或", ":", "请回答{}。"),
 }
+TEXT_AND_CLAIM = {"en": ("Text", "Claim"), "zh": ("文本", "断言")}
 Fields = list[tuple[str, str]]  # [(name of a field, its text)]
 
 
@@ -325,15 +320,15 @@ def entailment(rng: random.Random, language: str, holds: bool, chain: int) -> Fi
     A true and a false claim both name a word of the text, so only the chain of rules tells."""
     kinds = invented(rng, 2 * chain + 2, language)
     person = rng.choice(["小明", "小红", "小刚"] if language == "zh" else ["Tom", "Ann", "Bob"])
+    rule, fact = (
+        ("{}都是{}。", "{}是{}。") if language == "zh" else ("Every {} is a {}. ", "{} is a {}.")
+    )
     one, other = kinds[: chain + 1], kinds[chain + 1 :]
     rules = [pair for line in (one, other) for pair in zip(line, line[1:])]
     rng.shuffle(rules)
-    goal = one[-1] if holds else other[-1]
-    if language == "zh":
-        text = "".join(f"{a}都是{b}。" for a, b in rules) + f"{person}是{one[0]}。"
-        return [("文本", text), ("断言", f"{person}是{goal}。")]
-    text = "".join(f"Every {a} is a {b}. " for a, b in rules) + f"{person} is a {one[0]}."
-    return [("Text", text), ("Claim", f"{person} is a {goal}.")]
+    text = "".join(rule.format(*pair) for pair in rules) + fact.format(person, one[0])
+    claim = fact.format(person, one[-1] if holds else other[-1])
+    return list(zip(TEXT_AND_CLAIM[language], (text, claim)))
 
 
 NAMES = {"en": ("Ann", "Bob", "Cid", "Dee", "Eve", "Fay", "Gus", "Hal"), "zh": "安白陈丁方郭何江"}
@@ -350,9 +345,8 @@ def comparison(rng: random.Random, language: str, holds: bool, people: int) -> F
     sentences = [form.format(*pair) for pair in zip(order, order[1:])]
     rng.shuffle(sentences)
     claim = form.format(*(order[1], order[-2])[:: 1 if holds else -1])
-    if language == "zh":
-        return [("文本", "".join(sentences)), ("断言", claim)]
-    return [("Text", " ".join(sentences)), ("Claim", claim)]
+    text = ("" if language == "zh" else " ").join(sentences)
+    return list(zip(TEXT_AND_CLAIM[language], (text, claim)))
 
 
 def sense(rng: random.Random, language: str, holds: bool) -> Fields:
@@ -1045,85 +1039,7 @@ def table(results: dict[str, dict], context: int) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. A corpus to learn the tasks from
-#
-# Prompts with their answers are the language signal, propositions the teacher signal (section 2.2).
-# Only a proposition's emoji is supervised, so propositions are short: more of them fit in a row.
-
-# Weights in documents. Tasks of copying have most: everything else needs copying.
-MIX = {
-    "head-tail": 12,
-    "full-repeating": 11,
-    "head-slicing": 10,
-    "replace-lowercase": 10,
-    "single-fact": 3,
-    "two-facts": 0.5,
-    "counting-en": 2,
-    "counting-zh": 2,
-    "replace-word": 1.5,
-    "key-retrieval": 1.5,
-    **{name: 0.2 for name, task in TASKS.items() if task.kind == "symbolic"},
-}
-CLAIMS = {
-    "claim-full-repeating": 2,
-    "claim-head-slicing": 2,
-    "claim-replace-lowercase": 2,
-    "claim-single-fact": 1,
-}
-
-
-def corpus(documents: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """(rows {"text"} of the language signal, rows {"text", "proposition", "label"} of the teacher
-    signal), about `documents` of each, from the training split."""
-    language, teacher = [], []
-    for name, weight in tqdm(MIX.items(), unit="tasks", dynamic_ncols=True, disable=None):
-        # A symbolic task comes in two halves: with symbols and, from another seed, with words.
-        variants = [{"labels": kind} for kind in LABELS] if TASKS[name].kind == "symbolic" else [{}]
-        n = max(2, round(documents * weight / len(variants) / sum(MIX.values())))
-        for shift, options in enumerate(variants):
-            found = TASKS[name].generate(n, 2 * seed + shift, "train", **options)
-            language += [{"text": f"{item.prompt} {item.answer}\n"} for item in found]
-    for name, weight in CLAIMS.items():
-        n = max(2, round(documents * weight / sum(CLAIMS.values())))
-        # Half of the false claims are easy. Without them the model did not learn the others.
-        easy = {"easy": 50} if "easy" in TASKS[name].knobs else {}
-        for item in TASKS[name].generate(n, 2 * seed, "train", **easy):
-            teacher.append({key: item.facts[key] for key in ("text", "proposition", "label")})
-    for rows in (language, teacher):
-        random.Random(f"corpus {seed}").shuffle(rows)
-    return language, teacher
-
-
-def make_corpus(out: str | Path, documents: int, seed: int) -> dict:
-    """Write the corpus as text.jsonl and teacher.jsonl, and prepare it, in the new folder `out`.
-
-    Returns the meta of prepare.prepare. ValueError before any work if `out` is not free."""
-    out, problems = Path(out).absolute(), []
-    if documents < 100:
-        problems.append(f"--documents {documents}: too few to train on, make at least 100")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        problems.append(f"--out {out}: exists and is not an empty folder; choose another name")
-    console.refuse(problems)
-    signals = corpus(documents, seed)
-    console.make_folder(out.parent)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.part-", dir=out.parent) as folder:
-        made = Path(folder) / "corpus"
-        files = [Path(folder) / name for name in ("text.jsonl", "teacher.jsonl")]
-        for path, rows in zip(files, signals):
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            path.write_text("".join(lines), encoding="utf-8")
-        sources, tokenizer = {"text": files[:1]}, get_tokenizer("bytes")
-        meta = prepare(sources, made, tokenizer, teacher=files[1:], progress=False)
-        for path in files:
-            path.rename(made / path.name)
-        if out.exists():
-            out.rmdir()  # it is empty
-        made.rename(out)
-    return meta
-
-
-# --------------------------------------------------------------------------------------------------
-# 10. The command line
+# 9. The command line
 
 
 def parse_pairs(words: list[str], form: str, problems: list[str]) -> dict[str, str]:
@@ -1209,7 +1125,7 @@ def list_tasks() -> str:
 
 def show(items: list[Item]):
     """Print items with their answers marked, then what chance and laziness get."""
-    before, after = ("\x1b[1;32m", "\x1b[0m") if sys.stdout.isatty() else ("\u27e6", "\u27e7")
+    before, after = console.markers()
     task = items[0].task
     for number, item in enumerate(items, 1):
         print(f"--- {task.name}, item {number} ---")
@@ -1223,32 +1139,6 @@ def bars(task: Task) -> str:
     if percent is None:
         return text
     return f"{text}; the best lazy strategy known gets {percent:.1f}% ({strategy})"
-
-
-def play(items: list[Item]):
-    """Ask the user for each answer, until an empty line."""
-    right = asked = 0
-    task = items[0].task
-    meaning = {EMOJI[1]: " it holds", EMOJI[0]: " it does not"}
-    print(f"{len(items)} items of {task.name}. Write what comes next, then Enter. ", end="")
-    print("An empty line or Ctrl-D ends it.\n")
-    for item in items:
-        choices = {str(number): label for number, label in enumerate(item.labels, 1)}
-        print(item.prompt, end="\n" if choices else " ", flush=True)
-        for number, label in choices.items():
-            print(f"{number}: {label}{meaning.get(label, '')}  ", end="", flush=True)
-        text = sys.stdin.readline().strip()
-        if not text:
-            break
-        answer = choices.get(text, text) if choices else said(task.metric, text)
-        asked, right = asked + 1, right + (answer == item.answer)
-        print("right\n" if answer == item.answer else f"no, it is: {item.answer}\n")
-    if asked:
-        low, high = (100 * end for end in interval(right, asked))
-        print(
-            f"\n{right} of {asked} right: {100 * right / asked:.0f}%, with 95% confidence between "
-            f"{low:.0f} and {high:.0f}; {bars(task)}"
-        )
 
 
 def item_options(parser: argparse.ArgumentParser, items: int | None = None):
@@ -1267,9 +1157,7 @@ def item_options(parser: argparse.ArgumentParser, items: int | None = None):
 
 def run_options(parser: argparse.ArgumentParser):
     """Add the options that say which model is scored, and how."""
-    parser.add_argument(
-        "checkpoint", help="a run folder, a checkpoint in it, or a file from train.py --export"
-    )
+    parser.add_argument("checkpoint", help="a run folder, a checkpoint in it, or a file of weights")
     parser.add_argument(
         "--out", default="iqeval.json", metavar="FILE", help="for all answers (default %(default)s)"
     )
@@ -1295,46 +1183,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = commands.add_parser("show", help="print items of a task with their answers, or the tasks")
     p.add_argument("task", nargs="?", help="a task's name; without it, all tasks are listed")
     item_options(p, 3)
-    p = commands.add_parser("play", help="answer the items of a task yourself")
-    p.add_argument("task", help="a task's name")
-    item_options(p, 10)
     p = commands.add_parser("run", help="score a checkpoint, with the paper's figures beside it")
     run_options(p)
     item_options(p)
     p.add_argument("--tasks", nargs="+", metavar="TASK", help="only these (default: all)")
-    p = commands.add_parser("make", help="write and prepare a corpus to learn the tasks from")
-    p.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist yet")
-    p.add_argument("--seed", type=int, default=0, help="of the items (default %(default)s)")
-    p.add_argument(
-        "--documents",
-        type=int,
-        default=60_000,
-        metavar="N",
-        help="texts, and as many propositions (default %(default)s)",
-    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None):
-    """The command line: show, play, run and make."""
+    """The command line: show and run."""
     args = parse_args(argv)
     if args.command == "run":
         score_checkpoint(args, make_suite(args, run_problems(args)))
-    elif args.command == "make":
-        meta = make_corpus(args.out, args.documents, args.seed)
-        tokens = meta["sources"][0]["train"]["tokens"]
-        labels = meta["teacher"]["train"]["documents"]
-        print(
-            f"{args.out}: {tokens:,} tokens of text and {labels:,} propositions to train on. "
-            f"Next:\n    python train.py --preset iq-demo "
-            f"--data {shlex.quote(args.out)} --teacher-fraction 0.25 --eval-rows 64"
-        )
     elif args.task is None:
         print(f"{list_tasks()}\n\nLook at one: python iqeval.py show head-tail")
     else:
         args.tasks = [args.task]
-        items = next(iter(make_suite(args).values()))  # a symbolic task's items with symbols
-        (show if args.command == "show" else play)(items)
+        show(next(iter(make_suite(args).values())))  # a symbolic task's items with symbols
 
 
 if __name__ == "__main__":

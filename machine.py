@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import sys
 import time
@@ -173,6 +174,15 @@ def set_up(s: Settings, stages: list[Stage], world: World) -> tuple[Machine, Wor
         torch.set_num_threads(s.threads)
     machine = pick_machine(s.device, s.dtype, world)
     return machine, parallel.arrange(world, layout, machine.device)
+
+
+def memory_size(device: torch.device) -> int | None:
+    """Bytes of the memory that a tensor on this device lies in; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if hasattr(os, "sysconf"):  # not on Windows
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def peak_memory(device: torch.device) -> float | None:

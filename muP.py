@@ -61,7 +61,7 @@ import torch
 from torch import Tensor
 
 import console
-from flm import FLM, FLMConfig, loss_sum, parse_fields, preset
+from flm import FLM, FLMConfig, forward_flops, loss_sum, parse_fields, preset
 
 # --------------------------------------------------------------------------------------------------
 # 1. The parametrization
@@ -175,7 +175,8 @@ def param_groups(model: FLM, lr: float, weight_decay: float, eps: float = 1e-8) 
 # The same over depths: with CompleteP they stay, without it the residual stream grows.
 
 SMALL = {"n_layers": 2, "head_dim": 16, "max_seq_len": 128}  # the preset "demo", but faster
-CHOICES = {  # {what varies: {name: the fields of a parametrization}}, the one that is tested first
+# {what varies: {name: the fields of a parametrization}}, the one that is tested first
+PARAMETRIZATIONS = {
     "width": {"muP": {"mup": True}, "standard": {"mup": False}},
     "depth": {"alpha 1": {"depth_alpha": 1.0}, "alpha 0": {"depth_alpha": 0.0}},
 }
@@ -186,18 +187,17 @@ LAYERS += ("ff_norm", "ff.up", "ff.down", "block", "norm", "logits")
 # between the two.
 LIMIT = 1 / 3
 ENOUGH_SEEDS = 4  # with fewer, the spread between seeds is not known well enough
+DECIDED = {  # {what varies: the fields that the check sets}
+    "width": "d_model n_heads d_ff mup mup_base_width".split(),
+    "depth": "d_model n_heads d_ff mup_base_width n_layers depth_alpha base_layers".split(),
+}
 
 
-DECIDED = ("d_model", "n_heads", "d_ff", "mup", "mup_base_width")
-DECIDED_OF_DEPTHS = ("d_model", "n_heads", "d_ff", "mup_base_width")
-DECIDED_OF_DEPTHS += ("n_layers", "depth_alpha", "base_layers")
-
-
-def model_config(words: Iterable[str], decided: tuple[str, ...] = DECIDED) -> FLMConfig:
+def model_config(words: Iterable[str], axis: str = "width") -> FLMConfig:
     """The model of the check: preset "demo" with SMALL, changed by words FIELD=VALUE.
     Raises ValueError with every bad word."""
     changes, problems = parse_fields(words)
-    for name in decided:
+    for name in DECIDED[axis]:
         if name in changes:
             problems.append(f"--model {name}: the check decides it, leave it out")
     console.refuse(problems)
@@ -293,20 +293,25 @@ def coord_check(
     narrowest width first. The narrowest is the base width (m = 1), where the two are one model.
     batch: tokens and targets (B, T). A learning rate larger than in training shows more
     (microsoft/mup's advice).
-    axis "depth": `widths` are numbers of layers, and the names are those of CHOICES["depth"]."""
+    axis "depth": `widths` are numbers of layers, and the names those of PARAMETRIZATIONS["depth"].
+    """
     if axis == "width":
         configs = at_widths(config, widths)
         base = {"mup_base_width": min(configs)}
     else:
         configs = {L: config.replace(n_layers=L) for L in sorted(set(widths))}
         base = {"base_layers": min(configs)}
-    sizes = {}
-    for name, choice in CHOICES[axis].items():
-        runs = [
-            [early_sizes(c.replace(**base | choice), seed, batch, lr, steps) for seed in seeds]
-            for c in configs.values()
-        ]
-        sizes[name] = torch.tensor(runs, dtype=torch.float64)
+    sizes, seeds = {}, list(seeds)
+    costs = [forward_flops(c, c.max_seq_len) for c in configs.values()]
+    total = len(PARAMETRIZATIONS[axis]) * len(seeds) * sum(costs)
+    with console.progress(total=total, desc="training", unit="FLOP", unit_scale=True) as bar:
+        for name, choice in PARAMETRIZATIONS[axis].items():
+            runs = []
+            for c, cost in zip(configs.values(), costs):
+                for seed in seeds:
+                    runs.append(early_sizes(c.replace(**base | choice), seed, batch, lr, steps))
+                    bar.update(cost)
+            sizes[name] = torch.tensor(runs, dtype=torch.float64).unflatten(0, (-1, len(seeds)))
     return sizes
 
 
@@ -410,7 +415,7 @@ def main(argv: list[str] | None = None) -> int:
             f"--{axis}s {widths} --steps {args.steps} --lr {args.lr}: the check needs at least "
             f"2 {axis}s, 1 step and a learning rate above 0"
         )
-    config = model_config(args.model, DECIDED_OF_DEPTHS if args.depths else DECIDED)
+    config = model_config(args.model, axis)
     if args.depths:
         (config,) = at_widths(config, args.widths[:1]).values()
         config = config.replace(mup_base_width=config.d_model)

@@ -42,6 +42,7 @@ import datetime
 import functools
 import os
 import platform
+import queue
 import re
 import signal
 import sys
@@ -226,10 +227,12 @@ class World:
     layout: Layout = Layout()
     rank: int = 0
     mesh: DeviceMesh | None = None  # axes pp, dp, tp
-    control: dist.ProcessGroup | None = None  # all ranks: plain numbers, checkpoints
+    control: dist.ProcessGroup | None = None  # all ranks: plain numbers
+    files: dist.ProcessGroup | None = None  # all ranks: checkpoints, which a thread writes
     neighbours: int = 1  # ranks on this machine
     roll_call: dist.ProcessGroup | None = None  # all ranks: who still answers after a failure
     timeout: datetime.timedelta = datetime.timedelta(minutes=10)  # of every wait for another rank
+    begun: float | None = None  # when the ranks began to meet, by time.perf_counter
 
     @property
     def size(self) -> int:
@@ -622,6 +625,10 @@ class Stopped(Exception):
     """Worker.gradients was asked to stop between two micro-batches: the step is not complete."""
 
 
+class NonFinite(RuntimeError):
+    """The loss or the norm of the gradient is not a finite number; every rank has this error."""
+
+
 @functools.cache
 def group_of_tied_ends(mesh: DeviceMesh, timeout: datetime.timedelta) -> dist.ProcessGroup | None:
     """The process group of the first and the last pp rank with this rank's dp and tp coordinates;
@@ -716,8 +723,8 @@ class Worker:
         ranks; and the supervised tokens of the whole batch.
 
         stop: called in each micro-batch but the last, not in a pipeline. The function that it
-        returns is called before the next one; where that says True, Stopped is raised, and what .grad holds is
-        worthless. documents: as for `forward`."""
+        returns is called before the next one; where that says True, Stopped is raised, and what
+        .grad holds is worthless. documents: as for `forward`."""
         first = self.world.at("tp") == self.world.at("pp") == 0  # the others have the same rows
         self.supervised = self.world.begin_sum((targets != IGNORE).sum().item() if first else 0)
         x = tokens.to(self.device, non_blocking=True)
@@ -854,27 +861,80 @@ def connect(timeout_minutes: float = 10) -> World:
     """Connect to the other ranks that torchrun started. The layout comes later, when all agree.
 
     timeout_minutes: how long a rank waits for another one, here and in every collective. Raises
-    ValueError where torchrun could not restart the ranks, TimeoutError where a rank is missing.
-    """
+    ValueError where torchrun could not restart the ranks, TimeoutError where a rank is missing,
+    ConnectionError where a rank cannot be reached."""
     if sys.platform == "win32":
         raise ValueError("several processes need Linux or macOS: on Windows, use WSL")
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    begun, rank, size = time.perf_counter(), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = datetime.timedelta(minutes=timeout_minutes)
     # With fewer GPUs than ranks, --device cpu still works.
     if dist.get_node_local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(dist.get_node_local_rank())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+    def form_groups():
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        return [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
+
     try:
         store = open_store(rank, timeout)
         call_ranks(store, rank, size)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        roll_call = dist.new_group(backend="gloo", timeout=timeout)
-    except dist.DistError as error:
+        roll_call, files = do_together(form_groups, store, rank, timeout)
+    except (dist.DistError, TimeoutError) as error:
         text = f"rank {rank} has not met the {size - 1} other ranks in {timeout_minutes:g} minutes"
         raise TimeoutError(f"{text}: {str(error).splitlines()[0]}") from error
-    world = World(rank=rank, control=dist.group.WORLD, roll_call=roll_call, timeout=timeout)
+    groups = {"control": dist.group.WORLD, "files": files, "roll_call": roll_call}
+    world = World(rank=rank, timeout=timeout, begun=begun, **groups)
     machines = world.gather(platform.node())
     return dataclasses.replace(world, neighbours=machines.count(platform.node()))
+
+
+def do_together(form: Callable, store: dist.Store, rank: int, timeout: datetime.timedelta):
+    """form(), in which ranks connect to each other; its result. A rank that fails tells the others
+    why, and no rank waits longer than `timeout` for them: gloo alone would wait five times as long.
+
+    Raises ConnectionError with what the first rank said that failed, TimeoutError, DistError."""
+    outcome, news = queue.SimpleQueue(), store.clone()  # form() may keep `store` busy
+
+    def work():
+        try:
+            outcome.put((form(), None))
+        except Exception as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    end = time.monotonic() + timeout.total_seconds()
+    while not news.check(["failed"]):
+        if time.monotonic() > end:
+            problem = "some ranks have not come, or do not reach the others"
+            raise TimeoutError(f"{problem}. {INTERFACES}")
+        with contextlib.suppress(queue.Empty):
+            result, error = outcome.get(timeout=0.5)
+            if error is None:
+                return result
+            if isinstance(error, dist.DistError) or not isinstance(error, RuntimeError):
+                raise error  # a rank is missing, or there is a fault
+            news.compare_set("failed", "", explain_no_connection(rank, error))
+    raise ConnectionError(news.get("failed").decode())
+
+
+INTERFACES = (
+    "On each host, `ip -brief address` lists the interfaces; set GLOO_SOCKET_IFNAME to the one by "
+    "which the other hosts reach it, and open all ports between the hosts"
+)
+
+
+def explain_no_connection(rank: int, error: RuntimeError) -> str:
+    """What to say where gloo cannot connect, or not even listen."""
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    used = f"interface {interface} (GLOO_SOCKET_IFNAME)" if interface else "the address of its name"
+    line = str(error).splitlines()[0]
+    reason = re.sub(r".*\[.*?\] |\$\d+$", "", line)  # without places in gloo's code
+    reason = reason.removeprefix("ifa != nullptr. ")
+    return (
+        f"rank {rank} on {platform.node()} cannot connect to the other ranks: {reason}\n"
+        f"It uses {used}. {INTERFACES}"
+    )
 
 
 def open_store(rank: int, timeout: datetime.timedelta) -> dist.Store:
@@ -938,7 +998,7 @@ def redirect_library_output(folder: Path, rank: int) -> Path:
 
 def explain_lost_rank(world: World, error: BaseException) -> str | None:
     """What to say of an error in a collective: which ranks do not answer any more, as far as this
-    rank can know. Empty where another rank knows it; None if the error has another cause.
+    rank can know. Empty where another rank says it; None if the error has another cause.
 
     Rank 0 asks all ranks, for half a timeout. The others wait longer for it: it leaves when it
     knows. So all ranks end within twice the timeout."""
@@ -956,12 +1016,29 @@ def explain_lost_rank(world: World, error: BaseException) -> str | None:
     except RuntimeError as answer:
         found = re.search(r"Ranks ([\d, ]+) failed", str(answer))
         if found is None and "Timed out" not in str(answer):
-            return ""
+            return explain_closed_connection(f"{error} {answer}")
     lost = found[1] if found else "0"
     return (
-        f"no answer from rank {lost} (for {minutes:g} minutes, or the connection was closed): this "
-        "job ends. torchrun --max-restarts N starts all ranks again, and train.py --auto-resume "
-        "goes on from the last checkpoint"
+        f"no answer from rank {lost} (for {minutes:g} minutes, or the connection was closed): "
+        f"{GO_ON}"
+    )
+
+
+GO_ON = (
+    "this job ends. torchrun --max-restarts N starts all ranks again, and train.py --auto-resume "
+    "goes on from the last checkpoint"
+)
+
+
+def explain_closed_connection(text: str) -> str:
+    """What the first rank of each host says where gloo has told in `text` that another rank has
+    closed its connection; gloo knows only the address."""
+    if dist.get_node_local_rank(fallback_rank=0) > 0:
+        return ""
+    found = re.search(r"peer \[(.*?)\]", text)
+    return (
+        f"a rank on {found[1] if found else 'another host'} has closed its connection: it has "
+        f"ended, and torchrun says there why, or its host has; {GO_ON}"
     )
 
 

@@ -9,7 +9,6 @@
 3. All pieces         the workers; a signal's shards; how a killed preparation goes on
 4. prepare            the whole, from a request to meta.json; more text for a folder
 5. Where it is made   the lock; what a kill or a full disk leaves
-6. merge              several folders become one
 
 How the text is divided into pieces depends on the files alone. So the same bytes are written with
 any number of workers, and however often the work is stopped.
@@ -32,7 +31,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import accumulate, chain, product
+from itertools import accumulate, chain
 from pathlib import Path
 from signal import SIG_IGN, SIGINT
 from signal import signal as handle_signal
@@ -48,7 +47,6 @@ from textfiles import (
     PIECE,
     SHOWN,
     SUFFIXES,
-    Document,
     Part,
     Skipped,
     check_packages,
@@ -206,12 +204,6 @@ def add_skipped(skipped: dict, more: dict):
                 known["examples"].append((path, detail))
 
 
-def encode_document(document: Document, tokenizer: Encoding) -> list[np.ndarray]:
-    """A document's tokens, without the end of text."""
-    parts = filter(None, (document.text, document.ending))
-    return [encode(tokenizer, text) for text in parts]
-
-
 def tokenize(job: Job, piece: Piece) -> dict:
     """Write a piece's tokens, first those to train on; what is known of them.
 
@@ -230,7 +222,8 @@ def tokenize(job: Job, piece: Piece) -> dict:
             examples = [] if found.detail is None else [(path, found.detail)]
             add_skipped(skipped, {found.reason: {"count": 1, "examples": examples}})
             continue
-        ids = [*encode_document(found, job.tokenizer), end_of_text]
+        ids = [encode(job.tokenizer, part) for part in (found.text, found.ending) if part]
+        ids.append(end_of_text)
         text = (found.text + found.ending).encode()
         hash = hash64(found.key.encode() if teacher else text)
         split = "val" if piece.held_out or hash < job.limit else "train"
@@ -242,13 +235,14 @@ def tokenize(job: Job, piece: Piece) -> dict:
         count["digest"] = (count["digest"] * BASE + (hash64(text) if teacher else hash)) % MODULUS
         tokens[split] += ids
     part = piece.file(job, f".{os.getpid()}.tmp")
-    ids = chain(tokens["train"], tokens["val"])
-    part.write_bytes(np.concatenate([*ids], dtype=job.dtype, casting="unsafe").data)
+    ids = tokens["train"] + tokens["val"]
+    part.write_bytes(np.concatenate(ids, dtype=job.dtype, casting="unsafe").data)
     part.replace(piece.file(job, ".tokens"))
     result = {split: count | {"digest": f"{count['digest']:x}"} for split, count in counts.items()}
     result["hashes"] = min(hashes, default=1 << 64), max(hashes, default=-1)
-    replace_file(saved, as_json(result | {"skipped": skipped}))
-    return result | {"skipped": skipped}
+    result["skipped"] = skipped
+    replace_file(saved, as_json(result))
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -438,16 +432,10 @@ def prepare(
         val_fraction = old["val_fraction"] if old else 0.05
     weights = (old["weights"] if old else {}) | (weights or {})
     val, workers = val or {}, cores() if workers is None else workers
-    problems = check_request(sources, val, teacher, val_fraction, workers, old)
-    if old and val_fraction != old["val_fraction"]:
-        share = old["val_fraction"]
-        problems.append(f"--val-fraction {val_fraction}: {out} holds out {share}; leave it out")
+    problems = check_request(sources, val, teacher, val_fraction, workers, old, tokenizer.name)
     problems += check_weights(weights, [*trained(old), *sources])
     inputs = {"language": find_inputs(sources, val, problems)}
     inputs["teacher"] = find_inputs({"teacher": teacher}, {}, problems)
-    if old and old["tokenizer"]["name"] != tokenizer.name:
-        name = old["tokenizer"]["name"]
-        problems.append(f"{out} has {name} tokens, not those of {tokenizer.name}")
     problems += check_packages(one.path for one in chain(*inputs.values()))
     refuse(problems + check_place(out, old))
     job = Job(out, field, tokenizer, workers, progress)
@@ -479,8 +467,8 @@ def tokenize_request(
         add_skipped(skipped, state["skipped"])
         if state["limit"] is None:
             n = sum(one[split]["documents"] for one in entries[signal].values() for split in SPLITS)
-            what = "documents (a file of up to 16 KiB is one)"
-            what = "texts with propositions" if signal == "teacher" else what
+            texts = "documents (a file of up to 16 KiB is one)"
+            what = {"language": texts, "teacher": "texts with propositions"}[signal]
             problems.append(
                 f"the {signal} signal needs at least two different {what}, one to train on and one "
                 f"to hold out, but got {n}{' equal ones' * (n > 1)}: give more text"
@@ -535,9 +523,10 @@ def fingerprint(job: Job, inputs: dict, val_fraction: float, old: dict | None) -
     """A text that is another one where an unfinished preparation must not go on."""
     about = [VERSION, job.tokenizer.name, job.field, val_fraction, old]
     digest = hashlib.sha256(json.dumps(about).encode())
-    for signal, one in ((signal, one) for signal in inputs for one in inputs[signal]):
-        place = one._replace(path=os.path.abspath(one.path))
-        digest.update(json.dumps([signal, *place]).encode())
+    for signal, files in inputs.items():
+        for one in files:
+            place = one._replace(path=os.path.abspath(one.path))
+            digest.update(json.dumps([signal, *place]).encode())
     return digest.hexdigest()
 
 
@@ -548,9 +537,18 @@ def check_request(
     val_fraction: float,
     workers: int,
     old: dict | None,
+    tokenizer: str,
 ) -> list[str]:
     """What is wrong with a request for `prepare`. old: the meta of a folder that is added to."""
     problems = []
+    if old and val_fraction != old["val_fraction"]:
+        share = old["val_fraction"]
+        problems.append(
+            f"--val-fraction {val_fraction}: the folder holds out {share}; leave it out"
+        )
+    if old and tokenizer != old["tokenizer"]["name"]:
+        name = old["tokenizer"]["name"]
+        problems.append(f"the folder has {name} tokens, not those of {tokenizer}")
     if not (sources or old):
         problems.append("no source is given: name a text file, a folder, or stdlib")
     for path in map(Path, teacher):
@@ -732,69 +730,3 @@ def prepare_once(sources: Sources, out: str | Path, tokenizer: Encoding):
     except (OSError, ValueError):
         if not made.is_file():
             raise
-
-
-# --------------------------------------------------------------------------------------------------
-# 6. merge
-
-
-def merge(
-    folders: Sequence[str | Path],
-    out: str | Path,
-    *,
-    weights: dict[str, float] | None = None,
-    progress: bool = True,
-) -> dict:
-    """Make one folder of several, which other jobs have prepared; returns its meta.
-
-    The result is what one `prepare` of all their files, in this order, would have made. weights: as
-    for `prepare`; without them those of the folders. ValueError where the folders do not fit
-    together; OSError as for `prepare`."""
-    out, metas = Path(out).resolve(), {Path(folder): read_meta(Path(folder)) for folder in folders}
-    given, problems = {}, []
-    for name, weight in chain.from_iterable(meta["weights"].items() for meta in metas.values()):
-        if given.setdefault(name, weight) != weight and not weights:
-            problems.append(f"source {name!r} has the weights {given[name]} and {weight}: give one")
-    names = [name for meta in metas.values() for name in trained(meta)]
-    problems += check_weights(weights or given, names) + check_merged(metas)
-    if len(metas) < len(folders):
-        problems.append("a folder is named twice")
-    refuse(problems + check_place(out, None))
-    first = next(iter(metas.values()))
-    request = hashlib.sha256(json.dumps([list(metas.values()), weights]).encode()).hexdigest()
-    dtype = token_type(first["tokenizer"]["n_vocab"])
-    total = sum(path.stat().st_size for folder in metas for path in folder.glob("*.tokens"))
-    options = {"total": total, "unit": "B", "unit_scale": True, "disable": not progress}
-    with building(out, request, None), tqdm(desc="merging", **options) as bar:
-        entries, skipped, limits = entries_of(None), {}, {}
-        for folder, meta in metas.items():
-            limits |= meta["limits"]
-            add_skipped(skipped, meta["skipped"])
-            for signal, found in entries_of(meta).items():
-                for name, split in product(found, SPLITS):
-                    new = new_entry(signal, len(entries[signal]))
-                    entry, more = entries[signal].setdefault(name, new)[split], found[name][split]
-                    tokens = open_shard(folder / more["shard"], more["tokens"], dtype)
-                    append_to_shard(out / entry["shard"], entry, tokens, more)
-                    bar.update(tokens.nbytes)
-        merged = {"limits": limits, "entries": entries, "skipped": skipped}
-        about = first["tokenizer"], first["val_fraction"]
-        return write_meta(out, *about, weights or given, **merged)
-
-
-def check_merged(metas: dict[Path, dict]) -> list[str]:
-    """Why prepared folders cannot become one."""
-    problems, limits, first = [], {}, next(iter(metas.items()))
-    for folder, meta in metas.items():
-        if meta["tokenizer"] != first[1]["tokenizer"]:
-            names = (f"{path}: {one['tokenizer']['name']}" for path, one in (first, (folder, meta)))
-            problems.append(f"the tokens are not of one tokenizer: {', '.join(names)}")
-        for signal, limit in meta["limits"].items():
-            known, where = limits.setdefault(signal, (limit, folder))
-            if limit != known:
-                problems.append(
-                    f"{folder} holds out other documents ({signal}) than {where}: prepare both "
-                    "with the same --val-fraction; what has only a few documents takes another "
-                    "share, so add its files with --append in place of merging"
-                )
-    return problems

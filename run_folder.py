@@ -11,16 +11,20 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import platform
 import shlex
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 import data
+import parallel
 import schedule
-from checkpoint import find_checkpoint, list_checkpoints, read_info
+from checkpoint import find_checkpoint, list_checkpoints, read_info, step_of
 from console import make_folder, refuse, replace_file
 from flm import FLMConfig
 from machine import Machine
@@ -51,12 +55,15 @@ def read_run(folder) -> tuple[Settings, list[Stage]]:
         ) from error
 
 
+ONCE = {"data_changed": False, "profile": None}  # asked for once, not for ever
+
+
 def write_run(
     folder: Path, s: Settings, stages: list[Stage], machine: Machine, corpus: data.Corpus
 ):
     """Write config.json: everything that the run can be repeated from."""
     content = {
-        "settings": dataclasses.asdict(s) | {"data_changed": False},  # said once, not for ever
+        "settings": dataclasses.asdict(s) | ONCE,
         "stages": [stage.to_dict() for stage in stages],
         "corpus": str(corpus.path),
         "corpus_digest": corpus.digest,
@@ -120,6 +127,21 @@ def lock_folder(folder: Path, stack: contextlib.ExitStack):
     lock.truncate(0)
     lock.write(f"{LOCK_MARK}process {os.getpid()} on {platform.node()}\n")
     lock.flush()
+    os.fsync(lock.fileno())  # a network file system shows it to others only now
+
+
+def check_shared(folder: Path, lock: str, patience: float = parallel.PATIENCE):
+    """Raises ValueError where the folder's lock does not become what rank 0 has read there, in
+    `patience` seconds: then this host has another folder under that name, and every checkpoint
+    would lack its pieces."""
+    end = time.monotonic() + patience
+    while not is_ours(folder) or (folder / "lock").read_text() != lock:
+        if time.monotonic() > end:
+            raise ValueError(
+                f"{platform.node()} does not have the folder {folder} that rank 0 writes to: give "
+                "--out a folder on a file system that all hosts share"
+            )
+        time.sleep(0.2)
 
 
 def claim_folder(s: Settings, stack: contextlib.ExitStack) -> str:
@@ -221,6 +243,21 @@ def check_decay(s: Settings, samples: int):
     )
 
 
+def set_diverged_aside(folder: Path, is_sound: Callable[[float], bool]) -> str | None:
+    """The newest checkpoint of a run whose next step had a sound loss. Newer ones get another name,
+    and so are no checkpoints any more; nothing happens where none is sound."""
+    losses = {line["step"] - 1: line["loss"] for line in read_log(folder) if "loss" in line}
+    ruined = []
+    for path in reversed(list_checkpoints(folder)):
+        if is_sound(losses.get(step_of(path.name), math.inf)):
+            for old in ruined:
+                names = (old.with_name(f"{old.name}.diverged-{n}") for n in itertools.count(1))
+                old.rename(next(name for name in names if not name.exists()))
+            return str(path)
+        ruined.append(path)
+    return None
+
+
 def program(world: World) -> str:
     return "python train.py" if world.size == 1 else "torchrun ... train.py"
 
@@ -307,12 +344,23 @@ def open_corpus(
     folder = folder or world.on_rank_0(default_corpus, tokenizer, tokenizer_file, config)
     options = folder, config.max_seq_len, tokenizer_file, document_mask
     corpus = world.raise_on_all_ranks(data.Corpus, *options)
+    digest = world.broadcast_from_rank_0(corpus.digest)
+    world.raise_on_all_ranks(check_same_corpus, corpus, digest)
     check_vocabulary(corpus.tokenizer, config, folder)
     for split, n in corpus.teacher_left_out.items():
         if n:
             too_long = f"longer than {config.max_seq_len} tokens and left out"
             print(f"{folder}: {n:,} teacher items ({split}) are {too_long}")
     return corpus
+
+
+def check_same_corpus(corpus: data.Corpus, digest: str):
+    """Raises ValueError where this host's text is not that of rank 0, which has this digest."""
+    if corpus.digest != digest:
+        raise ValueError(
+            f"{corpus.path} on {platform.node()} is not the text that rank 0 has under that name: "
+            "copy it from rank 0's host, or give --data a folder that all hosts share"
+        )
 
 
 def check_corpus(s: Settings, corpus: data.Corpus, digest: str | None):

@@ -4,11 +4,12 @@
 
 Read it from top to bottom:
 
-    1. tokens              choose one, and generate a row of them for each prompt
-    2. texts               continue_texts, with the tokenizer of the checkpoint
-    3. the command line
+    1. the cache           keys and values of earlier tokens, so that nothing is computed twice
+    2. tokens              choose one, and generate a row of them for each prompt
+    3. texts               continue_texts, with the tokenizer of the checkpoint
+    4. the command line
 
-Letters as in flm.py: B batch, V vocabulary.
+Letters as in flm.py: B batch, T sequence, H heads, D head_dim, V vocabulary, S cache slots.
 """
 
 from __future__ import annotations
@@ -27,12 +28,43 @@ from torch import Tensor
 
 import console
 from checkpoint import load_model
-from flm import FLM, FLMConfig, KVCache
+from flm import FLM, FLMConfig, xpos_tables
 from machine import pick_device
 from tokenizer import decodable, get_tokenizer
 
 # --------------------------------------------------------------------------------------------------
-# 1. Tokens
+# 1. The cache
+
+
+class KVCache:
+    """Rotated keys and values of every layer, in `capacity` slots: (B, H, S, D) each.
+
+    pad (B,): how many slots at the left of each row hold padding. Prompts of different lengths
+    are aligned at their ends. As scores depend on distances alone, a row's logits are those that
+    it would have on its own. Raises ValueError for a capacity past config.xpos_limit()."""
+
+    def __init__(self, model: FLM, capacity: int, pad: Tensor | None = None):
+        self.capacity, self.pad = capacity, pad
+        self.length = 0  # slots in use
+        self.kv = {}  # {layer: (keys, values)}
+        xpos = model.xpos
+        self.tables = xpos_tables(model.config, capacity, xpos.device, xpos.real.dtype)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k and v (B, H, T, D) of a layer; return all of its so far (B, H, S, D)."""
+        if layer not in self.kv:  # only here is the dtype known, which autocast may choose
+            B, H, _, D = k.shape
+            slots = (B, H, self.capacity, D)
+            self.kv[layer] = k.new_empty(slots), v.new_empty(slots)
+        end = self.length + k.shape[2]
+        for slots, fresh in zip(self.kv[layer], (k, v)):
+            slots[:, :, self.length : end] = fresh
+        keys, values = self.kv[layer]
+        return keys[:, :, :end], values[:, :, :end]
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Tokens
 
 
 def choose(
@@ -177,7 +209,7 @@ def generate(
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Texts
+# 3. Texts
 
 
 def continue_texts(
@@ -221,7 +253,7 @@ def continue_texts(
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. The command line
+# 4. The command line
 
 
 def make_parser() -> argparse.ArgumentParser:

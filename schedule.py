@@ -12,7 +12,7 @@ Read it from top to bottom:
     1. a stage             its fields, and the paper's three stages
     2. reading stages      from a file: every mistake is named
     3. fitting a run       recipes; stages of whole optimizer steps
-    4. at a sample         learning_rate, training_flops
+    4. at a sample         learning_rate, training_flops, flop_progress
 """
 
 import dataclasses
@@ -20,8 +20,9 @@ import math
 from dataclasses import dataclass, replace
 
 import console
+from console import read_json
 from flm import FLMConfig, forward_flops, preset
-from grow import check_growth, layer_origins, read_json
+from grow import check_growth, layer_origins
 
 # --------------------------------------------------------------------------------------------------
 # 1. A stage
@@ -209,17 +210,32 @@ def paper_recipe(given: dict) -> dict:
     return {"steps": steps, **{key: given[key] for key in ("batch_size", "lr", "warmup")}}
 
 
+def our_recipe(parameters: float, batch_size: int, T: int, lr: float) -> dict:
+    """OURS, not tuned, for a model whose training no paper prints. 20 tokens for each parameter
+    (Hoffmann et al., arXiv 2203.15556), and a warm-up of the same share of the run as in the
+    paper's first stage (4,608k of 119.8M samples)."""
+    steps = round(20 * parameters / batch_size / T)
+    share = PAPER_STAGES[0]["warmup"] / PAPER_STAGES[0]["tokens"] * 2048
+    warmup = round(share * steps) * batch_size
+    return {"steps": steps, "batch_size": batch_size, "lr": lr, "warmup": warmup}
+
+
 # Printed for Tele-FLM-52B (arXiv 2404.16645, Table 4), with a weight decay of 0 (--weight-decay 0):
-# 2T tokens in batches of 1,344 x 4,096. For the proxy, 102B and 1T it is OURS.
+# 2T tokens in batches of 1,344 x 4,096. For 102B and 1T it is OURS.
 TELE_RECIPE = {"steps": 363_304, "batch_size": 1344, "lr": 1.5e-4, "warmup": 2000 * 1344}
 RECIPES = {  # of each preset; those of the demos are ours, by trying
     "demo": {"steps": 800, "batch_size": 16, "lr": 4e-3, "warmup": 800, "stages": DEMO_STAGES},
     "iq-demo": {"steps": 4000, "batch_size": 8, "lr": 2e-3, "warmup": 1000},
-    "flm-proxy": paper_recipe(PAPER_STAGES[0]),  # the paper's search on the proxy was for its 16B
+    # The learning rates are the papers', for muP carries them from the proxy to any width. Batches:
+    # 1M tokens for 1B parameters, as for GPT-3's 1.3B (arXiv 2005.14165, Table 2.1); its 0.5M for
+    # the proxies.
+    "flm-proxy": our_recipe(0.0636e9, 256, 2048, PAPER_STAGES[0]["lr"]),
+    "flm-1b": our_recipe(1.011e9, 512, 2048, PAPER_STAGES[0]["lr"]),
+    "tele-flm-proxy": our_recipe(0.2816e9, 128, 4096, TELE_RECIPE["lr"]),
     **{given["preset"]: paper_recipe(given) for given in PAPER_STAGES},
     # ours, not tuned
     "tele-demo": {"steps": 600, "batch_size": 16, "lr": 3e-3, "warmup": 800},
-    **{f"tele-flm-{size}": TELE_RECIPE for size in ("proxy", "52b", "102b", "1t")},
+    **{f"tele-flm-{size}": TELE_RECIPE for size in ("52b", "102b", "1t")},
 }
 
 
@@ -452,3 +468,17 @@ def training_flops(stages: list[Stage], samples: int) -> int:
             rows = min(samples, stage.end) - stage.start
             flops += 3 * forward_flops(stage.config, T) * T * rows
     return flops
+
+
+def flop_progress(stages: list[Stage], samples: int) -> tuple[int, int]:
+    """(FLOPs of the run up to `samples`, FLOPs of the whole run). A bar that counts FLOPs keeps its
+    promise over a growth, after which a step costs more.
+
+    >>> given = [{"config": {"n_layers": 2}}, {"config": {"n_layers": 6}, "start": 160}]
+    >>> options = {"batch_size": 16, "lr": 3e-3, "warmup": 0}
+    >>> stages = fit_stages(given, preset("demo"), steps=20, **options)
+    >>> done, total = flop_progress(stages, 160)  # half of the steps
+    >>> round(done / total, 3)
+    0.258
+    """
+    return training_flops(stages, samples), training_flops(stages, stages[-1].end)

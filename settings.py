@@ -1,22 +1,26 @@
 """settings.py - what a run is asked for: every option of train.py, checked and filled in.
 
-1. Settings       every option, its default, its range, and which modes of train.py read it
-2. a run          the recipe's values filled in, the stages, the layout
-3. the parser     the same options as a command line
+1. Settings       every option, its default, its range, and what else reads it
+2. a file         the same options as JSON: --settings
+3. a run          the recipe's values filled in, the stages, the layout
+4. the parser     the same options as a command line
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import json
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import parallel
 import schedule
 from checkpoint import find_checkpoint, read_info
-from console import refuse
+from console import read_json, refuse
 from flm import PRESETS, FLMConfig, parse_fields, preset
 from parallel import Layout, World
 from schedule import RECIPES, Stage
@@ -41,18 +45,18 @@ SHARE = (0, 1, "between 0 and 1")
 SEED = (0, 2**63 - 1, "between 0 and 2^63 - 1")
 
 
-MODES = ("resume", "auto_resume", "eval_only", "export", "benchmark")  # of the command line
+MODES = ("resume", "auto_resume", "eval_only")  # of the command line
 
 
-EVAL, BENCH, BOTH = ("eval_only",), ("benchmark",), ("eval_only", "benchmark")
+EVAL, BENCH, BOTH = ("eval_only",), ("lab.bench",), ("eval_only", "lab.bench")
 
 
 def option(default, help: str, **more):
     """A field of Settings, with all that the rest of the program wants to know of it.
 
-    resume: whether --resume may change it. modes: the other MODES that read it. valid: the values
-    that it may have. group: in --help, the heading of it and the next ones. metavar, choices:
-    argparse's."""
+    resume: whether --resume may change it. modes: what else reads it, --eval-only or lab/bench.py.
+    valid: the values that it may have. group: in --help, the heading of it and the next ones.
+    metavar, choices: argparse's."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
@@ -143,6 +147,16 @@ class Settings:
         2, "newest checkpoints that are kept (and one more until a step has shown that the newest "
         "is sound)", valid=COUNT, resume=True)
 
+    log_every: int = option(
+        10, "steps between two lines where there is no terminal, and so no bar",
+        valid=COUNT, resume=True)
+    log_to: str | None = option(
+        None, "a second log beside metrics.jsonl: tensorboard, in the run's folder (pip install "
+        "tensorboard)", choices=("tensorboard",), resume=True)
+    profile: int | None = option(
+        None, "once warm, profile so many steps: a trace in the run's folder, and the ten "
+        "costliest operations", metavar="STEPS", valid=COUNT, resume=True)
+
     device: str = option(
         "auto", "auto, cpu, cuda or mps", group="on which machine", resume=True, modes=BOTH)
     threads: int | None = option(
@@ -196,21 +210,85 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def value_problems(field: dataclasses.Field, value) -> list[str]:
+    """What is wrong with the value of an option, by itself."""
+    lowest, highest, words = field.metadata.get("valid", (None, None, ""))
+    choices = field.metadata.get("choices", (value,))
+    if value is None:
+        return []
+    if words and not lowest <= value <= highest:
+        return [f"{flag(field.name)} {value}: must be {words}"]
+    if value not in choices:
+        return [f"{flag(field.name)} {value}: must be one of {', '.join(choices)}"]
+    return []
+
+
 def check_settings(s: Settings) -> list[str]:
     """A line for every option that is out of its range."""
     problems = []
     for field in FIELDS:
-        value = getattr(s, field.name)
-        lowest, highest, words = field.metadata.get("valid", (None, None, ""))
-        if words and value is not None and not lowest <= value <= highest:
-            problems.append(f"{flag(field.name)} {value}: must be {words}")
+        problems += value_problems(field, getattr(s, field.name))
     if s.lr_schedule == "cosine" and s.lr_decay is not None:
         problems.append(f"--lr-decay {s.lr_decay}: is for a run with --lr-schedule wsd")
     return problems
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. A run
+# 2. A file
+
+TYPES = {  # {type of a field: (that of its JSON value, in words)}
+    "str": (str, "a text"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "tuple[str, ...]": (list, "a list of texts"),
+}
+OUTCOMES = ("stages", "corpus", "corpus_digest", "machine", "torch", "python")  # see write_run
+
+
+def json_problems(field: dataclasses.Field, value) -> list[str]:
+    """What is wrong with the JSON value of an option: its type, or value_problems."""
+    kind, words = TYPES[field.type.removesuffix(" | None")]
+    fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+    if kind is list and fits:
+        fits = all(isinstance(word, str) for word in value)
+    if not fits:
+        return [f"{field.name} = {json.dumps(value)}: must be {words}"]
+    return value_problems(field, value)
+
+
+def read_settings(file: str) -> dict:
+    """What --settings FILE gives: {option: value}.
+
+    FILE is {"settings": {option: value}}, or the config.json of a run: what came of its settings
+    (OUTCOMES) is not read, nor the name of its folder, for a run that is like it takes another one.
+    null means not given.
+    Raises ValueError with every key that is unknown and every value that is wrong."""
+    content, fields = read_json("--settings", file), {field.name: field for field in FIELDS}
+    if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+        raise ValueError(f'--settings {file}: must hold {{"settings": {{option: value, ...}}}}')
+    others = [key for key in content if key not in ("settings", *OUTCOMES)]
+    problems = [f'unknown key {key!r}: options stand under "settings"' for key in others]
+    given = {key: value for key, value in content["settings"].items() if value is not None}
+    for key, value in given.items():
+        near = difflib.get_close_matches(key, fields, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else "train.py --help has all options"
+        known = key in fields
+        problems += json_problems(fields[key], value) if known else [f"unknown key {key!r}: {hint}"]
+    refuse(problems, f"--settings {file}: these do not fit:")
+    if "out" in given and Path(given["out"], "config.json").absolute() == Path(file).absolute():
+        del given["out"]
+    return given
+
+
+def with_file(given: dict) -> dict:
+    """The options of a command line, over those of the file that its --settings names."""
+    file = given.pop("settings", None)
+    return given if file is None else {**read_settings(file), **given}
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. A run
 
 
 def resolve(settings: Settings) -> tuple[Settings, list[Stage]]:
@@ -301,7 +379,7 @@ def check_same_settings(world: World, s: Settings, resume: bool = False):
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. The parser
+# 4. The parser
 
 
 def add_option(group, field: dataclasses.Field):
@@ -328,8 +406,7 @@ EXAMPLES = """examples:
     python train.py                          a small model on Python's own source, in minutes
     python train.py --data corpora/mine      on text that data.py prepared
     python train.py --resume runs/demo       go on exactly where a run stopped
-    python train.py --eval-only runs/demo    held-out loss of a checkpoint
-    python train.py --benchmark              how fast this machine trains, as one JSON object"""
+    python train.py --eval-only runs/demo    held-out loss of a checkpoint"""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -342,6 +419,11 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         description="Train FLM-101B's model. With no arguments: a small one, on Python's own "
         "source, in a few minutes.",
+    )
+    parser.add_argument(
+        "--settings",
+        metavar="FILE",
+        help="options from a JSON file, such as a run's config.json; those given here count more",
     )
     for field in FIELDS:
         if "group" in field.metadata:
@@ -359,14 +441,5 @@ def make_parser() -> argparse.ArgumentParser:
         "--eval-only",
         metavar="CHECKPOINT",
         help="print the held-out loss of a checkpoint (on --data, or on the text of its run)",
-    )
-    modes.add_argument(
-        "--export",
-        nargs=2,
-        metavar=("CHECKPOINT", "FILE"),
-        help="write a checkpoint's weights into one file",
-    )
-    modes.add_argument(
-        "--benchmark", action="store_true", help="time training steps; prints one JSON object"
     )
     return parser

@@ -3,7 +3,7 @@
 1. Finding files          in folders; what is told about those that are not read
 2. Parts of a file        a few MiB of unpacked text at a time, whatever the size of the file
 3. Documents of a part    and what cannot be one, with the reason
-4. Another encoding       which one a text has that is not UTF-8, and how to convert it
+4. Another encoding       how to make UTF-8 of a file that is none
 
 A text file (.txt, .md, .py, ...) is one long text, which is cut into documents of 16 Ki characters
 or a little more. A .jsonl file has an object a line, and a parquet file a row, for each document.
@@ -461,10 +461,11 @@ def diagnose(path: Path, offset: int) -> str:
 
 
 def iconv_options(sample: bytes) -> str:
-    r"""How iconv is told the likely encoding of text that is not UTF-8; nothing for binary data.
+    r"""How iconv is told the encoding of text that is not UTF-8; nothing for binary data. Only
+    UTF-16 and UTF-32 can be told for sure: a wrong guess would write nonsense and report success.
 
     >>> iconv_options("naïve été\n".encode("latin-1"))
-    '-f LATIN1'
+    '-f ENCODING'
     >>> iconv_options("語です\n".encode("utf-16-le"))
     '-f UTF-16LE'
     """
@@ -479,19 +480,6 @@ def iconv_options(sample: bytes) -> str:
             return f"-f {name}"
     if re.search(rb"[\0-\x08]", sample):
         return ""
-    n_high, text = len(re.findall(rb"[\x80-\xff]", sample)), sample.decode("utf-8", "ignore")
-    if sum(letter > "\x7f" for letter in text) > len(sample) - len(text.encode()):
-        return "-c -f UTF-8"  # UTF-8 with some damage; -c leaves that out
-    for name in ("CP932", "EUC-JP"):  # CP932 is Shift-JIS, as Windows writes it
-        if len(re.findall("[\u3041-\u30fa]", sample.decode(name, "ignore"))) > n_high / 8:  # kana
-            return f"-f {name}"
-    alone = re.findall(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", sample)
-    if len(sample) / 2 >= n_high and len(alone) > n_high / 2:  # accents, now and then
-        return "-f WINDOWS-1252" if re.search(rb"[\x80-\x9f]", sample) else "-f LATIN1"
-    words = re.findall(rb"[\x80-\xff]+", sample)
-    pairs = sum(len(word) % 2 == 0 for word in words) > 0.8 * len(words)  # not so in Russian
-    frequent = re.findall(rb"([\xb0-\xd7])[\xa1-\xfe]", sample)  # Chinese; Korean ends at \xc8
-    if pairs and len(frequent) > n_high / 4:
-        is_chinese = sum(first > b"\xc8" for first in frequent) > len(frequent) / 8
-        return "-f GBK" if is_chinese else "-f EUC-KR"
-    return "-f ENCODING"
+    text = sample.decode("utf-8", "ignore")
+    is_damaged = sum(letter > "\x7f" for letter in text) > len(sample) - len(text.encode())
+    return "-c -f UTF-8" if is_damaged else "-f ENCODING"  # -c leaves the damage out

@@ -4,16 +4,15 @@
     python train.py --data corpora/mine      on text that data.py prepared
     python train.py --resume runs/demo       go on exactly where a run stopped
     python train.py --eval-only runs/demo    held-out loss of a checkpoint
-    python train.py --benchmark              how fast this machine trains, as one JSON object
 
 Read it from top to bottom. The options stand in settings.py, device and arithmetic in machine.py,
-what a run keeps on the disk in run_folder.py, the held-out loss (and --eval-only) in evaluation.py.
+what a run keeps on the disk in run_folder.py, what it shows in watch.py, the held-out loss (and
+--eval-only) in evaluation.py.
 
     1. The parts of a step     this rank's share of the model, the optimizer, the update
     2. The run                 RunState and Run; the whole step is Run.train_step
     3. The loop                from the settings to the last checkpoint: train
-    4. The benchmark           the times of a step
-    5. The command line
+    4. The command line
 
 Letters as in flm.py: B batch, in rows of T tokens. A row is a "sample"; everything is counted in
 samples. What the paper says of training is here: AdamW (0.9, 0.95), decay 0.1, clipping at 1.0, a
@@ -23,27 +22,19 @@ There is no dropout: the paper gives no rate.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import gc
 import itertools
-import json
 import math
 import os
-import shlex
 import shutil
-import signal
-import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 import checkpoint
 import console
@@ -55,11 +46,13 @@ import schedule
 from checkpoint import find_checkpoint, read_info
 from console import refuse
 from evaluation import describe, empty_worker, eval_only, evaluate, load_worker
-from flm import FLMConfig, count_parameters, forward_flops, growth_mask
-from machine import Machine, name_of, now, peak_memory, set_up
-from parallel import Worker, World
+from flm import FLMConfig, count_parameters, growth_mask
+from launch import launch
+from machine import Machine, memory_size, name_of, now, set_up
+from parallel import NonFinite, Worker, World
 from run_folder import (
     check_corpus,
+    check_shared,
     check_tokenizer,
     claim_folder,
     cut_log,
@@ -67,16 +60,13 @@ from run_folder import (
     has_checkpoint,
     lock_folder,
     open_corpus,
-    program,
-    read_log,
-    read_run,
     resume_command,
     resumed,
     resumed_stages,
+    set_diverged_aside,
     tell_repeats,
     write_run,
 )
-from sample import continue_texts
 from schedule import RECIPES, Stage, learning_rate, training_flops
 from settings import (
     FIELDS,
@@ -86,30 +76,24 @@ from settings import (
     flag,
     make_parser,
     resolve,
+    with_file,
 )
+from watch import Watch, describe_config, describe_run, describe_start, print_end, refuse_board
 
 # --------------------------------------------------------------------------------------------------
 # 1. The parts of a step
-
-
-def describe_config(config: FLMConfig) -> str:
-    size = count_parameters(config)
-    return f"{config.n_layers} layers of width {config.d_model}, {size:,} parameters"
 
 
 def allocate(
     config: FLMConfig, machine: Machine, world: World = World(), compiled: bool = False
 ) -> Worker:
     """empty_worker for training. Raises ValueError where weights, gradients and AdamW's two moments
-    cannot fit into the memory."""
-    layout = world.layout
+    cannot fit into the memory; on a CPU, with the copy of all but the gradients that a save makes.
+    """
+    layout, cpu = world.layout, machine.device.type == "cpu"
     pieces = layout.tp * layout.pp * (layout.dp if layout.sharded else 1)
-    need = 4 * machine.weights.itemsize * count_parameters(config) / pieces
-    have = math.inf
-    if machine.device.type == "cuda":
-        have = torch.cuda.mem_get_info(machine.device)[1]
-    elif hasattr(os, "sysconf"):
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world.neighbours
+    need = (7 if cpu else 4) * machine.weights.itemsize * count_parameters(config) / pieces
+    have = (memory_size(machine.device) or math.inf) / (world.neighbours if cpu else 1)
     if need > have:
         raise ValueError(
             f"{describe_config(config)}, take {need / 2**30:,.0f} GiB a process to train with "
@@ -123,10 +107,6 @@ def make_optimizer(worker: Worker, s: Settings) -> torch.optim.AdamW:
     """AdamW over muP's groups of parameters, with the paper's betas (section 2.4)."""
     groups = [muP.param_groups(part, s.lr, s.weight_decay) for part in worker.parts]
     return torch.optim.AdamW(itertools.chain(*groups), betas=(0.9, 0.95), fused=True)
-
-
-class NonFinite(RuntimeError):
-    """The loss or the norm of the gradient is not a finite number."""
 
 
 def update(
@@ -197,11 +177,12 @@ class Run:
         if settings.lr_decay is not None:
             self.decay_step = schedule.decay_step(stages, settings.lr_decay)
         self.worker = self.optimizer = None  # see build
-        self.metrics = self.bar = None  # the open log and the progress bar; see train
+        self.watch = None  # the screen and the log; see open_run
         self.signals = []  # the numbers of those that this process has received
-        self.asked = [0, 0]  # see questions
-        self.saved, self.save_by = None, math.inf  # the newest checkpoint's step; time of the next
-        self.warned = False  # of a utilisation that cannot be
+        self.asked = [0, 0, 0]  # see questions
+        self.saved, self.save_by = None, math.inf  # step of the newest checkpoint; time of the next
+        self.writing = None  # (step, done, wait) of the checkpoint that is being written
+        self.sound = None  # step of the newest one whose weights have shown a sound loss
 
     @property
     def stage(self) -> Stage:
@@ -257,7 +238,9 @@ class Run:
         step = self.worker, self.optimizer, s.clip, lr, nats, count
         loss, norm, *self.asked = update(*step, *self.questions())
 
-        if self.is_sound(loss):  # the weights that the step began with had this loss
+        newest = self.writing[0] if self.writing else self.saved
+        if newest == state.step and self.is_sound(loss):  # its weights had this loss
+            self.sound = newest
             self.remove_older_checkpoints()
         flops = training_flops(self.stages, state.samples + B)
         flops -= training_flops(self.stages, state.samples)
@@ -276,28 +259,17 @@ class Run:
             tokens_per_s=rate,
             utilisation=used,
         )
-        self.show(f"loss {loss:.3f}, {rate:,.0f} tok/s, MFU {used:.0%}", used)
 
     # ----------------------------------------------------------------------------------------------
     # Between two steps
 
-    def show(self, text: str, used: float):
-        """Move the bar on. Says once that a utilisation cannot be."""
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update()
-        if used > 1 and not self.warned:
-            peak = f"{self.machine.peak / 1e9:,.0f} GFLOP/s"
-            self.bar.write(
-                f"a utilisation of {used:.0%} cannot be: the peak of {peak} was measured while the "
-                "machine was busy; the next evaluation measures it again"
-            )
-            self.warned = True
-
-    def questions(self) -> tuple[int, bool]:
+    def questions(self) -> tuple[int, bool, bool]:
         """Numbers of this rank, which all ranks add up: signals that it has received; on rank 0,
-        whether a checkpoint is due by its clock. The sums are `asked`; the end of a step has them,
-        with those of loss and norm."""
-        return len(self.signals), self.world.rank == 0 and time.monotonic() > self.save_by
+        whether a checkpoint is due by its clock, and whether one has been written. The sums are
+        `asked`; the end of a step has them, with those of loss and norm."""
+        rank_0, signals = self.world.rank == 0, len(self.signals)
+        written = bool(self.writing) and self.writing[1]()
+        return signals, rank_0 and time.monotonic() > self.save_by, rank_0 and written
 
     def ask(self):
         """The same after what may have taken long."""
@@ -310,10 +282,8 @@ class Run:
         return lambda: signals()[0] > 0
 
     def log(self, **values):
-        """One line of metrics.jsonl."""
-        where = {"step": self.state.step, "samples": self.state.samples}
-        self.metrics.write(json.dumps(where | values) + "\n")
-        self.metrics.flush()
+        """One line of the log."""
+        self.watch.log({"step": self.state.step, "samples": self.state.samples} | values)
 
     def held_out(self, worker: Worker) -> dict:
         """The held-out loss of this worker; see evaluate."""
@@ -323,17 +293,21 @@ class Run:
 
     def evaluate(self) -> dict:
         """Evaluate, log, print; measure the machine again. Raises NonFinite."""
+        self.watch.doing("evaluating")
         result = self.held_out(self.worker)
         if not math.isfinite(result["val_loss"]):
             raise NonFinite(f"held-out loss {result['val_loss']} after step {self.state.step}")
         self.log(**result)
-        self.bar.write(f"step {self.state.step:>6}: {describe(result)}")
+        self.watch.say(f"step {self.state.step:>6}: {describe(result)}")
         self.machine = self.machine.measure_again(self.world)
         return result
 
     def save(self):
-        """Write the checkpoint of this step, if there is none yet."""
-        if self.saved != self.state.step:
+        """Begin to write the checkpoint of this step, if there is none yet. It is a checkpoint when
+        it is whole: see finish_save."""
+        self.finish_save()
+        step = self.state.step
+        if self.saved != step:
             info = dataclasses.asdict(self.state) | {
                 "config": self.stage.config.to_dict(),
                 "tokenizer": self.corpus.tokenizer.name,
@@ -342,9 +316,25 @@ class Run:
                 "torch": torch.__version__,
             }
             tensors = checkpoint.training_tensors(self.worker.named, self.optimizer)
-            checkpoint.write_checkpoint(self.checkpoint, tensors, info, self.world)
-            self.saved = self.state.step
+            written = self.checkpoint, tensors, info, self.world
+            self.writing = step, *checkpoint.write_in_background(*written)
         self.save_by = time.monotonic() + 60 * self.settings.save_minutes
+
+    def finish_save(self):
+        """Wait until the checkpoint that is being written, if there is one, is whole. Raises
+        OSError, on all ranks, where it cannot be written."""
+        if self.writing:
+            (step, _, wait), self.writing = self.writing, None
+            wait()
+            self.saved = step
+            self.remove_older_checkpoints()
+
+    def close(self):
+        """Wait until the thread that writes has ended: only then may the lock go, or checkpoints
+        get other names."""
+        if self.writing:
+            with contextlib.suppress(OSError):
+                self.writing[2]()
 
     def is_sound(self, loss: float) -> bool:
         """Whether weights with this loss are worth going back to: not if they are twice as bad as a
@@ -352,8 +342,8 @@ class Run:
         return loss < 2 * math.log(self.stage.config.vocab_size)
 
     def remove_older_checkpoints(self):
-        """Keep the newest checkpoints, if one of them is of this step, whose weights are sound."""
-        if self.saved == self.state.step:
+        """Keep the newest checkpoints, if the newest of all is whole and sound."""
+        if self.saved == self.sound:
             options = self.folder, self.settings.keep, self.decay_step
             self.world.on_rank_0(checkpoint.remove_old_checkpoints, *options)
 
@@ -366,6 +356,8 @@ class Run:
         computes what the smaller one did; the log has the held-out loss of both, in the full
         precision of the weights."""
         self.save()
+        self.finish_save()
+        self.watch.doing("growing")
         before = self.loss_of(self.checkpoint)
         self.state.stage += 1
         config, grown = self.stage.config, self.folder / f"stage-{self.state.stage}.tmp"
@@ -378,7 +370,7 @@ class Run:
         self.world.on_rank_0(shutil.rmtree, grown)
         record = {"grown": config.to_dict(), "loss_before": before, "loss_after": after}
         self.log(stage=self.state.stage, **record)
-        self.bar.write(
+        self.watch.say(
             f"step {self.state.step:>6}: grown to {describe_config(config)}; held-out loss "
             f"{before:.4f} before, {after:.4f} after, {after - before:+.4f}"
         )
@@ -399,24 +391,11 @@ class Run:
                 return None
         return " ".join(f"--{k} {n}" for k, n in wanted.items())
 
-    def set_diverged_aside(self) -> str | None:
-        """The newest checkpoint whose next step had a sound loss. Newer ones get another name, and
-        so are no checkpoints any more; nothing happens where none is sound."""
-        log = read_log(self.folder)
-        losses = {line["step"] - 1: line["loss"] for line in log if "loss" in line}
-        ruined = []
-        for path in reversed(checkpoint.list_checkpoints(self.folder)):
-            if self.is_sound(losses.get(checkpoint.step_of(path.name), math.inf)):
-                for old in ruined:
-                    names = (old.with_name(f"{old.name}.diverged-{n}") for n in itertools.count(1))
-                    old.rename(next(name for name in names if not name.exists()))
-                return str(path)
-            ruined.append(path)
-        return None
-
     def advice(self, error: NonFinite) -> str:
         """What to do about numbers that are not finite."""
-        s, sound = self.settings, self.world.on_rank_0(self.set_diverged_aside)
+        self.close()
+        s, aside = self.settings, (set_diverged_aside, self.folder, self.is_sound)
+        sound = self.world.on_rank_0(*aside)
         text = f"step {self.state.step + 1} stopped before the optimizer: {error}.\n"
         fresh = (
             f"begin a new run with a smaller --lr (now {s.lr:g}), a longer --warmup (now "
@@ -456,8 +435,10 @@ def open_run(
 ) -> Run:
     """A run, ready for its first step: settings, layout, machine, folder, corpus, model. All that
     can be refused is refused here. `stack` keeps the lock and the log."""
+    begun = world.begun or time.perf_counter()
     check_same_settings(world, settings, resume)
     s = settings
+    world.on_rank_0(refuse_board, s)
     if resume:
         stages = world.raise_on_all_ranks(resumed_stages, s)
     else:
@@ -470,6 +451,9 @@ def open_run(
     if resume:
         world.on_rank_0(lock_folder, Path(s.out), stack)
     out = s.out if resume else world.on_rank_0(claim_folder, s, stack)
+    if world.size > 1:
+        lock = world.on_rank_0(Path.read_text, Path(out) / "lock")
+        world.raise_on_all_ranks(check_shared, Path(out), lock)
     s = dataclasses.replace(s, dtype=name_of(machine.dtype), out=out)
     text, digest = world.on_rank_0(find_text, Path(out), s.data) if resume else (s.data, None)
     options = stages[-1].config, world, s.document_mask
@@ -482,76 +466,50 @@ def open_run(
         check_tokenizer(corpus, tokenizer, path)
 
     run = run_class(s, stages, world, machine, corpus, state)
+    stack.callback(run.close)
+    print(describe_run(s, stages, machine, world, corpus, state.samples, resume))
     run.build(path)
     if resume:
         run.saved = state.step
         world.on_rank_0(cut_log, run.folder, state.step, state.stage)
     world.on_rank_0(write_run, run.folder, s, stages, machine, corpus)
-    print(describe_run(run, resume))
-    log = run.folder / "metrics.jsonl" if world.rank == 0 else os.devnull
-    run.metrics = stack.enter_context(open(log, "a"))
     run.save()  # a disk that cannot take a checkpoint shows now, not in an hour
+    run.finish_save()
+    run.watch = Watch(s, stages, world, state.step, state.samples, stack)
+    seconds = time.perf_counter() - begun
+    print(describe_start(world, machine.device, run.worker.named, seconds))
     if world.size > 1:
         world.raise_on_all_ranks(parallel.redirect_library_output, run.folder, world.rank)
     return run
 
 
-def describe_run(run: Run, resume: bool) -> str:
-    """What a run will do, as it is printed before the first step."""
-    s, stages, samples, T = run.settings, run.stages, run.state.samples, run.corpus.seq_len
-    total = training_flops(stages, stages[-1].end) - training_flops(stages, samples)
-    rest = f" left, from sample {samples:,}" if samples else ""
-    tokens = run.corpus.n_rows("train", "language") * T
-    mup = "on" if stages[-1].config.mup else "off"
-    lines = [
-        f"{'going on with' if resume else 'training'} {run.folder}",
-        f"  machine   {run.machine.why}",
-        f"  layout    {run.world.layout}; what libraries print: {run.folder}/rank-*.log",
-        f"  data      {run.corpus.path}: {tokens:,} training tokens ({run.corpus.tokenizer.name})",
-    ]
-    for i, stage in enumerate(stages, 1):
-        place = f"samples {stage.start:,} to {stage.end:,}"
-        lines.append(f"  stage {i}   {describe_config(stage.config)}: {place}")
-    job = f"batches of {s.batch_size} x {T} tokens, learning rate {s.lr:g}, muP {mup}"
-    lines.append(f"  job       {job}: {total / 1e12:.3g} TFLOP{rest}")
-    return "\n".join(line for line in lines if run.world.size > 1 or "  layout " not in line)
-
-
-def progress_bar(run: Run) -> tqdm:
-    return tqdm(
-        total=run.last_step,
-        initial=run.state.step,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=0.5,
-        disable=run.world.rank > 0,
-    )
-
-
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")  # Windows has the first two
-
-
-@contextlib.contextmanager
-def receive_signals(received: list[int]):
-    """Append the numbers of signals that ask a run to stop, in place of what they do otherwise; a
-    second Ctrl-C stops at once. A signal that the caller ignores (nohup) stays ignored."""
-
-    def receive(number, frame):
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
-    try:
-        with contextlib.suppress(ValueError):  # only the main thread may handle signals
-            for number in before:
-                signal.signal(number, receive)
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            for number, handler in before.items():
-                signal.signal(number, handler)
+def loop(run: Run, stop_at: int | None) -> tuple[dict, str | None]:
+    """Train until the end of the run, a signal, the step `stop_at`, or a stage that asks for
+    another layout. Returns (the last evaluation, that layout)."""
+    s, state, result = run.settings, run.state, {}
+    while state.step < run.last_step and state.step != stop_at and not run.asked[0]:
+        if run.growth_is_due():
+            move = run.next_layout()
+            if move:
+                return result, move
+            run.grow()
+        try:
+            run.train_step()
+        except parallel.Stopped:
+            break  # half a step is thrown away; the weights are those from before it
+        # The log comes before the checkpoint. On --resume, newer lines of the log are dropped and
+        # written again, so no evaluation is lost.
+        last = state.step == run.last_step
+        if last or state.step % s.eval_every == 0:
+            result = run.evaluate()
+            run.ask()
+        if run.asked[2]:
+            run.finish_save()
+        due = last or state.step % s.save_every == 0 or state.step == run.decay_step
+        if due or run.asked[1]:
+            run.save()
+            run.ask()
+    return result, None
 
 
 def train(
@@ -571,40 +529,24 @@ def train(
     fit, OSError for a disk that does not take the run, NonFinite."""
     with contextlib.ExitStack() as stack:
         run = open_run(settings, resume, world, stack, run_class)
-        state, s, result, move = run.state, run.settings, {}, None
-        stack.enter_context(receive_signals(run.signals))
-        run.bar = stack.enter_context(progress_bar(run))
+        state = run.state
+        stack.enter_context(console.receive_signals(run.signals))
         try:
-            while state.step < run.last_step and state.step != stop_at and not run.asked[0]:
-                if run.growth_is_due():
-                    move = run.next_layout()
-                    if move:
-                        break
-                    run.grow()
-                run.train_step()
-                # The log comes before the checkpoint. On --resume, newer lines of the log are
-                # dropped and written again, so no evaluation is lost.
-                last = state.step == run.last_step
-                if last or state.step % s.eval_every == 0:
-                    result = run.evaluate()
-                    run.ask()
-                due = last or state.step % s.save_every == 0 or state.step == run.decay_step
-                if due or run.asked[1]:
-                    run.save()
-                    run.ask()
-        except parallel.Stopped:
-            pass  # half a step is thrown away; the weights are those from before it
+            result, move = loop(run, stop_at)
+            finished = state.step == run.last_step
+            if finished:
+                run.sound = state.step
+            run.save()
+            run.finish_save()
         except NonFinite as error:
             raise NonFinite(run.advice(error)) from None
-        except OSError as error:  # a full disk under the log, a closed terminal
+        except OSError as error:  # a full disk, a closed terminal
             if run.world.size == 1:
-                run.save()
+                with contextlib.suppress(OSError):
+                    run.save()
+                    run.finish_save()
             go_on = resume_command(run.world, run.folder)
             raise OSError(f"{error}\nsaved at step {run.saved}; to go on: {go_on}") from error
-        run.save()
-        finished = state.step == run.last_step
-        if finished:
-            run.remove_older_checkpoints()
         signals = {} if finished else dict(enumerate(run.world.gather(run.signals[:1])))
     return result | {
         "step": state.step,
@@ -616,76 +558,7 @@ def train(
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. The benchmark
-
-
-def timed(device: torch.device, action: Callable, *args) -> tuple[float, object]:
-    """(seconds, result) of action(*args)."""
-    start = now(device)
-    result = action(*args)
-    return now(device) - start, result
-
-
-def time_steps(worker: Worker, optimizer, s: Settings, rounds: int) -> list[float]:
-    """Median seconds of a forward pass alone, of forward and backward, and of the update, on random
-    tokens; the first two rounds do not count."""
-    world, T, device = worker.world, worker.config.max_seq_len, worker.device
-    micro = parallel.micro_rows(world.layout, s.batch_size, s.micro_batch)
-    draw = torch.Generator().manual_seed(s.seed + world.at("dp"))
-    size = (s.batch_size // world.layout.dp, T + 1)
-    rows = torch.randint(worker.config.vocab_size, size, generator=draw)
-    batch, times = (rows[:, :-1], rows[:, 1:], micro), []
-    for _ in range(rounds + 2):
-        forward, _ = timed(device, worker.forward, *batch)
-        both, found = timed(device, worker.gradients, *batch)
-        optimize, _ = timed(device, update, worker, optimizer, s.clip, s.lr, *found)
-        times.append((forward, both, optimize))
-    return [statistics.median(column) for column in zip(*times[2:])]
-
-
-def benchmark(settings: Settings, world: World = World(), rounds: int = 5) -> dict:
-    """Time training steps of the final model on random tokens. The backward pass is what forward
-    and backward together take longer than a forward pass alone. Raises ValueError where the times
-    make no sense, because the machine was busy with something else."""
-    check_same_settings(world, settings)
-    s, stages = world.raise_on_all_ranks(resolve, settings)
-    config = stages[-1].config
-    machine, world = set_up(s, stages[-1:], world)
-    worker = world.raise_on_all_ranks(allocate, config, machine, world, s.compile)
-    worker.init_weights(s.seed)
-    forward, both, optimize = time_steps(worker, make_optimizer(worker, s), s, rounds)
-    B, T, seconds = s.batch_size, config.max_seq_len, both + optimize
-    achieved = 3 * forward_flops(config, T) * B * T / seconds
-    peak, memory = machine.measure_again(world).peak, peak_memory(machine.device)
-    if achieved > peak or forward > both:
-        raise ValueError(
-            f"these times make no sense: {achieved / 1e9:.1f} GFLOP/s of a measured peak of "
-            f"{peak / 1e9:.1f}, and {both:.3g} s forward and backward, {forward:.3g} s forward "
-            "alone. The machine was busy with something else; run the benchmark again"
-        )
-    return {
-        "parameters": count_parameters(config),
-        "batch_size": B,
-        "seq_len": T,
-        "layout": str(world.layout),
-        "vocab_size": config.vocab_size,
-        "dtype": name_of(machine.dtype),
-        "compile": s.compile,
-        "tokens_per_s": round(B * T / seconds, 1),
-        "forward_ms": round(forward * 1e3, 2),
-        "backward_ms": round((both - forward) * 1e3, 2),
-        "optimizer_ms": round(optimize * 1e3, 2),
-        "peak_memory_gib": memory and round(memory, 3),
-        "achieved_gflops": round(achieved / 1e9, 1),
-        "peak_gflops": round(peak / 1e9, 1),
-        "utilisation": round(achieved / peak, 4),
-        "machine": machine.why,
-        "torch": torch.__version__,
-    }
-
-
-# --------------------------------------------------------------------------------------------------
-# 5. The command line
+# 4. The command line
 
 
 def main(argv=None, world: World = World(), run_class: type[Run] = Run) -> int:
@@ -693,21 +566,15 @@ def main(argv=None, world: World = World(), run_class: type[Run] = Run) -> int:
     given = vars(make_parser().parse_args(argv))
     mode = next((name for name in MODES if name in given), None)
     value = given.pop(mode, None)
-    if mode in ("eval_only", "export", "benchmark"):
+    if mode == "eval_only":
         used = {field.name for field in FIELDS if mode in field.metadata.get("modes", ())}
         extra = ", ".join(map(flag, sorted(set(given) - used)))
-        refuse([f"{flag(mode)} makes no use of {extra}: leave it out"] if extra else [])
-    if mode == "benchmark":
-        print(json.dumps(benchmark(Settings(**given), world), indent=1))
-        return 0
-    if mode == "eval_only":
+        refuse([f"--eval-only makes no use of {extra}: leave it out"] if extra else [])
         eval_only(value, given, world)
         return 0
-    if mode == "export":
-        if world.size > 1:
-            raise ValueError("--export needs one process: run it without torchrun")
-        checkpoint.export_weights(*value)
-        return 0
+    if mode == "resume" and "settings" in given:
+        raise ValueError("--settings: a run that goes on has its own settings, leave it out")
+    given = world.raise_on_all_ranks(with_file, given)
     if mode == "auto_resume":
         if "out" not in given:
             raise ValueError(
@@ -721,134 +588,8 @@ def main(argv=None, world: World = World(), run_class: type[Run] = Run) -> int:
     else:
         s = Settings(**given)
     result = train(s, resume=resume, world=world, run_class=run_class)
-    return tell(result, s, world, time.perf_counter() - start)
-
-
-def tell(result: dict, s: Settings, world: World, seconds: float) -> int:
-    """Print what came out of a run and what to type next; returns the exit code."""
-    step, signals, move = result["step"], result["signals"], result["move"]
-    folder, go_on = shlex.quote(result["folder"]), resume_command(world, result["folder"])
-    if signals:
-        number = next(iter(signals.values()))
-        name = signal.Signals(number).name
-        print(f"stopped by {name} after step {step}, saved; to go on:\n  {go_on}")
-        if len(signals) < world.size:
-            ranks = ", ".join(map(str, signals))
-            print(
-                f"torchrun takes this for a failure, since only rank {ranks} received the signal: "
-                "with --max-restarts it starts the run again"
-            )
-        return 128 + number
-    if move:
-        print(
-            f"saved at step {step}: the next stage lies on another layout; it begins when you "
-            f"type, on as many processes:\n  {go_on} {move}"
-        )
-        return 0
-    print(f"done in {seconds:.0f} s.")
-    if world.rank == 0 and s.tp == s.pp == 1:
-        print_sample(result["folder"], s)
-    room = read_run(result["folder"])[1][-1].config.max_seq_len
-    words = ' --prompt "def "' if room > 4 else ""  # at most 4 tokens, and one to write
-    longer = f"  train it twice as long          {go_on} --steps {2 * step}\n"
-    print(
-        f"\nWhat next?\n"
-        f"  let it continue your words      python sample.py {folder}{words}\n"
-        f"{longer if s.lr_schedule == 'cosine' else ''}"
-        f"  train on your own text          python data.py prepare mine.txt --out corpora/mine\n"
-        f"                                  {program(world)} --data corpora/mine"
-    )
-    return 0
-
-
-def print_sample(folder: str, s: Settings):
-    """What the model writes from the start of a document."""
-    model, info = checkpoint.load_model(folder)
-    room = min(400, model.config.max_seq_len - 1)
-    if room:
-        print("A sample, from the start of a new document:\n")
-        options = dict(max_new_tokens=room, temperature=0.8, tokenizer_file=s.tokenizer_file)
-        continue_texts(model, info, [""], stream=sys.stdout, **options)
-
-
-def advice_for(error: RuntimeError) -> str | None:
-    """What to do about an error of PyTorch that a user can mend; None for any other error."""
-    # PyTorch has no class of its own for a CPU without memory.
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return "out of memory: try a smaller --micro-batch or --eval-batch, or a smaller model"
-    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-        return (
-            "--compile: PyTorch cannot compile here. It needs a C++ compiler (g++ or clang++): "
-            f"install one, or leave --compile out\n  {str(error).strip().splitlines()[0]}"
-        )
-    return None
-
-
-def call_main(main: Callable[..., int], world: World) -> int:
-    """main(world=world), with its errors printed for people; returns the exit code."""
-    if world.rank > 0:
-        sys.stdout = open(os.devnull, "w")
-    try:
-        return main(world=world)
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError, RuntimeError) as error:
-        text, code = describe_error(error, world)
-    if text:
-        print(f"train.py: {text}", file=sys.stderr)
-    return code
-
-
-def describe_error(error: Exception, world: World) -> tuple[str, int]:
-    """What this rank prints of an error (nothing where another rank does), and the exit code: 2 for
-    a mistake, which torchrun does not repeat (parallel.leave), 1 for a fault, after which it may
-    start again. An error that nobody but its author can mend is raised again."""
-    for cause in checkpoint.causes(error):  # a rank may be lost in the middle of a save
-        lost = parallel.explain_lost_rank(world, cause)
-        if lost is not None:
-            return lost, 1
-    if isinstance(error, (ValueError, OSError, NonFinite)):  # all ranks have it
-        mistake = isinstance(error, ValueError) or world.size == 1 and isinstance(error, OSError)
-        return "" if world.rank > 0 else str(error), 2 if mistake else 1
-    advice = advice_for(error)
-    if not advice:
-        raise error
-    return advice if world.size == 1 else f"rank {world.rank}: {advice}", 2
-
-
-def early_timeout() -> float:
-    """--timeout-minutes, read before all other options: connecting needs it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--timeout-minutes", type=float, default=10.0)
-    try:
-        return max(0.01, parser.parse_known_args()[0].timeout_minutes)
-    except argparse.ArgumentError:
-        return 10.0  # the parser of all options will say what is wrong
-
-
-def launch(main: Callable[..., int] = main):
-    """Run main(world=...) as a program, in one process or as one of torchrun's. Errors are printed
-    for people. Exit codes: those of console.run; 1 after NonFinite."""
-    torchrun = dist.is_torchelastic_launched()
-    world = World(rank=int(os.environ["RANK"]) if torchrun else 0)
-
-    def start() -> int:
-        nonlocal world
-        if torchrun:
-            try:
-                world = parallel.connect(early_timeout())
-            except TimeoutError as error:  # of this rank: it does not know of the others
-                print(f"train.py: {error}", file=sys.stderr)
-                return 1
-        return call_main(main, world)
-
-    try:
-        console.run(start, "interrupted; what was saved before is whole")
-    except SystemExit as end:
-        if torchrun:
-            parallel.leave(world, end.code)
-        raise
+    return print_end(result, s, world, time.perf_counter() - start)
 
 
 if __name__ == "__main__":
-    launch()
+    launch(main)

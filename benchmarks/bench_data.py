@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+if sys.platform != "linux":
+    sys.exit("bench_data.py reads the memory of processes from /proc: on Windows use WSL")
+import resource
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -10,7 +10,8 @@ import time
 import torch
 
 import muP
-from flm import FLM, FLMConfig, KVCache
+from flm import FLM, FLMConfig
+from sample import KVCache
 
 
 @torch.inference_mode()

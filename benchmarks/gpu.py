@@ -136,10 +136,10 @@ def deterministic(device: torch.device, config: FLMConfig, folder: Path) -> dict
 
 
 def time_training(config: FLMConfig, rows: int, device: torch.device, *more: str) -> dict:
-    """`train.py --benchmark`. Where the memory is too small, half as many rows, and again."""
+    """`lab.bench`. Where the memory is too small, half as many rows, and again."""
     while True:
         try:
-            text = command("train.py", "--benchmark", *words_of(config, rows, device), *more)
+            text = command("-m", "lab.bench", *words_of(config, rows, device), *more)
             return json.loads(text)
         except RuntimeError as error:
             if "out of memory" not in str(error) or rows == 1:

@@ -54,6 +54,7 @@ class Failure:
 
     case: dict
     text: str
+    call: str = ""  # the last call before it failed, where its arguments are tensors
 
 
 def first_failure(found: Check, functions, seed: int | None = None) -> Failure | None:
@@ -70,11 +71,12 @@ def first_failure(found: Check, functions, seed: int | None = None) -> Failure |
         try:
             found.holds(functions, **case)
         except Wrong as wrong:
-            smallest = Failure(case, str(wrong))
+            smallest = Failure(case, str(wrong), shown_call(functions))
             raise
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
             text = f"the answer does not have the form that the docstring describes ({error})"
-            smallest = Failure(case, text)
+            text += shown_answer(functions)
+            smallest = Failure(case, text, shown_call(functions))
             raise Wrong(text) from error
 
     test = hypothesis.given(found.cases)(attempt)
@@ -124,6 +126,22 @@ def shown_case(case: dict) -> str:
     return ", ".join(f"{name} = {shown(value)}" for name, value in case.items())
 
 
+def shown_call(functions) -> str:
+    """The last call of a student's function, with its arguments; empty where none is a tensor."""
+    name, args, _ = functions.last
+    tensors = [v for arg in args for v in (arg.values() if isinstance(arg, dict) else [arg])]
+    if not any(isinstance(value, torch.Tensor) for value in tensors):
+        return ""
+    return f"{name}({', '.join(map(shown, args))})"
+
+
+def shown_answer(functions) -> str:
+    """The last answer of a student's function, cut where it is long."""
+    name, _, answer = functions.last
+    text = shown(answer)
+    return f"\n{name} answered {text if len(text) <= 200 else text[:200] + ' ...'}"
+
+
 def shown(value) -> str:
     """A value as a reader takes it in: numbers with six digits, large tensors by their shape.
 
@@ -133,11 +151,11 @@ def shown(value) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key!r}: {shown(item)}" for key, item in value.items()) + "}"
     if isinstance(value, torch.Tensor):
-        return shown(value.tolist()) if value.numel() <= 12 else f"a tensor {tuple(value.shape)}"
+        return shown(value.tolist()) if value.numel() <= 24 else f"a tensor {tuple(value.shape)}"
     if isinstance(value, (list, tuple)):
         marks = "[]" if isinstance(value, list) else "()"
         return marks[0] + ", ".join(map(shown, value)) + marks[1]
-    return f"{value:.6g}" if isinstance(value, float) else repr(value)
+    return f"{value + 0.0:.6g}" if isinstance(value, float) else repr(value)  # no -0
 
 
 def expect_close(what: str, found, expected, tolerance: float = 1e-9):
@@ -149,6 +167,7 @@ def expect_close(what: str, found, expected, tolerance: float = 1e-9):
     if not isinstance(found, (torch.Tensor, int, float)):
         kind = type(found).__name__
         raise Wrong(f"{what} is a {kind}, expected a tensor of shape {tuple(expected.shape)}")
+    kind = str(found.dtype) if isinstance(found, torch.Tensor) else ""
     found = torch.as_tensor(found, dtype=torch.float64)
     if found.shape != expected.shape:
         shapes = f"{tuple(found.shape)}, expected {tuple(expected.shape)}"
@@ -156,12 +175,15 @@ def expect_close(what: str, found, expected, tolerance: float = 1e-9):
     far = (found - expected).abs()
     scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
     if far.numel() and not (far <= tolerance * scale).all():
-        if found.numel() <= 8:
-            raise Wrong(f"{what} is {shown(found)}, expected {shown(expected)}")
         worst = int(far.nan_to_num(nan=math.inf).argmax())
-        place = [int(i) for i in torch.unravel_index(torch.tensor(worst), found.shape)]
-        pair = f"{shown(found[tuple(place)])}, expected {shown(expected[tuple(place)])}"
-        raise Wrong(f"{what}{place} is {pair}")
+        place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), found.shape))
+        largest = far[place]
+        if found.numel() > 8:
+            what, found, expected = f"{what}{list(place)}", found[place], expected[place]
+        pair = shown(found), shown(expected)
+        same = f": they differ by {largest:.1e}" if pair[0] == pair[1] else ""
+        exact = "" if kind in ("", "torch.float64") else f" (it is {kind}, not torch.float64)"
+        raise Wrong(f"{what} is {pair[0]}, expected {pair[1]}{same}{exact}")
 
 
 def expect(condition: bool, text: str):

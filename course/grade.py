@@ -38,6 +38,7 @@ from course.student import (
 )
 
 STARTERS = ROOT / "course/starters"
+NO_FILE = "there is no such file"
 
 # --------------------------------------------------------------------------------------------------
 # 1. One assignment of one submission
@@ -51,6 +52,7 @@ class Verdict:
     result: str  # "passed", "failed" or "not written"
     text: str = ""  # why not
     counterexample: str = ""
+    call: str = ""  # the last call before it failed, where its arguments are tensors
 
 
 @dataclass
@@ -94,7 +96,7 @@ def grade(student: Student, assignment: Assignment, file: Path, seed: int) -> Gr
     """Hold the functions in `file` against the assignment's checks. seed: chooses the inputs."""
     result, checks = Grade(assignment, str(file)), CHECKS[assignment.name]
     if not file.is_file():
-        result.verdicts = [Verdict(c.says, "not written", "there is no such file") for c in checks]
+        result.verdicts = [Verdict(c.says, "not written", NO_FILE) for c in checks]
         return result
     try:
         source = read_source(file, assignment)
@@ -119,13 +121,21 @@ def read_source(file: Path, assignment: Assignment) -> str:
     try:
         source = console.read_text(file)
         found = forbidden_imports(source, assignment.not_allowed)
-    except (SyntaxError, ValueError) as error:
+    except SyntaxError as error:
+        raise Wrong(no_python(file, error)) from None
+    except ValueError as error:
         raise Wrong(f"{file.name} cannot be read: {error}") from None
     if found:
         reason = "write it yourself: no module of this repository"
         also = ", ".join(assignment.not_allowed)
         raise Refused(f"{'; '.join(found)}; {reason}{also and f', and not {also}'}")
     return source
+
+
+def no_python(file: Path, error: SyntaxError) -> str:
+    """What is said of a file with a syntax error: its line, as it stands there."""
+    place = f"{file.name} is no Python: line {error.lineno}"
+    return f"{place}: {error.msg}\n{(error.text or '').rstrip()}"
 
 
 def judge(student: Student, check, seed: int) -> Verdict:
@@ -136,7 +146,7 @@ def judge(student: Student, check, seed: int) -> Verdict:
         return Verdict(check.says, "not written", str(missing))
     if failure is None:
         return Verdict(check.says, "passed")
-    return Verdict(check.says, "failed", failure.text, shown_case(failure.case))
+    return Verdict(check.says, "failed", failure.text, shown_case(failure.case), failure.call)
 
 
 def draw(student: Student, assignment: Assignment) -> str:
@@ -152,12 +162,12 @@ def draw(student: Student, assignment: Assignment) -> str:
 
 
 def functions_in(file: Path) -> set[str]:
-    """The names of the functions that a file defines; none where it is no Python. Raises ValueError
-    where it is no text."""
+    """The names of the functions that a file defines. Raises ValueError where it is no text or no
+    Python."""
     try:
         tree = ast.parse(console.read_text(file))
-    except SyntaxError:
-        return set()
+    except SyntaxError as error:
+        raise ValueError(f"--file {no_python(file, error)}") from None
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
@@ -178,6 +188,12 @@ def assigned(path: Path, name: str | None) -> list[tuple[Assignment, Path]]:
     chosen = [a for a in ASSIGNMENTS.values() if there.issuperset(a.functions)]
     # Several puzzles have a function of the same name: a file of its own for each.
     unique = [a for a in chosen if not a.name.startswith("puzzle")]
+    if chosen and not unique:
+        names = " or ".join(a.name for a in chosen)
+        raise ValueError(
+            f"--file {path}: its function may be that of {names}; name one, as in\n"
+            f"  python -m course.grade {chosen[0].name} --file {path}"
+        )
     if not unique:
         raise ValueError(
             f"--file {path}: it has the functions of no assignment; name one, as in\n"
@@ -209,7 +225,11 @@ def details(g: Grade) -> str:
             lines += [f"\n{g.assignment.name} FAILED: {verdict.says}"]
             if verdict.counterexample:
                 lines.append(f"  smallest input: {verdict.counterexample}")
+            if verdict.call:
+                lines.append(f"  last call: {verdict.call}")
             lines += [f"  {line}" for line in verdict.text.splitlines()]
+    missing = {v.text: 1 for v in g.verdicts if v.result == "not written" and v.text != NO_FILE}
+    lines += [f"\n{g.assignment.name} not written: {text}" for text in missing if text]
     if g.picture:
         lines += [f"\n{g.assignment.name}: {g.assignment.title}", g.picture]
     return "\n".join(lines)
@@ -233,7 +253,7 @@ def summary(submissions: dict[str, list[Grade]]) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="course.grade",
+        prog="python -m course.grade",
         description="Hold your functions against the properties that this repository's own must "
         "have. Exit code 0: all pass. 1: something does not, or is not written. 2: a mistake in "
         "the command.",
@@ -254,13 +274,20 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     torch.set_num_threads(1)
     seed = random.randrange(10**6) if args.seed is None else args.seed
+    if args.name and Path(args.name).suffix == ".py":
+        raise ValueError(f"{args.name}: a file goes after --file, as in --file {args.name}")
     if args.name:
         find_assignment(args.name)
     # PowerShell hands submissions/* on as it is.
     words = args.file or [str(STARTERS)]
     paths = [Path(path) for word in words for path in sorted(glob.glob(word)) or [word]]
-    work = {str(path): assigned(path, args.name) for path in paths}
-    submissions = {}
+    work, problems, submissions = {}, [], {}
+    for path in paths:
+        try:
+            work[str(path)] = assigned(path, args.name)
+        except ValueError as error:
+            problems.append(str(error))
+    console.refuse(problems)
     for path, pairs in work.items():
         if len(work) > 1:
             print(f"grading {path}", file=sys.stderr)

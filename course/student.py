@@ -114,12 +114,13 @@ class Process:
         except OSError:  # it has ended: receive will say so
             pass
 
-    def receive(self, seconds: float) -> dict:
-        """The next answer. Raises Stopped where there is none in time, or never will be."""
+    def receive(self, seconds: float, late: str) -> dict:
+        """The next answer. Raises Stopped where there is none in time (its text is then `late`), or
+        never will be."""
         try:
             message = self.answers.get(timeout=max(0.0, seconds))
         except queue.Empty:
-            raise Stopped("no answer in time: is there a loop without end?") from None
+            raise Stopped(late) from None
         if message is None:
             raise Stopped("the process of the file ended (os._exit, or a crash)")
         try:
@@ -140,15 +141,17 @@ class Local:
 
     def __init__(self, **functions: Callable):
         self.functions, self.largest = functions, 0
+        self.last = ("", (), None)  # the last call: its function, arguments and answer
 
     def __getattr__(self, name: str) -> Callable:
         return functools.partial(self.call, name)
 
     def call(self, name: str, *args):
         """The function's answer."""
+        self.last = (name, args, None)
         with torch.no_grad(), LargestTensor() as largest:
             value = self.functions[name](*args)
-        self.largest = largest.numbers
+        self.largest, self.last = largest.numbers, (name, args, value)
         return value
 
     def on_ranks(self, name: str, calls: list[tuple]) -> list:
@@ -166,6 +169,8 @@ class Student:
         self.groups: dict[int, list[Process]] = {}  # number of ranks -> its processes
         self.file, self.source, self.loaded = "", "", {}
         self.left, self.spent, self.ranks, self.measure, self.largest = 0.0, 0.0, 1, False, 0
+        self.seconds = 0.0
+        self.last = ("", (), None)  # the last call: its function, arguments and answer
         self.folder = tempfile.TemporaryDirectory()
 
     def __enter__(self):
@@ -184,6 +189,8 @@ class Student:
         processes that on_ranks calls. measure: set `largest` after each call."""
         self.file, self.source = str(file), source
         self.left, self.spent, self.ranks, self.measure = seconds, 0.0, ranks, measure
+        self.seconds = seconds
+        self.last = ("", (), None)
         self.ask(1, [{"load": self.file, "source": source}], "the file")
         if ranks > 1:
             self.ask(ranks, [{"load": self.file, "source": source}] * ranks, "the file")
@@ -191,12 +198,19 @@ class Student:
     def call(self, name: str, *args):
         """The answer of the student's function. Raises Raised, NotWritten, Stopped or Refused."""
         request = {"name": name, "args": args, "measure": self.measure}
-        return self.ask(1, [request], name)[0]
+        self.last = (name, args, None)
+        answer = self.ask(1, [request], name)[0]
+        self.last = (name, args, answer)
+        return answer
 
     def on_ranks(self, name: str, calls: list[tuple]) -> list:
         """The answer to each call, one for each rank, computed at the same time."""
         requests = [{"name": name, "args": args, "measure": False} for args in calls]
-        return self.ask(len(calls), requests, name)
+        shown_as = f"on rank 0: {name}"
+        self.last = (shown_as, calls[0], None)
+        answers = self.ask(len(calls), requests, name)
+        self.last = (shown_as, calls[0], answers[0])
+        return answers
 
     def ask(self, size: int, requests: list[dict], name: str) -> list:
         """What the processes answer, each to its request."""
@@ -205,7 +219,10 @@ class Student:
         try:
             for process, request in zip(processes, requests):
                 process.send(request)
-            answers = [p.receive(self.left - (time.monotonic() - start)) for p in processes]
+            answers = [
+                process.receive(self.left - (time.monotonic() - start), self.late(size, rank))
+                for rank, process in enumerate(processes)
+            ]
         except BaseException:
             self.end(size)
             raise
@@ -222,14 +239,27 @@ class Student:
             self.largest = answer.get("largest", 0)
         return [answer["value"] for answer in answers]
 
+    def late(self, size: int, rank: int) -> str:
+        """What is said where a rank gives no answer in time."""
+        who = f"rank {rank} gave no" if size > 1 else "no"
+        text = f"{who} answer within {self.seconds:g} seconds in all: is there a loop without end"
+        if size > 1:
+            text += ", or an all_reduce that the other rank does not call"
+        return f"{text}? (On a very busy machine a right file may take as long: try again.)"
+
     def group(self, size: int) -> list[Process]:
         """The processes of a group of that many ranks, started when first asked for."""
         if size not in self.groups:
             store = os.path.join(self.folder.name, f"store-{size}-{time.monotonic_ns()}")
             words = [(str(rank), str(size), store) for rank in range(size)] if size > 1 else [()]
             self.groups[size] = [Process(*each) for each in words]
-            for process in self.groups[size]:
-                process.receive(START)
+            slow = f"PyTorch did not start within {START} seconds: the machine is busy; try again"
+            try:
+                for process in self.groups[size]:
+                    process.receive(START, slow)
+            except Stopped:  # else a late "ready" would be taken for an answer
+                self.end(size)
+                raise
         return self.groups[size]
 
     def end(self, size: int):

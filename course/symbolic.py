@@ -59,7 +59,9 @@ def linear(x: Symbol, name: str, cut: str) -> Symbol:
         ("columns", "channels"): "terms",
     }
     if (cut, x.layout) not in layouts:
-        raise ValueError(f"{name}, cut: {cut}, cannot multiply an x whose layout is {x.layout}")
+        takes = " or ".join(layout for known, layout in layouts if known == cut)
+        problem = f"{name}, cut: {cut}, cannot multiply an x whose layout is {x.layout}"
+        raise ValueError(f"{problem}: it takes {takes}")
     return Symbol(f"{name}({x.formula})", layouts[cut, x.layout], outside)
 
 
@@ -91,7 +93,8 @@ def add(a: Symbol, b: Symbol) -> Symbol:
     if (a.layout, a.width) != (b.layout, b.width):
         shapes = f"{a.layout} of {a.width} and {b.layout} of {b.width}"
         raise ValueError(f"add: the two have different layouts, {shapes}")
-    return Symbol(f"({a.formula} + {b.formula})", a.layout, a.width)
+    first, second = sorted((a.formula, b.formula), key=len)  # a + b is b + a
+    return Symbol(f"({first} + {second})", a.layout, a.width)
 
 
 def collective(name: str, x: Symbol) -> Symbol:

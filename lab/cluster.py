@@ -40,8 +40,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
+import console
 import parallel
 import settings
 import train
@@ -49,8 +49,9 @@ from console import refuse
 from flm import FLM, FLMConfig, count_parameters, forward_flops
 from lab.collectives import Collectives, TracedRun, TracedStage, Watch
 from lab.timetable import SCHEDULES, closed_bubble, draw
+from launch import launch
 from parallel import Layout, LeanPipelineStage, Worker, World, local
-from settings import MODES, Settings, flag, option, plan_layout, resolve
+from settings import MODES, Settings, flag, option, plan_layout, resolve, with_file
 
 GiB = 2**30
 
@@ -216,6 +217,21 @@ WITHOUT, WITH = "without activation checkpointing", "with activation checkpointi
 CASES = (WITHOUT, WITH)
 
 
+ticks = None  # in a process of measure_ranks: the queue to the process that shows the progress
+
+
+def begin_reporting(queue: multiprocessing.SimpleQueue):
+    """What a process of measure_ranks does first."""
+    global ticks
+    ticks = queue
+
+
+def tick():
+    """One more forward pass of a micro-batch is done."""
+    if ticks is not None:
+        ticks.put(1)
+
+
 def measure(job: Job, world: World, n: int) -> dict:
     """What a rank of a fake cluster holds and sends in a step of n micro-batches.
 
@@ -237,6 +253,8 @@ def measure(job: Job, world: World, n: int) -> dict:
             tokens = torch.zeros(n * job.micro, job.config.max_seq_len, dtype=torch.long)
             gc.collect()
             memory.peak = memory.now
+            for part in parts:
+                part.register_forward_hook(lambda *_: tick())
             with Collectives(worker) as collectives:
                 worker.gradients(tokens, tokens, job.micro)
             peak, memory.peak = memory.peak, memory.now
@@ -270,21 +288,25 @@ def measure_rank(job: Job, pp_rank: int, counts: list[int]) -> list[dict]:
 
 def measure_ranks(job: Job, counts: list[int]) -> dict[str, list[list[dict]]]:
     """{case: [measure_rank(...) for each pp rank]}, each in a process of its own, as many at once
-    as there are cores. A bar on stderr shows the progress."""
+    as there are cores. The progress counts their forward passes of a micro-batch."""
     pp, tasks = job.layout.pp, []
     for case in CASES:
         layout = dataclasses.replace(job.layout, activation_checkpointing=case == WITH)
         tasks += [(dataclasses.replace(job, layout=layout), rank, counts) for rank in range(pp)]
     workers = min(len(tasks), os.cpu_count() or 1)
     spawn = multiprocessing.get_context("spawn")  # a forked process would inherit process groups
-    with (
-        concurrent.futures.ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1) as pool,
-        tqdm(total=len(tasks), desc=f"measuring, {workers} at a time", unit="rank") as bar,
-    ):
+    queue = spawn.SimpleQueue()
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, spawn, begin_reporting, (queue,), max_tasks_per_child=1
+    )
+    passes = len(tasks) * sum(counts) * job.layout.pipeline_stages // pp
+    desc = f"measuring {len(tasks)} ranks, {workers} at a time"
+    with pool, console.progress(total=passes, desc=desc, unit="passes", delay=0) as bar:
         found = running = [pool.submit(measure_rank, *task) for task in tasks]
         while running:
-            done, running = concurrent.futures.wait(running, timeout=1)
-            bar.update(len(done))
+            _, running = concurrent.futures.wait(running, timeout=1)
+            while not queue.empty():
+                bar.update(queue.get())
             bar.refresh()
         found = [task.result() for task in found]
     return {WITHOUT: found[:pp], WITH: found[pp:]}
@@ -550,7 +572,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def job_of(given: dict) -> Job:
     """A training step in the last stage of the run that these options of train.py describe."""
-    s, stages = resolve(Settings(**given))
+    s, stages = resolve(Settings(**with_file(given)))
     layout = plan_layout(s, stages[-1:], (s.dp or 1) * s.tp * s.pp)
     batch_size = stages[-1].batch_size
     return Job(
@@ -589,4 +611,4 @@ def main(argv: list[str] | None = None, world: World = World()) -> int:
 
 
 if __name__ == "__main__":
-    train.launch(main)
+    launch(main)

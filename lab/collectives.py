@@ -158,7 +158,7 @@ class TracedRun(train.Run):
             self.worker.parts[0].register_forward_pre_hook(next_micro_batch, prepend=True)
 
     def train_step(self):
-        self.bar.close()  # the lines would go through it
+        self.watch.bar.close()  # the lines would go through it
         Trace.micro = -1
         with Trace(self.worker, self.state.step + 1):
             super().train_step()

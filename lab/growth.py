@@ -28,10 +28,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 import console
+from console import read_json
 from flm import FLMConfig
 from lab import runs
 from lab.runs import FinishedRun, mean
-from schedule import Stage, fit_stages, in_samples, read_json, training_flops
+from schedule import Stage, fit_stages, in_samples, training_flops
 from settings import Settings, flag, resolve
 
 # fmt: off

@@ -22,7 +22,6 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 import console
 from iqeval import CheckpointModel, option_scores
@@ -57,8 +56,8 @@ def rows_of(pairs: list[tuple[list[int], list[int]]]) -> list[Row]:
 
 
 def batches(rows: list, size: int) -> Iterator[list]:
-    """The rows, `size` at a time, with a bar in a terminal."""
-    with tqdm(total=len(rows), unit="rows", dynamic_ncols=True, disable=None) as bar:
+    """The rows, `size` at a time, and how many are done."""
+    with console.progress(total=len(rows), desc="scoring", unit="rows") as bar:
         for begin in range(0, len(rows), size):
             yield rows[begin : begin + size]
             bar.update(len(rows[begin : begin + size]))

@@ -13,8 +13,9 @@ import json
 import math
 
 import console
+from console import read_json
 from flm import count_parameters, forward_flops
-from grow import DIMENSIONS, read_json
+from grow import DIMENSIONS
 from schedule import PAPER_STAGES, Stage, read_stages
 
 PAPER_BUDGET = 100_000  # dollars: the paper's title

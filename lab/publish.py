@@ -2,6 +2,7 @@
 
     python -m lab.publish load FOLDER --out CHECKPOINT
     python -m lab.publish save CHECKPOINT --to FOLDER --as granite
+    python -m lab.publish save CHECKPOINT --to FILE --as pt
 
 A published model is a folder: config.json, and "shards" that hold the tensors between them. Two
 layouts are read, told apart by their config:
@@ -46,6 +47,7 @@ from checkpoint import (
     all_finite,
     failed_write,
     find_checkpoint,
+    load_model,
     read_info,
     read_tensors,
     stored_tensors,
@@ -648,15 +650,24 @@ def load(folder, out, tokenizer: str | None = None) -> dict:
     console.make_folder(out.parent)
     dtype = stored[next(iter(expected[0][1]))].dtype
     tensors = {}
-    for ours, theirs in tqdm(expected, desc="loading", unit="group", disable=None):
+    bar = count_numbers(expected, "loading")
+    for ours, theirs in expected:
         pieces = {name: stored.pop(name) for name in theirs}
         for name_, value in to_ours(pieces, ours, layout, config.head_dim).items():
             tensors[name_] = file_backed(value.shape, dtype, out.parent).copy_(value)
             refuse_infinite(name_, tensors[name_])
+            bar.update(value.numel())
     info = {"step": 0, "samples": 0, "stage": 0, "growth": None, "tokenizer": name}
     info |= {"config": config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
     write_checkpoint(out, {"model": tensors}, info)
     return info
+
+
+def count_numbers(expected: list[Group], desc: str) -> tqdm:
+    """A bar for all numbers of a model."""
+    shapes = [shape for ours, _ in expected for shape in ours.values()]
+    options = {"desc": desc, "unit": "numbers", "unit_scale": True}
+    return console.progress(total=sum(map(math.prod, shapes)), **options)
 
 
 def refuse_infinite(name: str, tensor: Tensor):
@@ -686,8 +697,8 @@ def guess_tokenizer(folder: Path, layout: str, config: FLMConfig) -> str:
 
 def our_tensors(path: Path, expected: list[Group], layout: str, D: int) -> Iterator:
     """(their name, tensor) of a checkpoint, group by group."""
-    stored = stored_tensors(path)
-    for ours, theirs in tqdm(expected, desc="saving", unit="group", disable=None):
+    stored, bar = stored_tensors(path), count_numbers(expected, "saving")
+    for ours, theirs in expected:
         group = {
             name: torch.empty(shape, dtype=stored[f"model.{name}"][1])
             for name, shape in ours.items()
@@ -695,6 +706,7 @@ def our_tensors(path: Path, expected: list[Group], layout: str, D: int) -> Itera
         read_tensors(path, {"model": group})
         for name, tensor in group.items():
             refuse_infinite(name, tensor)
+            bar.update(tensor.numel())
         yield from to_theirs(group, theirs, layout, D).items()
 
 
@@ -750,6 +762,27 @@ def save(checkpoint, to, form: str, shard_size: float = 5e9, tokenizer_file=None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return sorted(to.iterdir())
+
+
+def export_weights(checkpoint: str | Path, file: str | Path):
+    """Write the weights of a CHECKPOINT into one file, which torch.load(weights_only=True) reads
+    and which holds no code: {"info": ..., "model": {name: tensor}}. Raises ValueError for a file
+    that exists, OSError where it cannot be written."""
+    if Path(file).exists():
+        raise ValueError(f"{file} exists: choose another name for the weights")
+    file = console.output_file(file)
+    model, info = load_model(checkpoint)
+    info = {key: value for key, value in info.items() if key != "files"}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tmp = file.with_name(f".{file.name}.exporting")
+    try:
+        with open(tmp, "wb") as stream:  # a stream of Python's: PyTorch's own hides a full disk
+            torch.save({"info": info, "model": weights}, stream)
+        tmp.replace(file)
+    except (OSError, RuntimeError) as error:
+        raise failed_write(str(file), error) from error
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def published_json(config: FLMConfig, form: str, info: dict, tokenizer_file) -> dict[str, dict]:
@@ -858,12 +891,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", required=True, metavar="CHECKPOINT", help="the folder to write; must not exist")
     choices = [*TOKENIZERS, "none"]
     add("--tokenizer", choices=choices, help="the model's (default: what the folder says, or none)")
-    help_ = "a checkpoint -> a folder that other programs load"
+    help_ = "a checkpoint -> a folder that other programs load, or one file of weights"
     add = commands.add_parser("save", help=help_, description=help_).add_argument
     add("checkpoint", help="a run folder (its newest checkpoint) or a step folder")
-    add("--to", required=True, metavar="FOLDER", help="the folder to write; must not exist")
-    form = "flm: the authors' own names; granite: transformers' GraniteForCausalLM"
-    add("--as", required=True, dest="form", choices=list(GROUPS), help=form)
+    target = "the folder to write, which must not exist; with --as pt a file"
+    add("--to", required=True, metavar="FOLDER", help=target)
+    form = "flm: the authors' own names; granite: transformers' GraniteForCausalLM; pt: one file "
+    form += "without code, for sample.py and all others here"
+    add("--as", required=True, dest="form", choices=[*GROUPS, "pt"], help=form)
     add("--shard-size", type=float, default=5.0, metavar="GB", help="at most (default %(default)s)")
     add("--tokenizer-file", metavar="FILE", help="cl100k_base.tiktoken, if no download is possible")
     return parser
@@ -879,6 +914,10 @@ def main(argv: list[str] | None = None) -> int:
         print("  there are no moments of AdamW: training begins with zeros")
         if info["tokenizer"] != "none":
             print(f"  python sample.py {out} --prompt TEXT")
+        return 0
+    if args.form == "pt":
+        export_weights(args.checkpoint, args.to)
+        print(f"wrote {args.to}: python sample.py {shlex.quote(args.to)} --prompt TEXT")
         return 0
     if not args.shard_size > 0:
         raise ValueError(f"--shard-size {args.shard_size:g}: must be above 0 GB")

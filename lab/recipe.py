@@ -32,6 +32,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -42,6 +43,7 @@ from console import replace_file
 from evaluation import eval_only
 from flm import FLMConfig, count_parameters, forward_flops, preset
 from lab import runs, transfer
+from lab.iq import write_signals
 from lab.recipe_page import collect, print_summary, write_page
 from lab.report import write_texts
 from lab.runs import FinishedRun, mean
@@ -84,8 +86,8 @@ class Size:
 
 
 AXES = {
-    "lr": (0.006, 0.012, 0.024),
-    "init_std": (0.025, 0.05, 0.1),
+    "lr": (0.01, 0.02, 0.04),
+    "init_std": (0.05, 0.1, 0.2),
     "output_mult": (1.0, 2.0, 4.0),
 }
 # The parameters of the stages are as 1 : 3.0 : 6.3. The paper's 16B, 51B, 101B are as 1 : 3.2 : 6.3
@@ -138,6 +140,10 @@ class Recipe:
     device: str
     control: bool
     jobs: int  # runs at a time
+
+    def seeds(self, count: int) -> list[int]:
+        """The first seeds of this recipe. The large runs have the first one."""
+        return [1000 * self.seed + k for k in range(count)]
 
     def model(self, width: int, layers: int | None = None) -> FLMConfig:
         """A model of this recipe: by default of the first stage's depth, as all narrow ones."""
@@ -222,14 +228,12 @@ def make_corpus(recipe: Recipe):
     folder, size = recipe.out / "corpus", recipe.size
     if (folder / "meta.json").exists():
         return
-    files = {name: recipe.out / f"{name}.jsonl" for name in ("iq", "teacher")}
-    for file, rows in zip(files.values(), iqeval.corpus(size.documents, recipe.seed)):
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        replace_file(file, "".join(lines))
-    sources = {"text": stdlib_files()[: size.files], "iq": [files["iq"]]}
+    iq, teacher = recipe.out / "iq.jsonl", recipe.out / "teacher.jsonl"
+    write_signals(size.documents, recipe.seed, iq, teacher)
+    sources = {"text": stdlib_files()[: size.files], "iq": [iq]}
     weights = {"text": 1 - IQ_SHARE, "iq": IQ_SHARE}
     tokenizer = get_tokenizer("bytes")
-    prepare(sources, folder, tokenizer, teacher=[files["teacher"]], weights=weights)
+    prepare(sources, folder, tokenizer, teacher=[teacher], weights=weights)
 
 
 def flops_of(settings: Settings) -> int:
@@ -283,7 +287,7 @@ def cell_settings(recipe: Recipe, values: tuple[float, ...], seed: int) -> Setti
 
 def more_seeds(recipe: Recipe, cells: list[tuple], bar: tqdm) -> list[dict]:
     """The finalists with all their seeds, the best first. One that diverged is left out."""
-    seeds, rows = [1000 * recipe.seed + k for k in range(recipe.size.search_seeds)], []
+    seeds, rows = recipe.seeds(recipe.size.search_seeds), []
     wanted = [cell_settings(recipe, values, seed) for values in cells for seed in seeds]
     train_all(recipe, [s for s in wanted if s.seed != seeds[0]], bar, recipe.jobs)
     finished = iter(wanted)
@@ -299,10 +303,12 @@ def search(recipe: Recipe, bar: tqdm) -> dict:
 
     "luck" is how far one seed lies from its cell's mean: the standard deviation within the
     finalists. The winner's lead is "clear" where it is more than twice its standard error, which is
-    that of a difference of two means. Raises ValueError where all cells diverged."""
+    that of a difference of two means. "edge": the hyper-parameters whose best value is the first or
+    the last of the grid, so that a better one may lie outside. Raises ValueError where all cells
+    diverged."""
     size, width = recipe.size, recipe.size.narrow[0]
     grid = list(itertools.product(*size.axes.values()))
-    cells = [cell_settings(recipe, values, 1000 * recipe.seed) for values in grid]
+    cells = [cell_settings(recipe, values, *recipe.seeds(1)) for values in grid]
     finished = train_all(recipe, cells, bar, recipe.jobs)
     alive = [(run.loss, values) for run, values in zip(finished, grid) if run.loss is not None]
     rows = more_seeds(recipe, [values for _, values in sorted(alive)[: size.finalists]], bar)
@@ -314,6 +320,8 @@ def search(recipe: Recipe, bar: tqdm) -> dict:
     found = {"width": width, "steps": size.search_steps, "runs": len(grid), "alive": len(alive)}
     found |= {"means": means, "finalists": rows, "best": rows[0]["values"]}
     found |= {"luck": luck, "lead": lead, "error": error, "clear": lead > 2 * error}
+    ends = {axis: (values[0], values[-1]) for axis, values in size.axes.items() if len(values) > 1}
+    found["edge"] = [axis for axis, pair in ends.items() if found["best"][axis] in pair]
     return write(recipe, "search", found)
 
 
@@ -326,10 +334,10 @@ def search(recipe: Recipe, bar: tqdm) -> dict:
 B_RANGE = (-0.5, -0.25)
 
 
-def grown_shares(recipe: Recipe) -> list[dict]:
+def grown_shares(recipe: Recipe, best: dict) -> list[dict]:
     """The stages of the run that grows, in shares of its samples."""
-    size = recipe.size
-    first, *later = (recipe.model(*pair).to_dict() for pair in zip(size.widths, size.layers))
+    size, shapes = recipe.size, zip(recipe.size.widths, recipe.size.layers)
+    first, *later = (with_best(recipe.model(*shape), best).to_dict() for shape in shapes)
     stages = [{"config": first}]
     for config, share in zip(later, size.shares):
         grown = {name: config[name] for name in ("n_layers", "d_model", "n_heads", "d_ff")}
@@ -341,10 +349,10 @@ def grown_settings(recipe: Recipe, best: dict) -> Settings:
     """The run that grows, with the values of the search. Writes the file of its stages."""
     size, file = recipe.size, recipe.out / "stages.json"
     samples = size.steps * size.batch_size
-    replace_file(file, json.dumps(in_samples(grown_shares(recipe), samples), indent=1) + "\n")
+    replace_file(file, json.dumps(in_samples(grown_shares(recipe, best), samples), indent=1) + "\n")
     config = recipe.model(size.widths[-1], size.layers[-1])
     watch = {"eval_every": max(1, size.steps // 16), "save_every": max(1, size.steps // 8)}
-    watch |= {"keep": 100, "out": str(recipe.out / "train" / "grown"), "seed": recipe.seed}
+    watch |= {"keep": 100, "out": str(recipe.out / "train" / "grown"), "seed": recipe.seeds(1)[0]}
     watch |= {"stages": str(file), "lr": best["lr"]}
     return recipe.settings(with_best(config, best), size.steps, **watch)
 
@@ -355,7 +363,8 @@ def with_best(config: FLMConfig, best: dict) -> FLMConfig:
 
 
 def narrow_settings(recipe: Recipe, best: dict) -> list[Settings]:
-    """The runs of the narrow models: text, steps and learning rate of the first stage, other seeds.
+    """The runs of the narrow models: text, steps, learning rate and seed of the first stage, and
+    more seeds.
 
     The first stage ends in the middle of a cosine. So these runs grow, too, by a layer, in their
     last step: a growth logs the loss before it, and from the learning rate there the cosine of a
@@ -370,7 +379,7 @@ def narrow_settings(recipe: Recipe, best: dict) -> list[Settings]:
         file = recipe.out / f"stages-{width}.json"
         replace_file(file, json.dumps([{"config": config.to_dict()}, last], indent=1) + "\n")
         more = {"stages": str(file), "warmup": grown.warmup, "lr": best["lr"]}
-        for seed in (1000 * recipe.seed + k for k in range(1, size.seeds + 1)):
+        for seed in recipe.seeds(size.seeds):
             out = str(recipe.out / "narrow" / f"w{width:04}-seed{seed}")
             steps = end // size.batch_size + 1
             wanted.append(recipe.settings(config, steps, **more, seed=seed, out=out))
@@ -402,12 +411,14 @@ def predict(recipe: Recipe, bar: tqdm, best: dict) -> dict:
     )  # fmt: skip
     target = size.widths[0]
     N = count_parameters(recipe.model(target)) / 1e6
-    found = transfer.predict(points, 0, {target: N}, B_RANGE)
     sizes, losses = zip(*((p["N"], list(p["losses"].values())) for p in points.values()))
+    found = {"losses": {width: point["losses"] for width, point in points.items()}}
+    for point, values in zip(points.values(), transfer.at_first_seed(np.array(losses))):
+        point["losses"] = dict(zip(point["losses"], values.tolist()))
+    found |= transfer.predict(points, 0, {target: N}, B_RANGE)
     row = found["predicted"][0]
     row["interval"] = transfer.interval_of_one_run(sizes, losses, N, B_RANGE)
     row["half_width"] = (row["interval"][1] - row["interval"][0]) / 2 / row["predicted"]
-    found["losses"] = {width: point["losses"] for width, point in points.items()}
     found |= {"b_range": B_RANGE, "written": time.strftime("%Y-%m-%d %H:%M:%S")}
     return write(recipe, "prediction", found)
 
@@ -512,7 +523,7 @@ def all_flops(recipe: Recipe) -> int:
 def part(recipe: Recipe, number: int, bar: tqdm) -> Iterator[None]:
     """A part of the recipe, counted from 1: says so, and adds up its seconds over all starts."""
     name, start = PARTS[number - 1], time.perf_counter()
-    bar.set_description(f"{number} of {len(PARTS)}, {name}")
+    bar.set_description_str(f"{number} of {len(PARTS)}, {name}")
     bar.refresh()
     try:
         yield
@@ -554,7 +565,7 @@ def run(recipe: Recipe) -> dict:
             wait_for_runs(recipe)
             make_corpus(recipe)
             options = {"total": all_flops(recipe), "unit": "FLOP", "unit_scale": True}
-            bar = stack.enter_context(tqdm(**options, smoothing=0, dynamic_ncols=True))
+            bar = stack.enter_context(console.progress(**options, delay=0))
             return run_parts(recipe, bar)
     finally:
         signal.signal(signal.SIGTERM, before)

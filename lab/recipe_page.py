@@ -117,9 +117,10 @@ def summary(numbers: dict) -> list[str]:
     search, (row,) = numbers["search"], numbers["prediction"]["predicted"]
     best = ", ".join(f"{name} {value:g}" for name, value in search["best"].items())
     clear = "more" if search["clear"] else "no more"
+    edge = f". At the edge of the grid: {', '.join(search['edge'])}" if search["edge"] else ""
     lines = [
         f"search: {best}. It leads by {search['lead']:.4f} nats, {clear} than luck explains (twice "
-        f"the standard error is {2 * search['error']:.4f})",
+        f"the standard error is {2 * search['error']:.4f}){edge}",
         f"prediction: {row['predicted']:.4f}, 95% from {row['interval'][0]:.4f} to "
         f"{row['interval'][1]:.4f} ({row['half_width']:.2%} to a side); it came to "
         f"{row['loss']:.4f}, {'inside' if row['inside'] else 'OUTSIDE'}, {row['relative']:+.2%}",
@@ -134,10 +135,10 @@ def summary(numbers: dict) -> list[str]:
         lines.append(f"{name}: {describe(result['held_out'])}")
     if "control" in numbers:
         control = numbers["control"]
-        words = "saved" if control["lead"] > 0 else "did NOT save"
+        words = "better" if control["lead"] > 0 else "NOT better"
         lines.append(
             f"at equal FLOPs: grown {control['grown']:.4f}, from scratch {control['scratch']:.4f}. "
-            f"Growth {words} anything: {control['lead']:+.4f} nats"
+            f"The grown run is {words}: {control['lead']:+.4f} nats"
         )
     return lines
 

@@ -53,6 +53,7 @@ DECIDED = {"out", "preset", "seed", "stages", "steps", "threads"}
 NEUTRAL = {"out", "preset", "model", "stages", "data", "data_changed", "tokenizer_file", "device"}
 NEUTRAL |= {"threads", "compile", "deterministic", "eval_every", "eval_batch"}
 NEUTRAL |= {"save_every", "save_minutes", "keep", "timeout_minutes"}
+NEUTRAL |= {"log_every", "log_to", "profile"}
 
 
 def add_options(parser: argparse.ArgumentParser, out: str):
@@ -487,8 +488,8 @@ def run_all(
         try:
             with contextlib.ExitStack() as stack:
                 if bar is None:
-                    own = {"total": left, "unit": "FLOP", "unit_scale": True, "smoothing": 0}
-                    bar = stack.enter_context(tqdm(**own))
+                    own = {"desc": "training", "unit": "FLOP", "unit_scale": True, "delay": 0}
+                    bar = stack.enter_context(console.progress(total=left, **own))
                 train_jobs(jobs, at_a_time, bar)
         finally:
             signal.signal(signal.SIGTERM, before)

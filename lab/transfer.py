@@ -277,6 +277,13 @@ def bootstrap(
     return intervals, DRAWS - len(found)
 
 
+def at_first_seed(losses: np.ndarray) -> np.ndarray:
+    """Losses (..., n, S) of n sizes and S seeds, as if all had the first seed: each less the mean
+    of its seed over the sizes, plus that of the first one."""
+    seeds = losses.mean(-2, keepdims=True)
+    return losses - seeds + seeds[..., :1]
+
+
 def interval_of_one_run(
     N: Sequence[float],
     losses: Sequence[Sequence[float]],
@@ -285,18 +292,21 @@ def interval_of_one_run(
 ) -> list[float]:
     """Where the loss of one run of size `target` will lie: [2.5%, 97.5%].
 
-    losses (n, S): S seeds, at least 2, of each size N (n,). The luck of a seed is its loss less the
-    mean of its size. A draw gives every seed of every size, and the run to come, the luck of a
-    random one of all n S seeds, and fits a law with b in b_range. Two things widen it. S seeds vary
-    less around their own mean than around the true one: sqrt(S / (S-1)). And few seeds do not know
-    how large luck is: it is scaled by the root of f / chi-square of f, f = n (S-1), anew in each
-    draw."""
+    losses (n, S): S seeds, at least 2, of each size N (n,). The run to come has the first seed. A
+    seed is an order of the data, which all sizes share: see `at_first_seed`. The luck of a run is
+    its loss less the means of its size and of its seed. A draw gives each of the n S runs, and the
+    run to come, the luck of a random one of them, and fits a law with b in b_range. Two things
+    widen it. n S runs vary less around fitted means than around the true ones: sqrt(n S / f), with
+    f = (n-1) (S-1) degrees of freedom. And few runs do not know how large luck is: it is scaled by
+    the root of f / chi-square of f, anew in each draw."""
     losses, rng = np.asarray(losses, float), np.random.default_rng(0)
     n, S = losses.shape
-    middle = losses.mean(1, keepdims=True)
-    luck = (losses - middle).ravel() * math.sqrt(S / (S - 1))
-    scale = np.sqrt(n * (S - 1) / rng.chisquare(n * (S - 1), DRAWS))
-    drawn = middle.ravel() + scale[:, None] * rng.choice(luck, (DRAWS, n, S)).mean(2)  # (DRAWS, n)
+    f = (n - 1) * (S - 1)
+    fitted = losses.mean(1, keepdims=True) + losses.mean(0) - losses.mean()
+    luck = (losses - fitted).ravel() * math.sqrt(n * S / f)
+    scale = np.sqrt(f / rng.chisquare(f, DRAWS))
+    drawn = fitted + scale[:, None, None] * rng.choice(luck, (DRAWS, n, S))
+    drawn = at_first_seed(drawn).mean(2)  # (DRAWS, n)
     grid, center = np.linspace(*b_range, 101), np.exp(np.log(N).mean())
     a, c, square = solve(grid, np.asarray(N) / center, drawn)  # (DRAWS, 101)
     at = square.argmin(1)

@@ -1,7 +1,7 @@
 """Ranks of which one is lost: python tests/frozen.py FOLDER SECONDS
 
-For each case two ranks are forked. One of them stops its own process (SIGSTOP) in the middle of its
-work, as if its machine were gone. The other waits for it with a timeout of SECONDS; what it prints
+For each case two ranks are forked. One of them stops its own process (SIGSTOP; in the last case it
+ends it with SIGKILL) in the middle of its work, as if its machine were gone. The other waits for it with a timeout of SECONDS; what it prints
 is in FOLDER/CASE.log. FOLDER/CASE.frozen is there if the case came as far as that."""
 
 import contextlib
@@ -15,6 +15,7 @@ from pathlib import Path
 import distributed
 import torch
 
+import launch
 import parallel
 import train
 from checkpoint import write_checkpoint
@@ -23,7 +24,7 @@ from parallel import Layout, World
 
 def freeze(mark: Path):
     mark.touch()
-    os.kill(os.getpid(), signal.SIGSTOP)
+    os.kill(os.getpid(), signal.SIGKILL if mark.stem == "killed-1" else signal.SIGSTOP)
 
 
 def one_sum(world: World, freeze_me):
@@ -69,6 +70,7 @@ CASES = {
     "pp-0": (0, functools.partial(one_step, layout=Layout(pp=2))),
     "save-1": (1, one_save),
     "rank-0-works-0": (0, long_work),
+    "killed-1": (1, one_sum),
 }
 
 
@@ -81,7 +83,7 @@ def run(name: str, folder: Path, seconds: float):
     try:
         work(world, freeze_me if world.rank == frozen else lambda: None)
     except (RuntimeError, OSError) as error:
-        print(train.describe_error(error, world)[0], flush=True)
+        print(launch.describe_error(error, world)[0], flush=True)
         os._exit(1)
 
 

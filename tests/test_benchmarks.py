@@ -11,12 +11,13 @@ from helpers import ROOT
 import data
 import train
 from benchmarks import gpu
+from lab import bench
 
 
 def in_this_process(program, *words) -> str:
     """gpu.command without a new process, and without --compile, which takes long."""
-    main = {"train.py": train.main, "data.py": data.main}[program]
-    words = [str(word) for word in words if word != "--compile"]
+    main = {"train.py": train.main, "data.py": data.main, "-m": bench.main}[program]
+    words = [str(word) for word in words if word not in ("--compile", "lab.bench")]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         main(words)
     return out.getvalue()

@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 import checkpoint
 import muP
 from checkpoint import (
-    export_weights,
     find_checkpoint,
     list_checkpoints,
     load_model,
@@ -81,22 +80,6 @@ def test_checkpoint_round_trip(tmp_path, dtype, tied):
         assert torch.equal(loaded(some_tokens(config, 1, 5)), model(some_tokens(config, 1, 5)))
     assert read_info(folder).items() >= info_of(config, dtype, samples=77).items()
     assert info == read_info(folder)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_one_file_weights_round_trip(tmp_path, tied):
-    """A file that export_weights wrote loads to the same model, alone and beside another program's
-    config.json; tied weights stay tied; it is a dictionary that torch.load reads without code."""
-    model = build(tiny(tie_embeddings=tied))
-    save_model(tmp_path / "run" / "step-00000003", model, samples=9)
-    export_weights(tmp_path / "run", tmp_path / "weights.pt")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "weights.pt"]
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    loaded, info = load_model(tmp_path / "weights.pt")
-    assert same(loaded, model) and (loaded.head.weight is loaded.embedding.weight) == tied
-    assert info.items() >= info_of(model.config, samples=9).items() and "files" not in info
-    blob = torch.load(tmp_path / "weights.pt", weights_only=True)
-    assert blob["model"].keys() == dict(model.named_parameters()).keys()
 
 
 @pytest.mark.parametrize("samples, left", [(100, 10), (105, 10), (110, 0)])
@@ -347,7 +330,7 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path):
     (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-200])
     for name in ("list", "garbage", "empty", "cut"):
         message = error(load_model, tmp_path / name)
-        assert f"{name} is not a file of weights written by train.py --export" in message
+        assert f"{name} is not a file of weights from lab.publish save --as pt" in message
 
 
 def drop_a_weight(blob):
@@ -484,25 +467,3 @@ def test_ctrl_c_in_a_save_is_ctrl_c(tmp_path):
     ):
         save_model(tmp_path / "step-00000001", build(tiny()))
     assert not any(tmp_path.iterdir())
-
-
-def interrupted(*args):
-    raise KeyboardInterrupt
-
-
-def test_an_export_that_fails_says_why(tmp_path):
-    """A full disk is told in the system's words, not in those of a C++ library; Ctrl-C stays
-    Ctrl-C. Nothing is left of either. What exists is not replaced, and a file is no folder."""
-    run, file = tmp_path / "run", tmp_path / "weights.pt"
-    save_model(run / "step-00000001", build(tiny()))
-    with no_file_past(4096), pytest.raises(OSError) as caught:
-        export_weights(run, file)
-    assert str(caught.value) == f"could not write {file}: File too large"
-    with mock.patch.object(torch, "save", interrupted), pytest.raises(KeyboardInterrupt):
-        export_weights(run, file)
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-    file.write_text("older")
-    for there in (file, tmp_path):
-        assert f"{there} exists: choose another name" in error(export_weights, run, there)
-    assert f"{file} is no folder" in error(export_weights, run, file / "in" / "weights.pt")
-    assert file.read_text() == "older"

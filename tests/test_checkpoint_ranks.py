@@ -19,7 +19,8 @@ from parallel import World
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-mesh, world = init_device_mesh("cpu", (2,)), World(rank=rank, control=dist.group.WORLD)
+mesh, everyone = init_device_mesh("cpu", (2,)), dist.group.WORLD
+world = World(rank=rank, control=everyone, files=dist.new_group(backend="gloo"))
 blob = torch.load(folder / "blob.pt")
 pieces = {name: tensor.chunk(2)[rank].contiguous() for name, tensor in blob["model"].items()}
 sharded = {

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import ROOT, error
@@ -154,6 +155,44 @@ def test_the_program_is_named_as_it_was_called(monkeypatch):
         assert console.program_name() == name
 
 
+def lines_of(monkeypatch, capsys, seconds: float, delay: float = 3) -> list[str]:
+    """What a job of 50 equal parts shows without a terminal, if it takes so many seconds."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with console.progress(total=50, desc="growing", unit="parts", delay=delay) as bar:
+        bar._time = lambda: clock[0]  # tqdm has a clock of its own
+        bar.start_t = bar.last_print_t = 0.0
+        for _ in range(50):
+            clock[0] += seconds / 50
+            bar.update()
+    return capsys.readouterr().err.splitlines()
+
+
+def test_progress_without_a_terminal(monkeypatch, capsys):
+    """What takes long says what it does, how much of it is done and what is left: after three
+    seconds (at once where asked), then twice a minute and at the end, in lines without escape
+    codes. What ends within three seconds says nothing."""
+    assert lines_of(monkeypatch, capsys, 2.5) == []
+    assert lines_of(monkeypatch, capsys, 100) == [
+        "growing: 4% of 50 parts, 01:36 left",
+        "growing: 34% of 50 parts, 01:06 left",
+        "growing: 64% of 50 parts, 00:36 left",
+        "growing: 94% of 50 parts, 00:06 left",
+        "growing: 100% of 50 parts, 00:00 left",
+    ]
+    assert lines_of(monkeypatch, capsys, 1, delay=0) == [
+        "growing: 0% of 50 parts, ? left",
+        "growing: 100% of 50 parts, 00:00 left",
+    ]
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    """There it is tqdm's bar."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with console.progress(range(3), desc="growing", delay=0) as bar:
+        assert list(bar) == [0, 1, 2] and "growing: 100%|" in str(bar)
+
+
 # --------------------------------------------------------------------------------------------------
 # Files that a user names
 
@@ -185,6 +224,24 @@ def test_text_in_another_encoding_is_refused(tmp_path, content, said):
         (tmp_path / "a b.txt").write_bytes(content)
     with pytest.raises(ValueError, match=said):
         console.read_text(tmp_path / "a b.txt")
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "is not JSON"),
+        ("{}".encode("utf-16"), "is UTF-16"),
+        (b"\xe9", "no UTF-8 text"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_of_json_that_is_none(tmp_path, content, said):
+    """What is no JSON, no UTF-8 and no file at all: a message that names the option."""
+    if content is not None:
+        file = tmp_path / "x.json"
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = error(console.read_json, "--stages", tmp_path / "x.json")
+    assert message.startswith("--stages ") and said in message
 
 
 def test_where_a_file_or_a_folder_may_be_written(tmp_path):

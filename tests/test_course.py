@@ -10,7 +10,7 @@ from helpers import ROOT, error, run_command
 from course import grade as grader
 from course.assignments import ASSIGNMENTS
 from course.checking import CHECKS, first_failure
-from course.grade import grade
+from course.grade import Grade, Verdict, details, grade
 from course.student import Local, Student, forbidden_imports
 
 SOLUTIONS = ROOT / "tests/course_solutions"
@@ -88,6 +88,67 @@ def test_mistakes_of_use(tmp_path):
     (tmp_path / "mine.py").write_text("def something(): pass\n")
     message = error(grader.main, ["--file", str(tmp_path / "mine.py")])
     assert "functions of no assignment" in message and "course.grade xpos --file" in message
+    (tmp_path / "mine.py").write_text("def plan(): pass\n")
+    message = error(grader.main, ["--file", str(tmp_path / "mine.py")])
+    assert "puzzle_block or puzzle_sequence" in message
+    (tmp_path / "mine.py").write_text("def plan(: pass\n")
+    assert "line 1" in error(grader.main, ["--file", str(tmp_path / "mine.py")])
+    assert "--file mine.py" in error(grader.main, ["mine.py"])
+
+
+def wrong_norm(change):
+    """What the grader says of a masked_norm whose answer is change(right answer)."""
+    space = {}
+    exec((SOLUTIONS / "masked_norm.py").read_text(), space)
+    local = Local(masked_norm=lambda *args: change(space["masked_norm"](*args)))
+    return first_failure(CHECKS["masked_norm"][0], local, seed=0)
+
+
+def test_the_call_that_failed_is_told():
+    """A check whose input is a seed shows the numbers that the function was given."""
+    found = wrong_norm(lambda y: y + 1)
+    assert found.call.startswith("masked_norm([[[") and found.call.endswith(", 1e-05)")
+
+
+def test_an_answer_that_is_nearly_right():
+    """Where six digits are the same, the message says by how much the numbers differ, and that they
+    are float32."""
+    text = wrong_norm(lambda y: y.float()).text
+    assert "they differ by" in text and "torch.float32" in text
+
+
+def test_a_missing_function_is_told():
+    """A file without the function is "not written", and the reason is printed."""
+    checks = CHECKS["masked_norm"]
+    verdicts = [Verdict(c.says, "not written", "there is no function masked_norm") for c in checks]
+    text = details(Grade(ASSIGNMENTS["masked_norm"], "mine.py", verdicts))
+    assert text.strip() == "masked_norm not written: there is no function masked_norm"
+
+
+@pytest.mark.parametrize("change", [("z", "add", "mine", "x"), ("z", "add", "x", "mine")])
+def test_the_order_of_a_sum_is_free(change):
+    """A puzzle's plan may add the branch to the stream or the stream to the branch."""
+    space = {}
+    exec((SOLUTIONS / "puzzle_sequence.py").read_text(), space)
+    cuts, steps = space["plan"]()
+    assert sum(step[0] == "z" for step in steps) == 1
+    steps = [change if step[0] == "z" else step for step in steps]
+    local = Local(plan=lambda: (cuts, steps))
+    assert first_failure(CHECKS["puzzle_sequence"][0], local, seed=0) is None
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        ([("y", "norm", "x")], "must return"),
+        (({"qkv": "column"}, []), "unknown"),
+        (({}, [("y", "x")]), "a step is"),
+    ],
+)
+def test_a_plan_of_another_form(answer, said):
+    """What is wrong with the form of a plan is told in words."""
+    local = Local(plan=lambda: answer)
+    assert said in first_failure(CHECKS["puzzle_block"][0], local, seed=0).text
 
 
 def test_a_half_done_assignment_is_unfinished(graded):
@@ -196,6 +257,13 @@ def test_a_loop_without_end_is_stopped(graded):
         found = graded(source, seconds=1.5)
         assert found.result == "failed" and "loop without end" in reasons(found)
     assert graded(RIGHT).result == "passed"
+
+
+def test_a_file_does_not_take_all_memory(graded):
+    """8 GB in a call are a MemoryError of the student's code, not the end of the machine's memory.
+    (On Linux, where the system can limit a process.)"""
+    found = graded(RIGHT.replace("    T, D", "    bytearray(2**33)\n    T, D"))
+    assert found.result == "failed" and "MemoryError" in reasons(found)
 
 
 HOSTILE = {

@@ -10,17 +10,26 @@ import pytest
 import torch
 from helpers import tiny
 
+import course.assignments  # noqa: F401 (its checks register themselves)
 import data
 import grow
 import muP
-import course.assignments  # noqa: F401 (its checks register themselves)
 from course.checking import CHECKS, first_failure
 from course.student import Local
-from flm import FLM, Attention, FLMConfig, HeadLoss, KVCache, Norm, rotate, visible_slots
-from flm import xpos_tables
+from flm import (
+    FLM,
+    Attention,
+    FLMConfig,
+    HeadLoss,
+    Norm,
+    rotate,
+    visible_slots,
+    xpos_tables,
+)
 from lab import publish
 from lab.timetable import order_of_work
 from lab.transfer import fit_law
+from sample import KVCache
 
 pytestmark = pytest.mark.quick
 THETA = next(f.name for f in dataclasses.fields(FLMConfig) if f.name.endswith("_theta"))

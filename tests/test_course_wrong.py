@@ -48,7 +48,7 @@ WRONG = {
         "a hash that differs between processes": [
             ("noise(seed, epoch, row))", "hash(f'{seed} {epoch} {row}'))"),
         ],
-        "a float": [("sample * share >> 32,", "int(sample * (share / 2**32) + 1e-9),")],
+        "a float": [("sample * share >> 32,", "int(sample * (share / 2**32)),")],
     },
     "masked_norm": {
         "the variance counts all channels alike": [

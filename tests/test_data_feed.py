@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 import data
 import prepare as preparing
 from data import Corpus
-from prepare import merge, prepare
+from lab import merge as merging
+from lab.merge import merge
+from prepare import prepare
 
 ROOT = Path(preparing.__file__).parent
 
@@ -213,7 +215,7 @@ def test_a_killed_merge_is_repeated(tmp_path, three, monkeypatch):
     """A merge that was stopped in the middle can be repeated; the parts are not changed."""
     for name, path in three.items():
         prepare({"s": [path]}, tmp_path / f"part-{name}", BYTES, progress=False)
-    parts, whole, calls = [tmp_path / f"part-{name}" for name in three], preparing.open_shard, []
+    parts, whole, calls = [tmp_path / f"part-{name}" for name in three], merging.open_shard, []
     before = [shards(part) for part in parts]
 
     def stopped(*arguments):
@@ -222,7 +224,7 @@ def test_a_killed_merge_is_repeated(tmp_path, three, monkeypatch):
             raise KeyboardInterrupt
         return whole(*arguments)
 
-    monkeypatch.setattr(preparing, "open_shard", stopped)
+    monkeypatch.setattr(merging, "open_shard", stopped)
     with pytest.raises(KeyboardInterrupt):
         merge(parts, tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match="not finished"):
@@ -234,12 +236,12 @@ def test_a_killed_merge_is_repeated(tmp_path, three, monkeypatch):
 
 
 def test_feeding_by_command(tmp_path, three, monkeypatch, capsys):
-    """prepare, prepare --append, merge and show, as they are typed."""
+    """prepare, prepare --append, show and lab.merge, as they are typed."""
     monkeypatch.chdir(tmp_path)
     data.main("prepare s=a.jsonl --val exam=b.jsonl --val-fraction 0 --out one".split())
     data.main("prepare s=c.jsonl --append --out one".split())
     data.main("prepare s=a.jsonl --val exam=b.jsonl --val-fraction 0 --out two".split())
-    data.main("merge one two --weight s=1 --out both".split())
+    merging.main("one two --weight s=1 --out both".split())
     meta = json.loads(Path("both", "meta.json").read_text())
     counts = [
         source[split]["documents"] for source in meta["sources"] for split in ("train", "val")

@@ -1,5 +1,5 @@
-"""The sampler, rows and batches, and how they are shown. That every epoch visits every row once is a
-check of the course (tests/test_course_ours.py)."""
+"""The sampler, rows and batches, and how they are shown. That every epoch visits every row once is
+a check of the course (tests/test_course_ours.py)."""
 
 import sys
 import tempfile

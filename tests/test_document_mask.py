@@ -6,11 +6,12 @@ import torch
 from helpers import build, configs, difference, few, seeds, some_tokens, tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from workshop import alone, corpus, float64_model, job, log, workshop  # noqa: F401
 
 import data
 import train
-from flm import IGNORE, KVCache, loss_sum
-from workshop import alone, corpus, float64_model, job, log, workshop  # noqa: F401
+from flm import IGNORE, loss_sum
+from sample import KVCache
 
 END = 0  # the end-of-text token of these tests
 

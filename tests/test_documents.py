@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from course.assignments import ASSIGNMENTS
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("tutorials/*.md"), *ROOT.glob("course/*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
@@ -82,6 +84,40 @@ def test_every_link_leads_somewhere(path):
         assert named, f"{path.name}: [{words}] goes to the top of the glossary, not to a word"
 
 
+def cells(path: Path) -> list[str]:
+    """The code cells of a chapter that was opened as a notebook."""
+    jupytext = pytest.importorskip("jupytext", reason="pip install jupytext")
+    notebook = jupytext.reads(path.read_text(encoding="utf-8"), fmt="md")
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("tutorials/0*.md")), ids=lambda path: path.name)
+def test_a_chapter_is_a_notebook(path):
+    """Its code cells are the chapter's blocks in their order: Python as it stands, commands after
+    %%sh, and no cell of anything else."""
+    text = re.sub(r"^```sh\n", "```python\n%%sh\n", path.read_text(encoding="utf-8"), flags=re.M)
+    assert cells(path) == [block.strip("\n") for block in BLOCK.findall(text)]
+
+
+def test_the_plans_of_the_course_name_every_assignment():
+    """Each assignment has its row and its chapter, the week and the term name each of them, and the
+    minutes of a plan are the sum of its assignments'."""
+    text = (ROOT / "course/README.md").read_text(encoding="utf-8")
+    table, _, plans = text.partition("## Plans")
+    rows = re.findall(r"^\| `(\w+)` \| (\d) \|.*\| (\d+) \|$", table, flags=re.M)
+    assert {name: int(chapter) for name, chapter, _ in rows} == {
+        name: assignment.chapter for name, assignment in ASSIGNMENTS.items()
+    }
+    minutes = {name: int(number) for name, _, number in rows}
+    week, term = plans.split("**One week.**")[1].split("**A term")
+    for plan in week, term.partition("**To prepare")[0]:
+        assert {*re.findall(r"`(\w+)`", plan)} == {*minutes}
+        for named, total in re.findall(r"\| (`[^|]*`) \| (\d+) \|", plan):
+            assert sum(minutes[name] for name in re.findall(r"\w+", named)) == int(total)
+    two_hours = plans.partition("**One week.**")[0]
+    assert sum(map(int, re.findall(r"^\| (\d+) \|", two_hours, flags=re.M))) == 120
+
+
 def test_no_two_words_of_the_glossary_share_an_anchor():
     text = (ROOT / "tutorials/glossary.md").read_text(encoding="utf-8")
     own = re.findall(r'<a id="([^"]+)">', text)
@@ -131,3 +167,42 @@ def test_a_chapter_is_pasted_into_a_terminal(tmp_path):
     assert "101,701,570,560 parameters, 203 GB in bf16" in shown
     assert not ERROR.search(shown), shown[-3000:]
     assert ERROR.search(paste("for i in 1, 2:\n    print(i)\nprint(3)\n", tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------
+# The script for Slurm, with programs in place of Slurm's
+
+SLURM = {
+    "scontrol": """[ "$1" = requeue ] && echo "back into the queue: $2" || echo host1""",
+    "scancel": """kill -TERM "$(cat srun.pid)" """,
+    "srun": """echo $$ >srun.pid
+[ -z "${CODE-}" ] || exit "$CODE"
+trap 'echo saved; exit 1' TERM
+kill -USR1 $PPID
+for i in {1..600}; do sleep 0.1; done""",
+}
+
+
+@pytest.mark.parametrize(
+    "environment, code, printed",
+    [
+        ({}, 1, ["saved", "back into the queue: 7"]),  # the time of the job is nearly over
+        ({"CODE": "1"}, 1, ["back into the queue: 7"]),  # a host is lost
+        ({"CODE": "0"}, 0, []),
+        ({"CODE": "1", "SLURM_RESTART_COUNT": "20"}, 1, []),
+    ],
+)
+def test_the_slurm_script_saves_and_goes_back_into_the_queue(tmp_path, environment, code, printed):
+    """After Slurm's signal it waits until the ranks have saved, and asks for a new start; so it does
+    after an accident, but neither at the end of the run nor after 20 starts."""
+    text = (ROOT / "tutorials" / "05b-cluster.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```sh\n(#!/bin/bash\n#SBATCH.*?)^```", text, re.M | re.S)
+    for name, body in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment |= {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host[1-2]"}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.splitlines()) == (code, printed), done.stderr

@@ -8,7 +8,8 @@ import torch
 
 import data
 import muP
-from flm import FLM, IGNORE, PRESETS, FLMConfig, KVCache, forward_flops, xpos_tables
+from flm import FLM, IGNORE, PRESETS, FLMConfig, forward_flops, xpos_tables
+from sample import KVCache
 
 
 def test_01_exercise_1_half_life():

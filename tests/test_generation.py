@@ -9,9 +9,9 @@ from helpers import build, configs, difference, error, few, seeds, some_tokens, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm import FLM, KVCache, visible_slots
+from flm import FLM, visible_slots
 from muP import init_weights
-from sample import choose, generate
+from sample import KVCache, choose, generate
 
 pytestmark = pytest.mark.quick
 

@@ -1,8 +1,6 @@
 """Tests of grow.py, sections 1 to 3 and 6: what can grow, the operators, one tensor, the words of a
 command line."""
 
-import json
-
 import pytest
 import torch
 from growing import BIGGER, larger
@@ -215,46 +213,6 @@ def test_the_target_of_a_growth():
     assert grow.target_config(["demo", "mup=false", "n_layers=7"], old) == demo
     message = error(grow.target_config, ["layers=3", "d_ff=many"], old)
     assert "--to layers=3: there is no field" in message and "'many' is no number" in message
-
-
-def test_the_target_of_a_growth_in_a_file(tmp_path):
-    """--to takes the fields of a model, a checkpoint.json, and a run's config.json, whose last
-    stage counts."""
-    last = BIGGER.to_dict()
-    stages = [{"name": "1", "config": tiny().to_dict()}, {"name": "2", "config": last}]
-    files = {
-        "model.json": last,
-        "checkpoint.json": {"format": 1, "samples": 3, "config": last},
-        "config.json": {"settings": {"preset": "demo"}, "stages": stages, "corpus": "c"},
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content))
-        assert grow.target_config([str(tmp_path / name)], tiny()) == BIGGER
-        changed = grow.target_config([str(tmp_path / name), "d_ff=50"], tiny())
-        assert changed == BIGGER.replace(d_ff=50)
-
-
-@pytest.mark.parametrize(
-    "text, said",
-    [
-        ("[1, 2]", "holds no model"),
-        ("3", "holds no model"),
-        ('{"stages": []}', "holds no model"),
-        ('{"stages": [5]}', "holds no model"),
-        ('{"config": "large"}', "holds no model"),
-        ('{"stages": {}}', "missing field 'd_model'"),
-        ("{", "is not JSON"),
-        ("{}".encode("utf-16"), "is UTF-16"),
-        (b"\xe9", "no UTF-8 text"),
-        (None, "cannot be read"),
-    ],
-)
-def test_a_file_that_is_no_target(tmp_path, text, said):
-    """A JSON list, a number, no stages, something else, what is no JSON and no file at all: a
-    message, not a traceback."""
-    if text is not None:
-        (tmp_path / "x.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert said in error(grow.target_config, [str(tmp_path / "x.json")], tiny())
 
 
 def test_the_rows_of_layers():

@@ -245,8 +245,8 @@ KILLED = """
 import os, signal, sys
 import torch.distributed.checkpoint as dcp, grow
 
-def kill(tensors, checkpoint_id, **options):
-    (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
+def kill(tensors, storage_writer, **options):
+    (storage_writer.path / "__0_0.distcp").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 
 dcp.save = kill

@@ -1,6 +1,5 @@
 """The command line of iqeval.py."""
 
-import io
 import json
 import subprocess
 import sys
@@ -9,9 +8,7 @@ from pathlib import Path
 import pytest
 from test_iqeval_scoring import tiny_checkpoint
 
-import data
 import iqeval
-from flm import PRESETS
 from iqeval import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,57 +89,6 @@ def test_show_prints_tasks_or_items(capsys):
     iqeval.main(["show", "head-tail", "--items", "2", "--seed", "5"])
     shown, items = capsys.readouterr().out, TASKS["head-tail"].generate(2, 5)
     assert all(f"{item.prompt} \u27e6{item.answer}\u27e7" in shown for item in items)
-
-
-def test_play_marks_what_it_is_told(capsys, monkeypatch):
-    """It stops at an empty line, and says what chance and laziness get."""
-    items = TASKS["head-tail"].generate(2, 5)
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{items[0].answer}\nno idea\n\n"))
-    iqeval.main(["play", "head-tail", "--seed", "5"])
-    played = capsys.readouterr().out
-    assert "right\n" in played and f"no, it is: {items[1].answer}" in played
-    assert "1 of 2 right: 50%" in played and "chance is 0.0%; the best lazy strategy" in played
-
-
-@pytest.mark.parametrize("name", ["claim-head-slicing", "sense-en"])
-def test_play_takes_the_number_of_a_choice(name, capsys, monkeypatch):
-    """Where there is a choice, of symbols or of emoji, its number will do; what the emoji stand for
-    is said."""
-    items = TASKS[name].generate(10, 0)
-    numbers = [item.labels.index(item.answer) + 1 for item in items]
-    lines = [*numbers[:8], 3 - numbers[8], items[9].answer]
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    iqeval.main(["play", name])
-    played = capsys.readouterr().out
-    assert "9 of 10 right" in played and f"1: {items[0].labels[0]}" in played
-    assert ("it does not" in played) == (name != "sense-en")
-
-
-def test_make_writes_a_corpus_that_train_takes(tmp_path):
-    """The folder holds the raw texts and the prepared shards; rows of the preset's length come out
-    of it, with both signals; and train.py takes a step on it."""
-    out = tmp_path / "iq"
-    iqeval.make_corpus(out, 300, 0)
-    corpus = data.Corpus(out, PRESETS["iq-demo"].max_seq_len)
-    assert corpus.n_rows("train", "language") > 50 and corpus.n_rows("train", "teacher") > 5
-    assert corpus.n_rows("val", "teacher") > 0
-    assert corpus.teacher_left_out == {"train": 0, "val": 0}
-    assert {p.name for p in out.glob("*.jsonl")} == {"text.jsonl", "teacher.jsonl"}
-    assert list(tmp_path.iterdir()) == [out]
-    words = [sys.executable, "train.py", "--preset", "iq-demo", "--data", out, "--threads", "1"]
-    words += ["--teacher-fraction", "0.25", "--eval-rows", "4", "--batch-size", "2", "--steps", "1"]
-    words += ["--dtype", "float32", "--out", tmp_path / "run"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def test_make_refuses_before_it_works(tmp_path):
-    """A folder that is not empty, and too few documents, both at once; nothing is left behind."""
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("work")
-    text = refusal(iqeval.make_corpus, tmp_path / "mine", 5, 0)
-    assert "exists and is not an empty folder" in text and "--documents 5: too few" in text
-    assert [p.name for p in tmp_path.rglob("*")] == ["mine", "thesis.txt"]
 
 
 def test_mistakes_from_outside(tmp_path):

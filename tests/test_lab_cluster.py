@@ -268,7 +268,7 @@ def test_what_cannot_be_rehearsed_is_refused():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("word", ["--resume=runs/a", "--benchmark", "--compile"])
+@pytest.mark.parametrize("word", ["--resume=runs/a", "--eval-only=runs/a", "--compile"])
 def test_options_without_a_meaning_are_refused(word):
     """The other modes of train.py, and --compile, which hides from rehearsal and trace."""
     name = word.split("=")[0]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import train_here, trained, write_corpus
 
+import run_folder
 import train
 from flm import forward_flops, preset
 from lab import growth, runs
@@ -84,7 +85,7 @@ def test_bench(place, capsys):
             assert [row["loss"][str(seed)]] == ends and log[-1]["step"] == row["steps"]
             assert row["cpu_seconds"][str(seed)] == sum(line["cpu_seconds"] for line in log)
             assert sum("grown" in line for line in log) == (name == "double")
-            assert train.read_run(folder)[0].seed == seed
+            assert run_folder.read_run(folder)[0].seed == seed
         assert row["mean"]["loss"] == sum(row["loss"].values()) / 2
         assert f"{row['mean']['loss']:.4f}" in table
     grown = rows["double", 8]
@@ -248,7 +249,7 @@ def test_without_a_line():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--stages", "nothere"], "--stages nothere cannot be read: No such file.*one of small, early, once"),
+        (["--stages", "nothere"], "--stages nothere cannot be read: No such.*of small, early, once"),
         (["--stages", "SAMPLES"], "SAMPLES:.*start = 400: must be a share of the run, from 0 to 1"),
         (["--stages", "NUMBER"], "NUMBER:.*must be a list of stages, not 3"),
         (["--stages", "NAMED"], "mine:.*must be a list of stages, not \\['small'\\]"),

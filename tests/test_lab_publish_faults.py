@@ -4,7 +4,6 @@ written. And that what it makes is a checkpoint like any other."""
 import json
 import os
 import pickle
-import resource
 import shlex
 
 import pytest
@@ -213,6 +212,7 @@ def test_a_target_that_exists(theirs):
 def test_a_full_disk(theirs, way):
     """The system refuses to let a file grow past 4 KiB. The error is the system's, and neither a
     half nor a temporary folder stays."""
+    resource = pytest.importorskip("resource", reason="Windows limits no file")
     folder, out = theirs
     source = out.parent.parent / "source"
     publish.load(folder, source)

@@ -197,6 +197,24 @@ def test_the_narrow_runs_share_the_first_stage(tmp_path, size):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("size", [LAPTOP, QUICK, GPU], ids=["laptop", "quick", "gpu"])
+def test_what_the_search_found_is_what_is_trained(tmp_path, size):
+    """Every stage of every run after the search has its values. A narrow model and the first
+    stage's differ in nothing but the width; the first narrow seed is that of the large runs."""
+    asked = Recipe(tmp_path, size, 5, "cpu", True, 2)
+    narrow, large = recipe.narrow_settings(asked, BEST), recipe.big_settings(asked, BEST)
+    for settings in [*narrow, *large]:
+        assert settings.lr == BEST["lr"]
+        for stage in resolve(settings)[1]:
+            assert stage.config.init_std == BEST["init_std"]
+            assert stage.config.output_mult == BEST["output_mult"]
+    first, second = (resolve(settings)[1][0].config for settings in (narrow[0], large[0]))
+    wide = {name: getattr(second, name) for name in ("d_model", "n_heads", "d_ff")}
+    assert first.replace(**wide) == second
+    assert {settings.seed for settings in large} == {narrow[0].seed}
+
+
+@pytest.mark.quick
 def test_the_control_has_the_same_flops(tmp_path):
     """Up to half a step of the large model."""
     asked = Recipe(tmp_path, LAPTOP, 0, "cpu", True, 2)

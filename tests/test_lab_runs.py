@@ -15,6 +15,7 @@ import pytest
 from helpers import ROOT, error
 from small_runs import MODEL, WORDS, write_corpus
 
+import console
 import train
 from checkpoint import list_checkpoints, read_info
 from lab import runs
@@ -40,7 +41,7 @@ def elsewhere(settings: train.Settings, name: str, **changes) -> train.Settings:
 
 
 class Bar:
-    """In place of tqdm: what it was told."""
+    """In place of console.progress: what it was told."""
 
     def __init__(self, total, **options):
         self.total, self.done, self.words = total, 0, []
@@ -74,7 +75,7 @@ def test_runs_go_on_and_are_not_run_twice(small, monkeypatch):
     whole = train.train(elsewhere(small, "whole"))
     train.train(small, stop_at=2)
     assert read_finished(Path(small.out)) is None
-    monkeypatch.setattr(runs, "tqdm", Bar)
+    monkeypatch.setattr(console, "progress", Bar)
     study = [small, elsewhere(small, "inf", seed=1, lr=1e30)]
     first, second = finished = run_all(study, at_a_time=2)
 
@@ -192,7 +193,7 @@ def test_another_text_is_another_study(small, corpus, tmp_path):
     "words, message",
     [
         ("--resume runs/x", "--resume: the study decides it"),
-        ("--benchmark", "--benchmark: the study decides it"),
+        ("--settings x.json", "--settings: the study decides it"),
         ("--seed 1 --threads 2", "--threads: the study decides it"),
         ("--mup off", "--mup: the study decides it"),
         ("--dtype auto", "need one arithmetic"),

@@ -1,5 +1,5 @@
-"""Tests of the loss and its gradient. That HeadLoss is the plain loss, however many rows it takes at
-a time, is a check of the course (tests/test_course_ours.py)."""
+"""Tests of the loss and its gradient. That HeadLoss is the plain loss, however many rows it takes
+at a time, is a check of the course (tests/test_course_ours.py)."""
 
 import math
 from unittest import mock

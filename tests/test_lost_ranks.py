@@ -1,13 +1,17 @@
 """Ranks that are late, lost or wrong: what the others say, and that all of them end."""
 
+import datetime
 import re
 import socket
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import distributed
 import frozen
 import pytest
+import torch.distributed as dist
 from processes import Shared, start, wait
 
 import parallel
@@ -38,9 +42,12 @@ def after_freezing(tmp_path_factory):
 def test_a_frozen_rank_is_named_and_the_other_one_ends(after_freezing, name):
     """A rank that stops for good, as if its machine or its link were gone: in a sum of plain
     numbers, in a step over dp, tp and pp, in a save, in rank 0's own work. The other rank ends by
-    itself, and says which rank is lost."""
+    itself, and says which rank is lost; of a rank that was killed, on which host it was."""
     said = (after_freezing() / f"{name}.log").read_text()
-    assert f"no answer from rank {frozen.CASES[name][0]} (" in said
+    lost = f"no answer from rank {frozen.CASES[name][0]} ("
+    if name == "killed-1":
+        lost = "a rank on 127.0.0.1 has closed its connection"
+    assert lost in said
 
 
 def test_the_others_wait_while_rank_0_works(after_freezing):
@@ -89,6 +96,39 @@ def test_a_rank_that_never_comes_is_an_error_for_people(tmp_path):
     assert code == 1
     assert "TimeoutError: rank 0 has not met the 1 other ranks in 0.02 minutes: " in last
     del store
+
+
+def test_a_rank_that_cannot_connect_tells_the_others(monkeypatch):
+    """Rank 1 asks for an interface that its host does not have, and rank 0 waits for its
+    connection: both raise the same error, which names the rank and the interface."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such")
+    store, forever = dist.HashStore(), threading.Event()
+    minute = datetime.timedelta(minutes=1)
+
+    def form(rank: int):
+        if rank == 0:
+            forever.wait()
+        dist.ProcessGroupGloo.create_device(interface="no-such")
+
+    with ThreadPoolExecutor(2) as pool:
+        calls = [
+            pool.submit(parallel.do_together, lambda rank=rank: form(rank), store, rank, minute)
+            for rank in (0, 1)
+        ]
+        said = {str(call.exception()) for call in calls}
+    forever.set()
+    assert len(said) == 1
+    assert "rank 1 on " in min(said)
+    assert ": Unable to find address for: no-such" in min(said)
+    assert "interface no-such (GLOO_SOCKET_IFNAME)" in min(said)
+
+
+def test_connections_that_are_never_complete():
+    """No rank fails, and none is done: TimeoutError, with what to look at."""
+    forever, moment = threading.Event(), datetime.timedelta(seconds=0.01)
+    with pytest.raises(TimeoutError, match="open all ports between the hosts"):
+        parallel.do_together(forever.wait, dist.HashStore(), 0, moment)
+    forever.set()
 
 
 LIBRARY = """

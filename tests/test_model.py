@@ -12,7 +12,8 @@ from slow_model import slow_forward
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from flm import FLM, FLMConfig, KVCache, forward_flops, growth_mask
+from flm import FLM, FLMConfig, forward_flops, growth_mask
+from sample import KVCache
 
 pytestmark = pytest.mark.quick
 

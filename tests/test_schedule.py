@@ -3,13 +3,14 @@
 import itertools
 import json
 import re
+from fractions import Fraction
 
 import pytest
 from helpers import error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm import PRESETS, forward_flops, preset
+from flm import PRESETS, count_parameters, forward_flops, preset
 from schedule import (
     DEMO_STAGES,
     PAPER_STAGES,
@@ -17,6 +18,7 @@ from schedule import (
     Stage,
     extend_stages,
     fit_stages,
+    flop_progress,
     given_stages,
     in_samples,
     learning_rate,
@@ -370,6 +372,48 @@ def test_flops_of_training_add_up_over_the_stages():
     assert training_flops(planned, 100) == 0 and training_flops(planned, 109) == 9 * small
     assert training_flops(planned, 112) - training_flops(planned, 108) == small + 3 * large
     assert training_flops(planned, 10**6) == 9 * small + 6 * large
+
+
+@given(schedules(), st.data())
+def test_progress_in_flops(drawn, data):
+    """FLOPs done over a run: nothing at its start, all at its end and after it, never fewer with
+    more samples; within a stage linear in them, so that a run without growth has the share of its
+    samples."""
+    stages, steps, batch_size = drawn
+    try:
+        planned = plan(stages, steps=steps, batch_size=batch_size)
+    except ValueError:
+        return
+    start, end = planned[0].start, planned[-1].end
+    total = flop_progress(planned, end)[1]
+    assert flop_progress(planned, start) == (0, total)
+    assert flop_progress(planned, end + 10) == (total, total) and total > 0
+    a, b = sorted(data.draw(st.integers(start, end)) for _ in range(2))
+    assert flop_progress(planned, a)[0] <= flop_progress(planned, b)[0] <= total
+    for stage in planned:
+        (first, _), (last, _) = (flop_progress(planned, n) for n in (stage.start, stage.end))
+        inside = data.draw(st.integers(stage.start, stage.end))
+        share = Fraction(inside - stage.start, stage.end - stage.start)
+        assert flop_progress(planned, inside)[0] == first + share * (last - first)
+
+
+def test_our_recipes_are_derived_as_they_say():
+    """Of presets whose training no paper prints: 20 tokens for each parameter, a warm-up of the
+    paper's share of its first stage, its learning rate. The paper's own have the paper's numbers:
+    16B warms up for 9.4 billion tokens, and nothing smaller does."""
+    paper = RECIPES["flm-16b"]
+    assert paper["warmup"] == 4_608_000
+    share = paper["warmup"] / (paper["steps"] * paper["batch_size"])
+    for name in ("flm-1b", "flm-proxy", "tele-flm-proxy"):
+        config, recipe = preset(name), RECIPES[name]
+        samples = recipe["steps"] * recipe["batch_size"]
+        tokens = samples * config.max_seq_len
+        assert tokens / count_parameters(config) == pytest.approx(20, rel=0.01)
+        assert recipe["warmup"] / samples == pytest.approx(share, rel=0.01)
+        assert recipe["warmup"] * config.max_seq_len < 1e9
+        assert recipe["warmup"] % recipe["batch_size"] == 0
+    assert RECIPES["flm-1b"]["lr"] == RECIPES["flm-proxy"]["lr"] == paper["lr"]
+    assert 1e9 < count_parameters(preset("flm-1b")) < 1.1e9
 
 
 def test_the_demo_recipe_is_the_papers_in_miniature():

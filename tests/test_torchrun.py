@@ -19,11 +19,11 @@ from checkpoint import find_checkpoint, load_model, read_info
 ACCIDENT = """
 import math, os, runpy, signal, sys
 from pathlib import Path
-import torch.distributed.checkpoint as dcp
 import parallel
-what, rank, mark, calls = sys.argv[1], sys.argv[2], Path(sys.argv[3]), [0, 0]
+from checkpoint import StepWriter
+what, rank, mark, calls = sys.argv[1], sys.argv[2], Path(sys.argv[3]), [0]
 sys.argv = ["train.py", *sys.argv[4:]]
-step, save = parallel.Worker.gradients, dcp.save
+step, write = parallel.Worker.gradients, StepWriter.write_data
 mine = os.environ["RANK"] == rank and not mark.exists()
 
 def gradients(worker, *args, **options):
@@ -36,14 +36,13 @@ def gradients(worker, *args, **options):
         parallel.local(worker.named[2][1].grad).view(-1)[0] = math.inf
     return nats
 
-def saving(tensors, **options):
-    calls[1] += 1
-    if mine and calls[1] == 3 and what == "kill in a save":      # of step 4
+def write_data(writer, *args):
+    if mine and writer.path.name == "step-00000004.tmp" and what == "kill in a save":
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return save(tensors, **options)
+    return write(writer, *args)
 
-parallel.Worker.gradients, dcp.save = gradients, saving
+parallel.Worker.gradients, StepWriter.write_data = gradients, write_data
 if mine and what == "another argument":
     sys.argv += ["--lr", "0.5"]
 runpy.run_path(parallel.__file__.replace("parallel.py", "train.py"), run_name="__main__")
@@ -198,16 +197,18 @@ def test_without_torchrun_the_command_is_named():
 
 def test_a_run_grows_moves_and_is_evaluated(workshop, tmp_path):
     """A run with a teacher signal grows under tp 2 x pp 2 in bf16, with the same held-out loss in
-    full precision before and after; its checkpoint is evaluated by two ranks and by one, the same
+    full precision before and after; each rank has a profile, and rank 0 alone prints one; its checkpoint is evaluated by two ranks and by one, the same
     but for rounding, and the run goes on in one process."""
     small, large = {"n_layers": 2, "d_model": 16}, {"n_layers": 4, "d_model": 32}
     stages = [{"config": small}, {"config": large, "start": 16, "ramp": 16}]
     (tmp_path / "stages.json").write_text(json.dumps(stages))
     run, log = tmp_path / "run", tmp_path / "log"
     words = ["--tp", 2, "--pp", 2, "--sequence-parallel", "--stages", tmp_path / "stages.json"]
-    words += ["--teacher-fraction", 0.25, "--eval-every", 3]
+    words += ["--teacher-fraction", 0.25, "--eval-every", 3, "--profile", 2]
     code, output = workshop.torchrun(4, run, *words, dtype="bfloat16")
     assert code == 0, output
+    assert output.count("profile of steps 4 to 5, cpu time") == 1
+    assert len(list(run.glob("trace-step-4-rank-*.json"))) == 4
     lines = read_log(run)
     (grown,) = (line for line in lines if "grown" in line)
     assert grown["loss_after"] == pytest.approx(grown["loss_before"], rel=1e-6)

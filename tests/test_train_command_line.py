@@ -27,11 +27,14 @@ from workshop import (
     workshop,
 )
 
+import launch
 import parallel
+import run_folder
 import sample
 import schedule
 import train
 from flm import PRESETS
+from lab import bench
 from train import Settings, World, main
 
 # --------------------------------------------------------------------------------------------------
@@ -101,7 +104,7 @@ def test_config_json_describes_the_run(corpus):
     assert set(run["settings"]) == {field.name for field in dataclasses.fields(Settings)}
     assert "utilisation is against" in run["machine"]
     used = dataclasses.replace(train.resolve(s)[0], dtype="float32", out="runs/demo")
-    assert train.read_run(Path("runs/demo"))[0] == used
+    assert run_folder.read_run(Path("runs/demo"))[0] == used
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,19 +241,9 @@ def test_config_json_describes_the_run(corpus):
             ["cannot read the tokenizer file 'nowhere'"],
         ),
         (["--eval-only", "nowhere"], ["no checkpoint at nowhere: there is no such file or folder"]),
-        (["--export", "nowhere", "x.pt"], ["no checkpoint at nowhere"]),
         (["--stages", "{corpus}/../text.jsonl"], ["text.jsonl is not JSON"]),
         (["--stages", "nowhere.json"], ["nowhere.json"]),
         (["--init-from", "nowhere"], ["no checkpoint at nowhere"]),
-        (["--benchmark", "--preset", "dem"], ["unknown preset 'dem': did you mean demo"]),
-        (
-            ["--benchmark", "--batch-size", "0", "--micro-batch", "0"],
-            ["--batch-size 0: must be", "--micro-batch 0: must be"],
-        ),
-        (
-            ["--benchmark", "--steps", "7", "--lr", "1"],
-            ["--benchmark makes no use of --lr, --steps"],
-        ),
     ],
     ids=lambda value: " ".join(value)[:50] if value and value[0].startswith("--") else "",
 )
@@ -277,9 +270,8 @@ def test_bad_input(corpus, other_corpus, tmp_path, monkeypatch, line, words):
     [
         ["--steps", "ten"],
         ["--mup", "maybe"],
-        ["--bench", "--resume", "x"],
+        ["--auto-resume", "--resume", "x"],
         ["--nope"],
-        ["--export", "x"],
         ["--tokenizer", "x"],
         ["--dtype", "float16"],
     ],
@@ -295,7 +287,7 @@ def test_bad_words(line, capsys, tmp_path):
 
 def test_every_option_is_on_the_command_line(capsys):
     """Every setting has a flag that gives it and a line of help, and the help names the presets
-    that there are. The modes that read an option are modes of train.py."""
+    that there are. What else reads an option is a mode of train.py, or lab.bench."""
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -305,7 +297,7 @@ def test_every_option_is_on_the_command_line(capsys):
     unbroken = text.replace("- ", "-")  # argparse breaks a line after a hyphen, too
     assert all(name in unbroken for name in PRESETS)
     for field in dataclasses.fields(Settings):
-        assert set(field.metadata.get("modes", ())) <= set(train.MODES)
+        assert set(field.metadata.get("modes", ())) <= {*train.MODES, "lab.bench"}
 
 
 def test_every_preset_has_a_recipe():
@@ -330,11 +322,11 @@ def test_steps_of_the_papers_run():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**20])
-@pytest.mark.parametrize("mode", [[], ["--benchmark"]])
-def test_a_seed_is_refused_everywhere_alike(seed, mode):
+@pytest.mark.parametrize("command", [main, bench.main])
+def test_a_seed_is_refused_everywhere_alike(seed, command):
     """What PyTorch's generators do not take is refused by training and benchmark."""
     with pytest.raises(ValueError, match=rf"--seed {seed}: must be between 0 and 2\^63 - 1"):
-        main([*mode, "--seed", str(seed)])
+        command(["--seed", str(seed)])
 
 
 def test_the_largest_seed(corpus, capsys):
@@ -344,7 +336,7 @@ def test_the_largest_seed(corpus, capsys):
     s, stages = train.resolve(job(corpus, seed=seed))
     worker = train.allocate(stages[0].config, FLOAT64)
     worker.init_weights(0)
-    assert len(train.time_steps(worker, train.make_optimizer(worker, s), s, 1)) == 3
+    assert len(bench.time_steps(worker, train.make_optimizer(worker, s), s, 1)) == 3
 
 
 def test_rows_of_one_token(other_corpus, capsys):
@@ -368,7 +360,8 @@ def test_compile_without_a_compiler(corpus, monkeypatch, capsys):
 
     monkeypatch.setattr(parallel.Worker, "gradients", fails)
     line = flags(job(corpus, compile=True))
-    assert train.call_main(lambda world: main(line, world), World()) == 2
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    assert launch.call_main(lambda world: main(line, world), World()) == 2
     error = capsys.readouterr().err.splitlines()
     assert error[-2].startswith("train.py: --compile: PyTorch cannot compile here. It needs a C++")
     assert error[-1] == "  No working C++ compiler found"

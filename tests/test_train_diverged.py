@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import shlex
+import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from workshop import (
 import muP
 import parallel
 import train
-from checkpoint import find_checkpoint, load_model
+from checkpoint import StepWriter, find_checkpoint, load_model
 from flm import FLM
 from train import main
 
@@ -80,9 +81,14 @@ def test_the_advice_after_a_divergence_works(corpus):
 
 @pytest.mark.parametrize("keep", [1, 3])
 def test_ruined_weights_never_replace_sound_ones(corpus, monkeypatch, keep):
-    """The weights of step 4 are ruined and saved before anybody can know it. Whatever --keep says,
-    the last checkpoint with a finite loss is still there, and is the newest one now."""
-    s, real = job(corpus, keep=keep), train.update
+    """The weights of step 4 are ruined and saved before anybody can know it; their write goes on
+    when step 5 shows it. Whatever --keep says, the last checkpoint with a finite loss is still
+    there, and is the newest one now."""
+    s, real, real_write = job(corpus, keep=keep), train.update, StepWriter.write_data
+
+    def write_slowly(writer, *args):
+        time.sleep(0.2 if writer.folder.name == "step-00000004" else 0)
+        return real_write(writer, *args)
 
     def ruin(worker, optimizer, clip, lr, *numbers):
         found = real(worker, optimizer, clip, lr, *numbers)
@@ -93,6 +99,7 @@ def test_ruined_weights_never_replace_sound_ones(corpus, monkeypatch, keep):
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "update", ruin)
+        patch.setattr(StepWriter, "write_data", write_slowly)
         with pytest.raises(train.NonFinite, match="step 5 stopped.*loss nan") as caught:
             train.train(s)
     sound, ruined = f"{s.out}/step-00000002", f"{s.out}/step-00000004.diverged-1"

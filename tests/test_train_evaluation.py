@@ -32,6 +32,7 @@ import train
 from checkpoint import find_checkpoint, load_model
 from evaluation import describe
 from flm import IGNORE
+from lab.publish import export_weights
 from prepare import prepare
 from tokenizer import get_tokenizer
 from train import main
@@ -183,7 +184,7 @@ def test_eval_only_on_other_text(corpus, other_corpus, capsys):
     """--eval-only prints the held-out loss of a run, a step folder or an exported file on any
     prepared folder: the one computed by hand (fp32 rounding), and changes nothing."""
     run = train.train(job(corpus))["folder"]
-    assert main(["--export", run, "weights.pt"]) == 0
+    export_weights(run, "weights.pt")
     capsys.readouterr()
     before = sorted(Path().rglob("*"))
     nats, bits, _ = held_out_by_hand(load_model(run)[0], other_corpus)
@@ -222,7 +223,7 @@ def test_an_exported_file_is_evaluated_by_itself(corpus, other_corpus, capsys, p
     config.json, or in the folder of a run whose dtype and rows are other ones."""
     run = train.train(job(corpus))["folder"]
     options = {"data": corpus, "dtype": "float32"}
-    assert main(["--export", run, "weights.pt"]) == 0
+    export_weights(run, "weights.pt")
     expected = train.eval_only("weights.pt", options)
     if place == "another run":
         Path(train.train(job(other_corpus, dtype="float64", eval_rows=2))["folder"]).rename(

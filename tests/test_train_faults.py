@@ -2,7 +2,6 @@
 true."""
 
 # ruff: noqa: F401, F811 (pytest finds fixtures by their names)
-# ruff: noqa: F401, F811 (pytest finds fixtures by their names)
 import dataclasses
 import itertools
 import json
@@ -20,7 +19,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from workshop import (
     CONFIG,
     ROOT,
@@ -42,7 +40,7 @@ import data
 import muP
 import parallel
 import train
-from checkpoint import find_checkpoint, read_info
+from checkpoint import StepWriter, find_checkpoint, read_info, step_of
 from flm import FLM
 from train import main
 
@@ -62,7 +60,7 @@ def batch(*args, **options):
     return real(*args, **options)
 data.Corpus.batch_ahead = batch
 sys.argv = ["train.py", *sys.argv[3:]]
-train.launch()
+train.launch(train.main)
 """
 
 
@@ -133,21 +131,21 @@ def test_a_signal_between_two_micro_batches(corpus, monkeypatch):
 
 
 def test_a_second_interrupt_during_a_save(corpus, monkeypatch):
-    """Ctrl-C twice, the second time while the checkpoint is written: it is an interrupt, not a disk
-    that failed. No half checkpoint stays, and the run goes on from the one before."""
-    s, real = job(corpus, save_every=4), dcp.save
+    """Ctrl-C twice, the second time while the last checkpoint is written and the run waits for it:
+    it is an interrupt, not a disk that failed. The write comes to its end before the process does,
+    so the checkpoint is whole, and the run goes on from it."""
+    s = job(corpus, save_every=4)
 
-    def save(tensors, checkpoint_id, **options):
-        real(tensors, checkpoint_id=checkpoint_id, **options)
-        if "step-00000003" in str(checkpoint_id):
+    def interrupt(step, folder):
+        if step == 3:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dcp, "save", save)
+        when_written(patch, interrupt)
         signals_at_batch(patch, 3, signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             train.train(s)
-    assert steps_of(s.out) == ["step-00000000"]
+    assert steps_of(s.out) == ["step-00000000", "step-00000003"]
     go_on(s.out)
     assert_same_run(s.out, train.train(job(corpus, save_every=4))["folder"])
 
@@ -159,7 +157,7 @@ def test_checkpoints_by_time(corpus, monkeypatch):
     real_time, real_batch, real_save = (
         time.monotonic,
         data.Corpus.batch_ahead,
-        checkpoint.write_checkpoint,
+        checkpoint.write_in_background,
     )
 
     def batch(self, *args, **options):
@@ -174,7 +172,7 @@ def test_checkpoints_by_time(corpus, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: real_time() + clock[0])
         patch.setattr(data.Corpus, "batch_ahead", batch)
-        patch.setattr(checkpoint, "write_checkpoint", save)
+        patch.setattr(checkpoint, "write_in_background", save)
         train.train(s)
     assert saved == [f"step-{step:08d}" for step in (0, 3, 6, 9)]
     assert_same_run(s.out, train.train(job(corpus, steps=9))["folder"])
@@ -224,26 +222,72 @@ def raises(error):
     raise error
 
 
-class Killed(BaseException):
-    """Stands for kill -9: nothing in our code catches it."""
-
-
 def cut_largest(folder):
     largest = max(Path(folder).iterdir(), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
 
 
-def breaks_save(monkeypatch, step, error, cut=True):
-    """dcp.save, for the checkpoint of that step, leaves half of it and raises `error`."""
-    real = dcp.save
+def when_written(monkeypatch, action):
+    """Call action(step, folder) in the thread that writes a checkpoint, when its tensors are
+    written and nothing else of it is."""
+    real = StepWriter.write_data
 
-    def save(tensors, checkpoint_id, **options):
-        real(tensors, checkpoint_id=checkpoint_id, **options)
-        if f"step-{step:08d}" in str(checkpoint_id):
-            cut_largest(checkpoint_id)
+    def write_data(writer, *args):
+        result = real(writer, *args)
+        action(step_of(writer.folder.name), writer.path)
+        return result
+
+    monkeypatch.setattr(StepWriter, "write_data", write_data)
+
+
+def breaks_saves(monkeypatch, step, error):
+    """From the checkpoint of that step on, half of each is written, and then `error` is raised."""
+
+    def fail(n, folder):
+        if n >= step:
+            cut_largest(folder)
             raise error
 
-    monkeypatch.setattr(dcp, "save", save)
+    when_written(monkeypatch, fail)
+
+
+class PatientRun(train.Run):
+    """A run that waits before each step until no thread writes: what happens then does not depend
+    on how fast the disk is."""
+
+    def train_step(self):
+        while self.writing and not self.writing[1]():
+            time.sleep(0.001)
+        super().train_step()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(corpus, monkeypatch):
+    """The write of step 2's checkpoint does not end before the batch of step 4 is asked for. Until
+    then there is no such checkpoint. It holds the weights and moments of step 2 all the same, and
+    the run is an undisturbed one, bit for bit."""
+    s, fourth, seen = job(corpus, keep=9), threading.Event(), []
+    real, calls = data.Corpus.batch_ahead, itertools.count(1)
+
+    def batch(*args, **options):
+        if next(calls) == 4:
+            seen.append(steps_of(s.out))
+            fourth.set()
+        return real(*args, **options)
+
+    def wait_for_it(step, folder):
+        if step == 2:
+            seen.append(fourth.wait(60))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Corpus, "batch_ahead", batch)
+        when_written(patch, wait_for_it)
+        train.train(s)
+    assert sorted(seen, key=str) == [True, ["step-00000000", "step-00000002.tmp"]]
+    straight = train.train(job(corpus, keep=9))["folder"]
+    assert steps_of(s.out) == steps_of(straight) == [f"step-{n:08d}" for n in (0, 2, 4, 6)]
+    assert_same_run(s.out, straight)
+    for name in steps_of(straight):
+        assert equal(contents(f"{s.out}/{name}"), contents(f"{straight}/{name}"))
 
 
 @pytest.mark.parametrize(
@@ -255,53 +299,62 @@ def breaks_save(monkeypatch, step, error, cut=True):
         "before old ones go",
     ],
 )
-def test_killed_anywhere_in_a_save(corpus, monkeypatch, place):
-    """Wherever in a save the process ends, there is a whole checkpoint, and the run that goes on
-    from it equals an undisturbed one and leaves no half folders."""
-    straight, s = train.train(job(corpus))["folder"], job(corpus, keep=1)
-
+def test_killed_anywhere_in_a_save(corpus, monkeypatch, tmp_path, place):
+    """What is on the disk at a moment of a save is what a kill -9 at that moment leaves: there is a
+    whole checkpoint, and the run that goes on from it equals an undisturbed one and leaves no half
+    folders."""
+    s, left = job(corpus, keep=1, out="killed/run"), tmp_path / "left"
     tmp, whole = Path(s.out, "step-00000004.tmp"), Path(s.out, "step-00000004")
 
-    def dies(owner, name, when):
+    def snapshot():
+        if not left.exists():
+            shutil.copytree(s.out, left)
+
+    def before(owner, name, when):
         real = getattr(owner, name)
 
         def call(*args, **options):
             if when(*args):
-                raise Killed
+                snapshot()
             return real(*args, **options)
 
         patch.setattr(owner, name, call)
 
+    def half(step, folder):
+        if step == 4:
+            snapshot()
+            cut_largest(left / folder.name)
+
     with monkeypatch.context() as patch:
         if place == "tensors half written":
-            breaks_save(patch, 4, Killed())
+            when_written(patch, half)
         elif place == "before checkpoint.json is whole":
-            dies(json, "dump", lambda *_: tmp.exists())
+            before(json, "dump", lambda *_: tmp.exists())
         elif place == "before the rename":
-            dies(Path, "rename", lambda path, _: path == tmp)
+            before(Path, "rename", lambda path, _: path == tmp)
         else:
-            dies(checkpoint, "remove_old_checkpoints", lambda *_: whole.exists())
-        with pytest.raises(Killed):
-            train.train(s)
-    assert find_checkpoint(s.out).name == ("step-00000004" if "old" in place else "step-00000002")
-    go_on(s.out)
-    assert_same_run(s.out, straight)
-    assert steps_of(s.out) == ["step-00000006"]
+            before(checkpoint, "remove_old_checkpoints", lambda *_: whole.exists())
+        train.train(s, run_class=PatientRun)
+    assert find_checkpoint(left).name == ("step-00000004" if "old" in place else "step-00000002")
+    go_on(str(left))
+    assert_same_run(left, s.out)
+    assert steps_of(left) == ["step-00000006"]
 
 
 KILLED_BY_THE_SYSTEM = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import torch.distributed.checkpoint as dcp
+from checkpoint import StepWriter
 import train
-whole = dcp.save
-def half(tensors, checkpoint_id, **options):
-    whole(tensors, checkpoint_id=checkpoint_id, **options)
-    if checkpoint_id.name == "step-00000004.tmp":
-        file = max(checkpoint_id.iterdir(), key=lambda path: path.stat().st_size)
+whole = StepWriter.write_data
+def half(writer, *args):
+    result = whole(writer, *args)
+    if writer.path.name == "step-00000004.tmp":
+        file = max(writer.path.iterdir(), key=lambda path: path.stat().st_size)
         os.truncate(file, file.stat().st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
-dcp.save = half
+    return result
+StepWriter.write_data = half
 train.main(sys.argv[2:])
 """
 
@@ -350,17 +403,22 @@ def test_a_log_that_cannot_be_written(corpus, monkeypatch):
 
 
 def test_full_disk_during_a_save(corpus, monkeypatch):
-    """No space left: an OSError of one line that names the checkpoint and the reason; no half
-    folder; the checkpoint before is whole, and the run goes on from it exactly."""
+    """No space left from step 4 on: the run does not train on until the next save is due, but ends
+    after step 5, with an OSError that names the checkpoint and the reason, and the command that goes
+    on; no half folder; the checkpoint before is whole, and the run goes on from it exactly."""
     s = job(corpus)
     with monkeypatch.context() as patch:
-        breaks_save(patch, 4, OSError(28, "No space left on device"))
+        breaks_saves(patch, 4, OSError(28, "No space left on device"))
         with pytest.raises(OSError) as caught:
-            train.train(s)
+            train.train(s, run_class=PatientRun)
     lines = str(caught.value).splitlines()
     place = f"{s.out}/step-00000004"
-    assert lines[0] == f"could not write the checkpoint {place}: No space left on device"
+    assert lines == [
+        f"could not write the checkpoint {place}: No space left on device",
+        f"saved at step 2; to go on: python train.py --resume {s.out}",
+    ]
     assert steps_of(s.out) == ["step-00000000", "step-00000002"]
+    assert log(s.out)[-1]["step"] == 5
     go_on(s.out)
     assert_same_run(s.out, train.train(job(corpus))["folder"])
 
@@ -377,7 +435,7 @@ def test_a_run_that_cannot_begin_leaves_nothing(corpus, monkeypatch, place, erro
     s = job(corpus)
     with monkeypatch.context() as patch:
         if place == "checkpoint":
-            breaks_save(patch, 0, error)
+            breaks_saves(patch, 0, error)
         else:
             patch.setattr(Path, "replace", lambda path, to: raises(error))
         with pytest.raises(type(error)):
@@ -390,14 +448,14 @@ SEVERAL_COMMANDS = """
 import contextlib, io, json, resource, runpy, sys
 sys.path.insert(0, sys.argv[1])
 import checkpoint
-write = checkpoint.write_checkpoint
+write = checkpoint.write_in_background
 def limited(folder, tensors, info, group):
     if "interrupted" in str(folder):
         raise KeyboardInterrupt
     if info["step"] == 4 and "small-disk" in str(folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     return write(folder, tensors, info, group)
-checkpoint.write_checkpoint = limited
+checkpoint.write_in_background = limited
 found = []
 for line in json.loads(sys.argv[2]):
     sys.argv = ["train.py", *line]

@@ -77,7 +77,7 @@ def test_only_what_was_made_is_removed(corpus, monkeypatch, error):
         Path("place", "thesis.txt").write_text("all of it")
         raise error
 
-    monkeypatch.setattr(train.checkpoint, "write_checkpoint", fails)
+    monkeypatch.setattr(train.checkpoint, "write_in_background", fails)
     with pytest.raises(type(error)):
         train.train(job(corpus, out="place"))
     assert files_of("place") == {"place/thesis.txt": b"all of it"}
@@ -88,7 +88,7 @@ def test_a_run_killed_in_its_first_save_may_begin_again(corpus, monkeypatch):
     s = job(corpus)
     with monkeypatch.context() as patch:
         patch.setattr("run_folder.remove_unbegun", lambda *_: None)  # a killed process does nothing
-        patch.setattr(train.checkpoint, "write_checkpoint", lambda *_: 1 / 0)
+        patch.setattr(train.checkpoint, "write_in_background", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.train(s)
     Path(s.out, "step-00000000.tmp").mkdir()
@@ -175,6 +175,32 @@ def test_a_second_writer_is_refused(corpus):
         assert files_of(s.out) == held
     assert before.keys() == held.keys()
     go_on(s.out)
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path):
+    """A rank on another host sees no such folder, or a copy of an older run: refused, with the
+    name. It sees the folder that rank 0 has locked: accepted."""
+    shared, copy, missing = (tmp_path / name for name in ("shared", "copy", "missing"))
+    shared.mkdir()
+    with contextlib.ExitStack() as stack:
+        run_folder.lock_folder(shared, stack)
+        shutil.copytree(shared, copy)
+    with contextlib.ExitStack() as stack:
+        (copy / "lock").write_text(f"{run_folder.LOCK_MARK}process 1 on host9\n")
+        run_folder.lock_folder(shared, stack)
+        lock = (shared / "lock").read_text()
+        run_folder.check_shared(shared, lock, 0)
+        for folder in copy, missing:
+            with pytest.raises(ValueError, match=f"the folder {folder} that rank 0 writes to"):
+                run_folder.check_shared(folder, lock, 0)
+
+
+def test_another_text_on_another_host_is_refused(corpus, other_corpus):
+    """Rank 0 has other text under the same name: a rank refuses, and names the folder."""
+    found = data.Corpus(corpus, 32)
+    run_folder.check_same_corpus(found, data.Corpus(corpus, 32).digest)
+    with pytest.raises(ValueError, match=f"{found.path} on .* is not the text that rank 0 has"):
+        run_folder.check_same_corpus(found, data.Corpus(other_corpus, 32).digest)
 
 
 def test_two_first_runs_that_prepare_the_default_corpus(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The machine, the benchmark, one file of weights, the default corpus."""
+"""The machine, the default corpus."""
 
 # ruff: noqa: F401, F811 (pytest finds fixtures by their names)
 
@@ -29,6 +29,7 @@ import sample
 import train
 from checkpoint import find_checkpoint, load_model
 from flm import FLM, PRESETS
+from lab import bench
 from machine import matmul_rate, pick_machine
 from train import main
 
@@ -104,63 +105,6 @@ def test_the_line_about_the_machine_is_printed(corpus, capsys):
     assert "cpu with 1 threads, float32 (no bf16 instructions" in line
 
 
-BENCHMARK = ["--benchmark", "--model", *SIZE, "d_ff=128", "--batch-size", "8", "--device", "cpu"]
-
-
-def give_clock(monkeypatch, *seconds):
-    """A clock of its own for the benchmark: its three actions (forward, forward and backward,
-    update) take so many seconds, whatever the machine does besides."""
-    times = itertools.accumulate(itertools.chain([0.0], itertools.cycle([*seconds])))
-    marks = itertools.chain.from_iterable(itertools.pairwise(times))  # start, end, start, end ...
-    monkeypatch.setattr(train, "now", lambda device: next(marks))
-
-
-def test_benchmark_prints_one_json_object(monkeypatch, capsys, tmp_path):
-    """--benchmark prints one JSON object and leaves nothing behind. Its numbers agree with the
-    clock, and its FLOPs with the formula of Narayanan et al. for d_ff = 4C: 72 B T L C^2 (1 + T/6C)
-    + 6 B T V C. 2%: printed numbers are rounded."""
-    give_clock(monkeypatch, 0.010, 0.035, 0.005)
-    assert main([*BENCHMARK, "--micro-batch", "4", "--dtype", "float32"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert set(found) == set(
-        "parameters batch_size seq_len layout vocab_size dtype compile tokens_per_s forward_ms "
-        "backward_ms optimizer_ms peak_memory_gib achieved_gflops peak_gflops utilisation machine "
-        "torch".split()
-    )
-    B, C, L = 8, 32, 2
-    times = found["forward_ms"], found["backward_ms"], found["optimizer_ms"]
-    assert times == pytest.approx((10, 25, 5))
-    flops = 72 * B * T * L * C**2 * (1 + T / (6 * C)) + 6 * B * T * V * C
-    assert found["tokens_per_s"] == pytest.approx(B * T / 0.04, rel=0.02)
-    assert found["achieved_gflops"] == pytest.approx(flops / 0.04 / 1e9, rel=0.02, abs=0.1)
-    used = flops / 0.04 / 1e12  # of one TFLOP/s, see workshop
-    assert found["utilisation"] == pytest.approx(used, rel=0.02, abs=1e-4)
-    shape = (found["batch_size"], found["seq_len"], found["vocab_size"], found["dtype"])
-    assert shape == (B, T, V, "float32")
-    assert found["parameters"] == sum(p.numel() for p in FLM(CONFIG.replace(d_ff=128)).parameters())
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("peak, clock", [(1e12, (0.03, 0.02, 0.01)), (1e9, (1e-4, 2e-4, 1e-4))])
-def test_benchmark_refuses_to_print_nonsense(monkeypatch, capsys, peak, clock):
-    """A backward pass of less than no time, or a utilisation above 100%, can only come from a
-    machine that was busy: no number is printed."""
-    give_clock(monkeypatch, *clock)
-    monkeypatch.setattr("machine.matmul_rate", lambda device, dtype, n=0: peak)
-    with pytest.raises(ValueError, match="make no sense.*run the benchmark again"):
-        main([*BENCHMARK, "--dtype", "float32"])
-    assert "{" not in capsys.readouterr().out
-
-
-def test_benchmark_where_memory_is_not_known(monkeypatch, capsys):
-    """Without the module `resource` (Windows) all is printed, and the memory is null."""
-    monkeypatch.setitem(sys.modules, "resource", None)
-    give_clock(monkeypatch, 0.010, 0.035, 0.005)
-    assert main([*BENCHMARK, "--dtype", "float32"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["peak_memory_gib"] is None and found["tokens_per_s"] > 0
-
-
 def test_the_peak_is_the_best_of_several_measurements(corpus, monkeypatch, capsys):
     """A busy machine only lowers a measurement. So the peak is measured again at each evaluation,
     and the highest counts; a utilisation above 100% is called wrong, once."""
@@ -213,66 +157,14 @@ def test_threads_are_those_asked_for(corpus, capsys):
     main(["--eval-only", s.out, "--threads", "3"])
     assert torch.get_num_threads() == 3
     capsys.readouterr()
-    main(
-        [
-            "--benchmark",
-            "--model",
-            *SIZE,
-            "--batch-size",
-            "1",
-            "--threads",
-            "1",
-            "--device",
-            "cpu",
-            "--dtype",
-            "float32",
-        ]
-    )
-    assert (
-        torch.get_num_threads() == 1
-        and "cpu with 1 threads" in json.loads(capsys.readouterr().out)["machine"]
-    )
+    words = ["--batch-size", "1", "--threads", "1", "--device", "cpu", "--dtype", "float32"]
+    bench.main([*words, "--model", *SIZE])
+    assert torch.get_num_threads() == 1
+    assert "cpu with 1 threads" in json.loads(capsys.readouterr().out)["machine"]
 
 
 # --------------------------------------------------------------------------------------------------
-# Weights in one file, the default corpus
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_export_is_the_same_model(corpus, capsys, dtype):
-    """A run, its newest step folder and the exported file hold the same model: equal logits. The
-    file is read without running code (weights_only), knows its tokenizer, and the printed command
-    samples from it."""
-    run = train.train(job(corpus, dtype=dtype))["folder"]
-    assert main(["--export", run, "my weights.pt"]) == 0
-    command = re.search(r"python sample\.py (.*)", capsys.readouterr().out)[1]
-    assert set(torch.load("my weights.pt", weights_only=True)) == {"info", "model"}
-    models = [load_model(path) for path in (run, find_checkpoint(run), "my weights.pt")]
-    x = torch.arange(T)[None]
-    with torch.no_grad():
-        logits = [model(x) for model, _ in models]
-    assert logits[0].dtype == getattr(torch, dtype)
-    assert all(torch.equal(z, logits[0]) for z in logits)
-    assert {(info["tokenizer"], info["step"]) for _, info in models} == {("bytes", 6)}
-    assert sample.main(shlex.split(command) + ["--max-new-tokens", "3"]) == 0
-
-
-def test_export_that_fails_leaves_nothing(corpus):
-    """A place that cannot be written is named; a file cut off afterwards is refused by name."""
-    run = train.train(job(corpus), stop_at=1)["folder"]
-    Path("file").touch()
-    before = sorted(Path().iterdir())
-    with pytest.raises(ValueError, match="file is no folder"):
-        main(["--export", run, "file/weights.pt"])
-    with pytest.raises(ValueError, match=f"{run} exists: choose another name"):
-        main(["--export", run, run])
-    assert sorted(Path().iterdir()) == before
-    main(["--export", run, "weights.pt"])
-    os.truncate("weights.pt", Path("weights.pt").stat().st_size // 2)
-    with pytest.raises(
-        ValueError, match="weights.pt is not a file of weights .* or it was cut off"
-    ):
-        main(["--eval-only", "weights.pt", "--data", corpus])
+# The default corpus
 
 
 def test_the_default_corpus_is_prepared_once(monkeypatch, tmp_path, capsys):

@@ -27,7 +27,7 @@ def forward(model, *args, **options):
     return real(model, *args, **options)
 FLM.forward = forward
 sys.argv = ["train.py", *sys.argv[2:]]
-train.launch()
+train.launch(train.main)
 """
 
 

@@ -41,6 +41,7 @@ from workshop import (
 )
 
 import data
+import run_folder
 import sample
 import train
 from checkpoint import find_checkpoint, load_model
@@ -247,8 +248,8 @@ def test_main_prints_what_to_type_next_and_it_works(corpus, capsys):
     gap=st.integers(4, 9),
 )
 def test_every_printed_command_is_accepted(corpus, tmp_path, steps, size, later, gap):
-    """Whatever stages a run has, with batches of their own: it does --steps steps, and goes on to as
-    many as the printed command names. What does not fit is refused with a number of steps, or a
+    """Whatever stages a run has, with batches of their own: it does --steps steps, and goes on to
+    as many as the printed command names. What does not fit is refused with a number of steps, or a
     start of a stage, that mends it."""
     sizes = [{"n_layers": 2}, {"n_layers": 2, "d_ff": 96}]
     stages = [{"config": CONFIG.to_dict() | {"n_layers": 1}}]
@@ -340,7 +341,7 @@ def test_resume_takes_what_may_change(corpus, other_corpus):
     train.train(s, stop_at=2)
     changes = dict(steps=8, lr=1e-4, min_lr=0.5, eval_rows=2, eval_every=1, keep=1)
     go_on(s.out, **changes, data=other_corpus, data_changed=True)
-    kept, lines = train.read_run(Path(s.out))[0], log(s.out)
+    kept, lines = run_folder.read_run(Path(s.out))[0], log(s.out)
     assert (kept.steps, kept.lr, kept.min_lr, kept.keep, kept.data) == (
         8,
         1e-4,
@@ -392,11 +393,11 @@ def test_a_damaged_newest_checkpoint_is_named(corpus, damage):
         relabel(s.out, format=99)
         words = "has checkpoint format 99, this code reads 1"
     before = (Path(s.out) / "metrics.jsonl").read_text()
-    for line in (["--resume", s.out], ["--eval-only", s.out], ["--export", s.out, "weights.pt"]):
+    for line in (["--resume", s.out], ["--eval-only", s.out]):
         with pytest.raises(ValueError, match=words) as caught:
             main(line)
         assert str(newest) in str(caught.value)
-    assert (Path(s.out) / "metrics.jsonl").read_text() == before and not Path("weights.pt").exists()
+    assert (Path(s.out) / "metrics.jsonl").read_text() == before
     shutil.rmtree(newest)
     go_on(s.out)
     assert_same_run(s.out, train.train(job(corpus))["folder"])
@@ -423,7 +424,7 @@ def test_a_checkpoint_of_another_shape_is_refused(corpus):
     shutil.copytree(find_checkpoint(narrow.out), Path(s.out) / "step-00000002")
     with pytest.raises(ValueError, match=f"{s.out}/step-00000002 holds another model than stage 1"):
         main(["--resume", s.out])
-    relabel(s.out, config=train.read_run(s.out)[1][0].config.to_dict())
+    relabel(s.out, config=run_folder.read_run(s.out)[1][0].config.to_dict())
     with pytest.raises(ValueError, match=f"{s.out}/step-00000002 does not hold these tensors"):
         main(["--resume", s.out])
 

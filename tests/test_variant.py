@@ -5,7 +5,8 @@ import torch
 
 import grow
 import muP
-from flm import FLM, PRESETS, FLMConfig, KVCache, count_parameters, parse_fields, preset
+from flm import FLM, PRESETS, FLMConfig, count_parameters, parse_fields, preset
+from sample import KVCache
 
 SMALL = preset("tele-demo").replace(n_layers=2, d_model=32, n_heads=2, head_dim=16, d_ff=84)
 WIDER = SMALL.replace(n_layers=3, d_model=48, n_heads=3, d_ff=126)

@@ -21,6 +21,7 @@ from workshop import (  # noqa: F401 - fixtures are used by their names
     write_stages,
 )
 
+import run_folder
 import schedule
 import train
 from flm import preset
@@ -126,7 +127,7 @@ def test_the_run_follows_it_and_keeps_the_decays_start(corpus):
     """The log has learning_rate's values, down to 0; the checkpoint of the decay's start stays
     although only one is kept; a stop and a resume inside the decay change nothing."""
     straight = train.train(job(corpus, **WSD))["folder"]
-    settings, stages = train.read_run(straight)
+    settings, stages = run_folder.read_run(straight)
     lines = [line for line in log(straight) if "loss" in line]
     expected = [learning_rate(stages, 4 * n, 0.0, 0.5) for n in range(1, 7)]
     assert [line["lr"] for line in lines] == pytest.approx(expected) and expected[-1] == 0

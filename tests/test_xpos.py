@@ -10,7 +10,8 @@ from helpers import build, few, some_tokens, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flm import FLM, KVCache, rotate, xpos_tables
+from flm import FLM, rotate, xpos_tables
+from sample import KVCache
 
 pytestmark = pytest.mark.quick
 

@@ -31,7 +31,7 @@ def mask_of(old: int, new: int, c: float) -> torch.Tensor:
 def each_row_is_the_formula(f, old, new, c, eps, seed):
     """Every position's vector is normalised over its channels, each counted as its mask says."""
     x, (gain, bias) = normal(seed, 2, 3, old + new), normal(seed + 1, 2, old + new)
-    mask = mask_of(old, new, c)
+    mask = mask_of(old, new, c).roll(seed % (old + new))  # new channels anywhere
     rows = [oracles.masked_norm(row, gain, bias, mask, eps) for row in x.flatten(0, 1)]
     exact = torch.stack(rows).view(x.shape)
     expect_close("y", f.masked_norm(x, gain, bias, mask, eps), exact, 1e-12)
@@ -72,7 +72,9 @@ NAMES = (
     "norm.weight",
     "norm.bias",
 )
-added = {"d_model": st.integers(0, 3), "n_heads": st.integers(0, 2), "d_ff": st.integers(0, 3)}
+added = st.fixed_dictionaries(
+    {"d_model": st.integers(0, 3), "n_heads": st.integers(0, 2), "d_ff": st.integers(0, 3)}
+).map(lambda more: more if any(more.values()) else more | {"d_model": 1})
 
 
 def small_config(**sizes) -> FLMConfig:
@@ -82,8 +84,7 @@ def small_config(**sizes) -> FLMConfig:
 
 
 def larger(old: FLMConfig, more: dict) -> FLMConfig:
-    """The configuration with so much more of each dimension, and one channel more if of none."""
-    more = more if any(more.values()) else {"d_model": 1}
+    """The configuration with so much more of each dimension."""
     return old.replace(**{name: getattr(old, name) + n for name, n in more.items()})
 
 
@@ -114,13 +115,12 @@ def grown_model(f, model: FLM, new: FLMConfig, seed: int) -> FLM:
 tokens = torch.tensor([[1, 0, 3, 2], [4, 4, 0, 1]])
 
 
-@check("grow_tensor", **added, seed=seeds)
-def the_grown_model_computes_the_same(f, d_model, n_heads, d_ff, seed):
+@check("grow_tensor", more=added, seed=seeds)
+def the_grown_model_computes_the_same(f, more, seed):
     """A model whose every tensor was grown computes what it did before, while its masks are 0,
     whatever the new values are."""
     old = small_config()
-    new = larger(old, {"d_model": d_model, "n_heads": n_heads, "d_ff": d_ff})
-    model = wild_model(old, seed)
+    new, model = larger(old, more), wild_model(old, seed)
     grown = grown_model(f, model, new, seed + 99)
     with torch.no_grad():
         expect_close("the logits", grown(tokens), model(tokens), 1e-11)
@@ -156,12 +156,12 @@ def first_moments(model: FLM) -> dict[str, dict[str, torch.Tensor]]:
     return {name: dict(optimizer.state[p]) for name, p in model.named_parameters()}
 
 
-@check("grow_moments", **added, seed=seeds)
-def growing_and_taking_a_gradient_commute(f, d_model, n_heads, d_ff, seed):
+@check("grow_moments", more=added, seed=seeds)
+def growing_and_taking_a_gradient_commute(f, more, seed):
     """Growing the moments of a model's first step gives the moments of the grown model's own first
     step, by automatic differentiation."""
     old = small_config()
-    new = larger(old, {"d_model": d_model, "n_heads": n_heads, "d_ff": d_ff})
+    new = larger(old, more)
     model, r = wild_model(old, seed), new.d_model / old.d_model
     grown, _, _ = grow.grow(model, new, seed=seed % 1000)
     exact, before = first_moments(grown), first_moments(model)
@@ -174,7 +174,8 @@ def growing_and_taking_a_gradient_commute(f, d_model, n_heads, d_ff, seed):
         for key in STATES:
             scale = max(1e-30, exact[name][key].abs().max().item())
             found_here = torch.as_tensor(found[key]) / scale
-            expect_close(f"{name}.{key} / {scale:.3g}", found_here, exact[name][key] / scale, 1e-8)
+            what = f"{key} of {name}, in units of {scale:.3g},"
+            expect_close(what, found_here, exact[name][key] / scale, 1e-8)
 
 
 @check("grow_moments", steps=st.integers(1, 500), old=small, more=small)

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from course.checking import Wrong, check, expect, expect_close, normal, seeds
-from lab.timetable import UNITS, idle_share, start_times
+from lab.timetable import UNITS, idle_share, picture, start_times
 
 # --------------------------------------------------------------------------------------------------
 # one_f_one_b: order(rank, ranks, micro_batches) -> [("F" or "B", micro-batch), ...]
 
-pipelines = {"ranks": st.integers(2, 6), "more": st.integers(0, 6)}
+pipelines = st.integers(2, 6).flatmap(
+    lambda ranks: st.tuples(st.just(ranks), st.integers(ranks, ranks + 6))
+)
 
 
 def orders_of(f, ranks: int, micro_batches: int) -> list[list[tuple]]:
@@ -44,12 +46,19 @@ def named(task: tuple) -> str:
     return "" if not task else f"{task[0]}{task[2]} of pipeline stage {task[1]}"
 
 
+def pass_name(kind: str, stage: int, micro: int) -> str:
+    """A pass in a picture of one pipeline stage a rank."""
+    return f"{kind}{micro}"
+
+
 def timed(orders: list[list[tuple]], last: int, length=lambda task: UNITS[task[0]]) -> list:
     """lab.timetable.start_times; Wrong where the ranks wait for each other."""
     try:
         return start_times(orders, last, length)
-    except ValueError:
-        raise Wrong("the ranks wait for each other: this pipeline never ends") from None
+    except ValueError as error:
+        raise Wrong(
+            f"this pipeline never ends, {error} (kind, pipeline stage, micro-batch)"
+        ) from None
 
 
 def peaks_of(orders: list[list[tuple]], kept=lambda task: 1.0) -> list[float]:
@@ -69,39 +78,44 @@ def peaks_of(orders: list[list[tuple]], kept=lambda task: 1.0) -> list[float]:
     return peaks
 
 
-@check("one_f_one_b", **pipelines)
-def every_rank_does_every_pass_once(f, ranks, more):
+@check("one_f_one_b", ranks_and_micro_batches=pipelines)
+def every_rank_does_every_pass_once(f, ranks_and_micro_batches):
     """Each rank does the forward and the backward pass of every micro-batch once, and the ranks do
     not wait for each other without end."""
-    orders = orders_of(f, ranks, ranks + more)
-    expect_each_pass_once(orders, [[rank] for rank in range(ranks)], ranks + more)
+    ranks, micro_batches = ranks_and_micro_batches
+    orders = orders_of(f, ranks, micro_batches)
+    expect_each_pass_once(orders, [[rank] for rank in range(ranks)], micro_batches)
     timed(orders, ranks - 1)
 
 
-@check("one_f_one_b", **pipelines)
-def the_bubble_is_the_formula(f, ranks, more):
+@check("one_f_one_b", ranks_and_micro_batches=pipelines)
+def the_bubble_is_the_formula(f, ranks_and_micro_batches):
     """The ranks idle (p-1) / (m+p-1) of the time, for p ranks and m micro-batches, where a backward
     pass takes twice as long as a forward pass."""
-    bubble = idle_share(timed(orders_of(f, ranks, ranks + more), ranks - 1))
-    exact = (ranks - 1) / (2 * ranks + more - 1)
-    expect(abs(bubble - exact) < 1e-12, f"the bubble is {bubble:.4f}, expected {exact:.4f}")
+    ranks, micro_batches = ranks_and_micro_batches
+    rows = timed(orders_of(f, ranks, micro_batches), ranks - 1)
+    bubble, exact = idle_share(rows), (ranks - 1) / (micro_batches + ranks - 1)
+    drawn = [f"rank {rank}  {row}" for rank, row in enumerate(picture(rows, pass_name))]
+    text = "\n".join([f"the bubble is {bubble:.4f}, expected {exact:.4f}:", *drawn])
+    expect(abs(bubble - exact) < 1e-12, text)
 
 
-@check("one_f_one_b", **pipelines)
-def few_activations_are_kept(f, ranks, more):
+@check("one_f_one_b", ranks_and_micro_batches=pipelines)
+def few_activations_are_kept(f, ranks_and_micro_batches):
     """Rank r keeps the activations of at most p - r micro-batches (4, 3, 2, 1 for four ranks),
     however many micro-batches there are."""
-    found = [int(peak) for peak in peaks_of(orders_of(f, ranks, ranks + more))]
+    ranks, micro_batches = ranks_and_micro_batches
+    found = [int(peak) for peak in peaks_of(orders_of(f, ranks, micro_batches))]
     limit = [ranks - rank for rank in range(ranks)]
     text = f"the ranks keep {found} micro-batches, the limit is {limit}"
     expect(all(a <= b for a, b in zip(found, limit)), text)
 
 
-@check("one_f_one_b", **pipelines)
-def micro_batches_come_in_order(f, ranks, more):
+@check("one_f_one_b", ranks_and_micro_batches=pipelines)
+def micro_batches_come_in_order(f, ranks_and_micro_batches):
     """Forward passes, and backward passes, come in the order of the micro-batches: messages between
     two ranks are received in the order in which they were sent."""
-    for rank, order in enumerate(orders_of(f, ranks, ranks + more)):
+    for rank, order in enumerate(orders_of(f, *ranks_and_micro_batches)):
         for kind in "FB":
             found = [task[2] for task in order if task[0] == kind]
             expect(found == sorted(found), f"rank {rank} does the {kind} passes {found}")

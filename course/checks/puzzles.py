@@ -5,7 +5,7 @@ Each puzzle has one check, and a picture of the student's plan beside its target
 from __future__ import annotations
 
 from course import symbolic
-from course.checking import check, expect
+from course.checking import check, expect, shown
 from course.checks.parallel import expect_each_pass_once, peaks_of, timed
 from lab.timetable import UNITS, end_of, idle_share, picture
 
@@ -21,7 +21,21 @@ ONE_ALL_REDUCE = int(1.5 * symbolic.TOKENS * symbolic.WIDTHS["C"])  # what a ran
 
 def block_plan(f, layout: str) -> tuple:
     """A student's plan carried out: (cuts, tensors, lines). layout: that of x."""
-    cuts, steps = f.plan()
+    answer = f.plan()
+    form = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], dict)
+    expect(
+        form, f"plan() must return ({{weight: cut}}, [step, ...]), it returns {shown(answer)[:200]}"
+    )
+    cuts, steps = answer
+    for step in steps:
+        words = isinstance(step, (tuple, list)) and len(step) > 2
+        expect(words, f"a step is (result, operation, argument, ...), not {step!r}")
+    for name, cut in cuts.items():
+        known = name in symbolic.WEIGHTS and cut in ("rows", "columns", "whole")
+        text = (
+            f"the cut {name!r}: {cut!r} is unknown: qkv, o, up and down are cut by rows or columns"
+        )
+        expect(known, text)
     return cuts, *symbolic.run(cuts, steps, symbolic.Symbol("x", layout))
 
 
@@ -248,6 +262,9 @@ def the_mesh_meets_its_target(f):
     places = [tuple(place) for place in f.place()]
     every = {(p, d, t) for p in range(4) for d in range(2) for t in range(2)}
     expect(len(places) == 16, f"there are {len(places)} places, expected 16")
+    for rank, place in enumerate(places):
+        text = f"rank {rank} has the coordinates {place}: (pp, dp, tp) from (0, 0, 0) to (3, 1, 1)"
+        expect(place in every, text)
     missing = every - set(places)
     expect(not missing, f"no rank has the coordinates (pp, dp, tp) = {min(missing, default='')}")
     found = sum(traffic(places).values())

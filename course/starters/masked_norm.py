@@ -11,7 +11,8 @@ from torch import Tensor
 def masked_norm(x: Tensor, gain: Tensor, bias: Tensor, mask: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension, with a growth mask. All tensors are float64.
 
-    x: (..., C), any number of dimensions before the channels. gain, bias: (C,).
+    x: (..., C), any number of dimensions before the channels: the LayerNorm of each vector (C,) is
+    its own. gain, bias: (C,).
     mask: (C,), 1 for a channel that was there before the growth, c in [0, 1] for a new one. The
     channels need not be in that order. At least one mask is 1.
     Returns y (..., C).

@@ -20,8 +20,8 @@ def order(rank: int, ranks: int, micro_batches: int) -> list[tuple[str, int]]:
 
     1F1B: a rank begins with some forward passes, until the first backward pass can reach it. Then
     it does one forward pass and one backward pass in turn. The backward passes that are left come
-    at the end. With p ranks and m micro-batches the ranks idle (p - 1) / (m + p - 1) of the time,
-    and rank r keeps at most p - r micro-batches at a time. (GPipe, all forward passes first,
-    has the same bubble, but keeps m.)
+    at the end. With p ranks and m micro-batches the ranks idle (p - 1) / (m + p - 1) of the time
+    from the first pass of all to the last, and rank r keeps at most p - r micro-batches at a time.
+    (GPipe, all forward passes first, has the same bubble, but keeps m.)
     """
     raise NotImplementedError

@@ -15,7 +15,8 @@ head, C the width of x.
     Tele-FLM   three weights (H*D, C), for q, k and v, with y = x @ weight.T + bias. The rows of
                each are laid out (H, D)
 
-A bias has the order of the outputs of its weight.
+A bias has the order of the outputs of its weight. D is not given: it follows from the number of
+outputs, 3*H*D, and H.
 
 The three also differ in the pairs of channels that rotary positions turn. For us a pair is channels
 2i and 2i+1 of a head. In both published layouts it is channels i and i + D/2. The first of a pair

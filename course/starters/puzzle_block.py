@@ -36,6 +36,7 @@ def plan() -> tuple[dict[str, str], list[tuple[str, ...]]]:
 
         z = x + o(attention(qkv(norm(x))))        y = z + down(gelu(up(norm(z))))
 
-    Target: all steps together send no more than two all-reduces of a tensor (tokens, C).
+    a + b and b + a are the same. Target: in all steps together a rank sends no more than in two
+    all-reduces of a tensor (tokens, C).
     """
     raise NotImplementedError

@@ -14,8 +14,8 @@ Inside a machine that is fast; between machines it is slow.
 
 
 def place() -> list[tuple[int, int, int]]:
-    """The coordinates (pp, dp, tp) of ranks 0 to 15.
+    """The coordinates of ranks 0 to 15: a list of 16 tuples (pp, dp, tp), entry r for rank r.
 
-    Target: the machines exchange no more than 6 GB in a step.
+    Target: all pairs of ranks on different machines together exchange no more than 6 GB in a step.
     """
     raise NotImplementedError

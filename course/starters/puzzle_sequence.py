@@ -13,6 +13,7 @@ def plan() -> tuple[dict[str, str], list[tuple[str, ...]]]:
     cut by tokens at the start, and "y" must be cut by tokens at the end. Every norm and every add
     must make the layout tokens, so that each rank keeps a quarter of the residual stream.
 
-    Target: all steps together send no more than two all-reduces of a tensor (tokens, C).
+    Target: in all steps together a rank sends no more than in two all-reduces of a tensor
+    (tokens, C).
     """
     raise NotImplementedError

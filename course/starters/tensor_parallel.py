@@ -5,7 +5,8 @@ Read tutorials/05-parallel.md, sections 5.1 and 5.2; FLM-101B, section 2.4; Mega
 
 The grader calls each function on two ranks at the same time, in two processes. A process group on
 gloo is there already: dist.all_reduce(tensor) puts the sum over both ranks into `tensor`, on both
-(it changes the tensor that it is given). All tensors are float64. No automatic differentiation.
+(it changes the tensor that it is given, and returns None). Both ranks must call it, equally often.
+All tensors are float64. No automatic differentiation: compute the gradients by these formulas.
 
 A whole layer is y = x @ weight.T + bias, with x (N, inside), weight (outside, inside), bias
 (outside,), y (N, outside). For a gradient d_y of y:
