@@ -6,6 +6,7 @@
 A test is in the quick tier if it, or its file (`pytestmark = pytest.mark.quick`), has the marker.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -46,6 +47,12 @@ NEEDS_CL100K = "cl100k_base.tiktoken is not here: set FLM_CL100K_FILE to its pat
 
 def pytest_configure(config: pytest.Config):
     config.addinivalue_line("markers", "quick: the quick tier, under two minutes on two cores")
+
+
+def pytest_collection_finish():
+    """Leave what was imported out of garbage collections. PyTorch's modules are half a million
+    objects, and each training that begins, grows or ends collects garbage."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,19 @@
 """Tests of lab/recipe.py: the whole recipe in one command, stopped anywhere, and its report.
 
-The recipe --quick is run twice: once as a user would, undisturbed, and once killed at five places.
-The second one trains its models one after another in the recipe's own process, which is faster, for
-no process has to start. What becomes of runs whose command is killed is in test_lab_runs.py."""
+The recipe --quick is run twice: undisturbed, and killed at five places, see recipe_runs.py. What
+becomes of runs whose command is killed is in test_lab_runs.py; the command as a user starts it is
+one of the commands of chapter 8, which CI runs."""
 
 import dataclasses
 import html
 import json
-import os
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import processes
 import pytest
+import recipe_runs
 from helpers import ROOT, error
 
 from flm import count_parameters
@@ -25,37 +23,30 @@ from run_folder import read_log, read_run
 from schedule import learning_rate, training_flops
 from settings import resolve
 
-WORDS = ["--quick", "--control", "--jobs", "2"]
-COMMAND = [sys.executable, "-m", "lab.recipe", *WORDS]
-IN_ONE_PROCESS = """import sys
-from lab import recipe, runs
-from small_runs import train_here
-runs.train_jobs = train_here
-recipe.main(sys.argv[1:])
-"""
 TIMES = {"tokens_per_s", "utilisation", "cpu_seconds", "wall_seconds"}
 BEST = {"lr": 0.01, "init_std": 0.05, "output_mult": 2.0}
 
 
-def start(folder: Path) -> subprocess.Popen:
-    """The recipe in this folder, in one process."""
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    command = [sys.executable, "-c", IN_ONE_PROCESS, *WORDS]
-    return processes.start(command, folder / "log", cwd=folder, env=paths)
-
-
-def finish(folder: Path, process: subprocess.Popen) -> tuple[Path, dict]:
-    """Wait for the end of the recipe in this folder: (its folder, its report)."""
-    assert processes.wait(process, folder / "log") == 0, (folder / "log").read_text()[-3000:]
+def report(folder: Path) -> tuple[Path, dict]:
+    """What the recipe left in this folder: (its folder, its report)."""
     out = folder / "runs" / "recipe"
     return out, json.loads((out / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory) -> tuple[Path, dict]:
-    """An undisturbed recipe, as a user would start it."""
-    folder = tmp_path_factory.mktemp("quick")
-    return finish(folder, processes.start(COMMAND, folder / "log", cwd=folder))
+def both(tmp_path_factory) -> Path:
+    """The folder of an undisturbed recipe and one that was killed."""
+    folder = tmp_path_factory.mktemp("recipe")
+    log = folder / "log"
+    command = [sys.executable, recipe_runs.__file__, folder]
+    assert processes.wait(processes.start(command, log), log) == 0, log.read_text()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quick(both) -> tuple[Path, dict]:
+    """The undisturbed recipe: (its folder, its report)."""
+    return report(both / "quick")
 
 
 def logs(out: Path) -> dict[str, list[dict]]:
@@ -133,37 +124,13 @@ def test_the_bar_ends_full(quick):
     assert "5 of 5, report: 100%" in shown
 
 
-PLACES = (  # what is in the folder when the recipe is killed
-    "search/*/metrics.jsonl",
-    "narrow/w0024-seed1/metrics.jsonl",
-    "prediction.json",
-    "train/grown/step-00000010/checkpoint.json",
-    "evaluation-stage-1.json",
-)
-
-
-def kill_at(folder: Path, place: str):
-    """Start the recipe, and kill -9 it when a file is there."""
-    process = start(folder)
-    while process.poll() is None and not list((folder / "runs" / "recipe").glob(place)):
-        time.sleep(0.02)
-    assert process.poll() is None, f"{place} never came: {(folder / 'log').read_text()[-3000:]}"
-    processes.kill(process)
-
-
-def test_killed_at_five_places(quick, tmp_path):
+def test_killed_at_five_places(both, quick):
     """kill -9 in each part, and the same command again: every log and every number is the one of
     the undisturbed recipe, and no finished run was touched again."""
-    done = {}
-    for place in PLACES:
-        kill_at(tmp_path, place)
-        out = tmp_path / "runs" / "recipe"
-        for config in out.glob("*/*/config.json"):
-            if runs.read_finished(config.parent) and config.parent.parent.name != "train":
-                done.setdefault(config, config.stat().st_mtime_ns)
-    found, numbers = finish(tmp_path, start(tmp_path))
+    done = json.loads((both / "killed/done.json").read_text())
     assert len(done) > 10
-    assert {config: config.stat().st_mtime_ns for config in done} == done
+    assert {config: Path(config).stat().st_mtime_ns for config in done} == done
+    found, numbers = report(both / "killed")
     assert logs(found) == logs(quick[0])
     assert without_times(numbers) == without_times(quick[1])
 
@@ -301,7 +268,6 @@ def test_what_the_command_line_refuses(tmp_path):
         assert part in message
 
 
-@pytest.mark.quick
 def test_a_stage_ends_with_its_checkpoint(quick):
     """Each evaluated checkpoint is the last one of its stage, and is there."""
     out, _ = quick
