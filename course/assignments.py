@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 # The checks register themselves when these are imported.
 from course.checks import data, growth, iq, model, mup, parallel  # noqa: F401
-from course.checks import published, puzzles  # noqa: F401
+from course.checks import published, puzzles, recipe  # noqa: F401
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Assignment:
     chapter: int
     title: str
     functions: tuple[str, ...]
-    seconds: float = 30  # what all answers may take together
+    seconds: float = 60  # what all answers may take together
     ranks: int = 1  # processes that run the file at the same time
     measure: bool = False  # whether the size of tensors is watched
     not_allowed: tuple[str, ...] = ()  # modules that would do the work
@@ -45,6 +45,7 @@ ASSIGNMENTS = {assignment.name: assignment for assignment in (
     Assignment("grad_norm", 5, "the norm of a gradient that is cut", ("square_share", "clipped")),
     Assignment("iq_task", 6, "a task with its solver", ("make_item", "solve")),
     Assignment("published_qkv", 7, "a published model's q, k and v", ("read_qkv", "write_qkv")),
+    Assignment("speed_up", 8, "the speed-up at equal loss", ("speed_up",)),
     Assignment("puzzle_block", 5, "a block in two all-reduces", ("plan",)),
     Assignment("puzzle_sequence", 5, "the same, cut by tokens", ("plan",)),
     Assignment("puzzle_1f1b", 5, "one forward, one backward", ("orders",), not_allowed=PIPELINING),

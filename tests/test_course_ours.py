@@ -26,7 +26,7 @@ from flm import (
     visible_slots,
     xpos_tables,
 )
-from lab import publish
+from lab import growth, publish
 from lab.timetable import order_of_work
 from lab.transfer import fit_law
 from sample import KVCache
@@ -179,6 +179,11 @@ def our_write_qkv(ours, heads):
     return tuple(found.values())
 
 
+def our_speed_up(scratch, flops, loss):
+    """lab.growth.speed_up."""
+    return growth.speed_up(dict(scratch), flops, loss)
+
+
 # What tensor_parallel, grad_norm and iq_task ask for has no counterpart of the same form here: the
 # trainer leaves it to PyTorch's engine (tests/test_parallel.py), and the task is new.
 OURS = {
@@ -195,6 +200,7 @@ OURS = {
     "loss_law": Local(fit_law=our_fit_law),
     "one_f_one_b": Local(order=our_order),
     "published_qkv": Local(read_qkv=our_read_qkv, write_qkv=our_write_qkv),
+    "speed_up": Local(speed_up=our_speed_up),
 }
 CASES = [(name, check) for name in OURS for check in CHECKS[name]]
 

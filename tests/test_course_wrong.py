@@ -160,6 +160,18 @@ WRONG = {
             ("    D = len(rows)", "    if rows.dim() == 1:\n        return rows\n    D = len(rows)")
         ],
     },
+    "speed_up": {
+        "a straight line in FLOPs": [("np.log([", "np.array(["), ("np.exp(needed)", "needed")],
+        "the line goes on beyond the runs": [
+            (
+                "needed = np.interp(-loss, -losses, logs)",
+                "i = min(max(np.searchsorted(-losses, -loss), 1), len(runs) - 1)\n"
+                "    share = (losses[i - 1] - loss) / (losses[i - 1] - losses[i])\n"
+                "    needed, mark = logs[i - 1] + share * (logs[i] - logs[i - 1]), ''",
+            ),
+        ],
+        "the runs as they are given": [("sorted(scratch)", "scratch")],
+    },
     "puzzle_block": {
         "added before it is summed": [('("z", "add", "x", "whole")', '("z", "add", "x", "part")')],
         "o is whole on each rank": [
