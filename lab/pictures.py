@@ -176,7 +176,8 @@ def sweep(report: dict) -> Picture:
 
 
 def growth(report: dict) -> Picture:
-    """Held-out loss over FLOPs and over CPU seconds: a line for each schedule."""
+    """Held-out loss over FLOPs and over CPU seconds: a line for each schedule. On a logarithmic
+    axis the line from scratch is the one that lab.growth reads speed-ups from."""
     best = max(report["rows"], key=lambda row: row["speed_up"] or 0)
     title = f'At equal FLOPs, lower is better: "{best["name"]}" has the largest speed-up, '
     panels = []
@@ -187,8 +188,22 @@ def growth(report: dict) -> Picture:
             cost = row["tflop"] if x == "TFLOP" else mean["cpu_seconds"]
             line = lines.setdefault(row["name"], Line([]))
             line.points.append((cost, or_gap(mean["loss"])))
-        panels.append(Panel(f"Loss by {x}", x, "held-out loss, nats per token", lines))
+        panels.append(Panel(f"Loss by {x}", x, "held-out loss, nats per token", lines, "x"))
+    panels[0].lines.update(same_loss(report["rows"], best))
     return Picture(title + f"{best['speed_up'] or 0:.2f}", panels)
+
+
+def same_loss(rows: list[dict], best: dict) -> dict[str, Line]:
+    """The best schedule's speed-up as a distance: from its own FLOPs to those that training from
+    scratch takes for the same loss. Nothing where no two runs from scratch have that between them.
+    """
+    most = max(row["tflop"] for row in rows if row["name"] == "scratch")
+    flops, loss = best["tflop"], best["mean"]["loss"]
+    faster = best["speed_up"] or math.inf
+    if best["name"] == "scratch" or not flops < flops * faster <= most:
+        return {}
+    ends = [(flops, loss), (flops * faster, loss)]
+    return {f"the loss of {best['name']}: {faster:.2f} times the FLOPs": Line(ends, "|--", GREY)}
 
 
 def prediction(report: dict) -> Picture:
@@ -433,6 +448,10 @@ def timetables(pp: int, micro_batches: int, schedules: Iterable[str]) -> Picture
         ]
         end = max(box.x + box.width for box in boxes)
         title = f"{schedule}: {end:g} units of time, {bubble:.1%} of it idle"
+        if held > 1:
+            title += "; darker: a rank's second pipeline stage"
+        if any(kind == "W" for row in rows for _, kind, _, _ in row):
+            title += "; green: gradients of weights"
         names = [f"pp {rank}" for rank in range(pp)]
         x = "time, in forward passes of one micro-batch through the layers of a rank"
         panels.append(Panel(title, x, boxes=boxes, rows=names, font=6.5))
@@ -446,6 +465,7 @@ def timetables(pp: int, micro_batches: int, schedules: Iterable[str]) -> Picture
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#a6761d", "#000000", "#7b61c4")
 MARKERS = "osD^vP*X"
 FINE = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)  # ticks of a logarithmic axis below a factor of 10
+FINEST = (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9)  # below a factor of 3
 STYLE = {
     "svg.fonttype": "none",  # letters stay letters: a small file, sharp at any size
     "svg.hashsalt": "flm",  # the same picture is the same file
@@ -570,19 +590,23 @@ def sorted_by_x(line: Line) -> list[tuple[float, float]]:
 
 def place_ticks(axis, panel: Panel):
     """Ticks of logarithmic axes with plain numbers. On x one where something was measured, if that
-    is not too often."""
+    is not too often or too close together."""
     from matplotlib.ticker import LogLocator
 
-    places = sorted({x for line in panel.lines.values() for x, _ in line.points})
+    places = sorted({float(f"{x:.3g}") for line in panel.lines.values() for x, _ in line.points})
     for name, side in (("x", axis.xaxis), ("y", axis.yaxis)):
         if name in panel.log:
             low, high = side.get_view_interval()
-            fine = FINE if high < 10 * low else (1, 2, 5) if high < 200 * low else (1,)
+            limits = {3: FINEST, 10: FINE, 200: (1, 2, 5), math.inf: (1,)}
+            fine = next(ticks for factor, ticks in limits.items() if high < factor * low)
             side.set_major_locator(LogLocator(subs=fine))
             side.set_major_formatter(lambda value, place: f"{value:g}")
             axis.minorticks_off()
     if "x" in panel.log and len(places) <= 8:
-        axis.set_xticks(places, [f"{place:.3g}" for place in places])
+        low, high = axis.get_xlim()
+        apart = (high / low) ** 0.08  # of two ticks: as far as their numbers are wide
+        if all(b > apart * a for a, b in itertools.pairwise(places)):
+            axis.set_xticks(places, [f"{place:.3g}" for place in places])
 
 
 def paint_boxes(axis, panel: Panel):

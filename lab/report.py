@@ -39,6 +39,7 @@ from schedule import Stage, training_flops
 # 1. What a run says
 
 COLUMNS = ("step", "samples", "loss", "grad_norm", "lr", "tokens_per_s", "utilisation")
+ASKED = ("steps", "lr", "lr_schedule", "clip", "seed", "dtype")  # of the settings
 POINTS = 240  # of a line: a longer log is cut into so many parts, and each part has its mean
 LARGEST = 10**9  # parameters of a model that writes a text for the page
 
@@ -78,7 +79,7 @@ def read_numbers(folder: Path) -> dict:
     return {
         "run": str(folder),
         **{key: config.get(key) for key in ("machine", "torch", "python", "corpus")},
-        "asked": {key: getattr(settings, key) for key in ("steps", "lr", "clip", "seed", "dtype")},
+        "asked": {key: getattr(settings, key) for key in ASKED},
         "stages": [stage.to_dict() for stage in stages],
         "masks": sorted(masks, key=lambda mask: mask["start"]),
         "done": steps[-1][0],
@@ -140,6 +141,14 @@ def jump(run: dict) -> float | None:
     return max((abs(e["loss_after"] - e["loss_before"]) for e in run["growths"]), default=None)
 
 
+SMOOTH = 0.00005  # nats: a smaller jump is 0 in four digits
+
+
+def largest_jump(runs: list[dict]) -> float | None:
+    """The largest jump of some runs; None: none of them grew."""
+    return max((jump(run) for run in runs if run["growths"]), default=None)
+
+
 def by_run(runs: list[dict], points: Callable[[dict], list], word: str = "") -> dict:
     """{label: a line of each run, in the color of the run}; a thin one for "training"."""
     lines, look, width = {}, ".-" if word == "held out" else "-", 0.5 if word == "training" else 1.2
@@ -156,10 +165,10 @@ def loss_panel(runs: list[dict]) -> Panel:
     """Training and held-out loss over samples."""
     lines = by_run(runs, lambda run: column(run, "loss"), "training")
     lines |= by_run(runs, held_out, "held out")
-    largest = max((jump(run) for run in runs if run["growths"]), default=None)
-    title = "Loss by samples"
+    largest, title = largest_jump(runs), "Loss by samples"
     if largest is not None:
-        title += f": a growth moves it by at most {largest:.4f}"
+        most = f"less than {SMOOTH:.5f}" if largest < SMOOTH else f"at most {largest:.4f}"
+        title += f": a growth moves it by {most} nats"
     return Panel(title, SAMPLES, LOSS, lines, "y", growth_marks(runs))
 
 
@@ -190,9 +199,13 @@ def flops_panel(runs: list[dict]) -> Panel:
     return Panel(title, f"{unit} of training", LOSS, lines, "y", sorted(set(marks)))
 
 
+SHAPES = {"cosine": "a warm-up, then a cosine", "wsd": "wsd (warm-up, stable, decay)"}
+
+
 def rate_panel(runs: list[dict]) -> Panel:
     """The learning rate over samples."""
-    title = "Learning rate: a warm-up, then a cosine"
+    names = {run["asked"].get("lr_schedule", "cosine") for run in runs}
+    title = f"Learning rate: {' or '.join(SHAPES[name] for name in sorted(names))}"
     if growth_marks(runs):
         title += "; each growth warms up again"
     lines = by_run(runs, lambda run: column(run, "lr"))
@@ -266,8 +279,11 @@ PANELS = {
 def runs_picture(runs: list[dict], names: list[str]) -> Picture:
     """The named panels of some runs, in one picture."""
     ends = {run["run"]: run["evaluations"][-1]["val_loss"] for run in runs if run["evaluations"]}
-    title = "No evaluation yet"
-    if ends:
+    title, largest = "No evaluation yet", largest_jump(runs)
+    if len(runs) == len(ends) == 1 and largest is not None and largest < SMOOTH:
+        loss = ends[runs[0]["run"]]
+        title = f"At each growth the loss goes on without a jump, to {loss:.4f} nats per token"
+    elif ends:
         best = min(ends, key=ends.get)
         title = f"{best} ends at a held-out loss of {ends[best]:.4f} nats per token"
         title = f"The lowest: {title}" if len(runs) > 1 else title

@@ -3,6 +3,7 @@
 The pictures themselves are in test_lab_report_pictures.py. Here a stand-in takes their place, so
 matplotlib is not needed."""
 
+import copy
 import html
 import json
 import re
@@ -112,6 +113,22 @@ def test_the_mask_falls_to_zero_at_each_growth(run):
     assert [mask[x] for x in (14, 15, 16, 20, 24, 39, 40, 46, 52, 60)] == [
         *(1, 1, 0, 0.5, 1, 1, 0, 0.5, 1, 1)
     ]
+
+
+def test_titles_say_what_the_run_did(run):
+    """A loss that goes on without a jump, one with a jump, and the learning rate's own schedule."""
+    smooth = report.read_numbers(run)
+    other = copy.deepcopy(smooth)
+    other["growths"][0]["loss_after"] = other["growths"][0]["loss_before"] + 0.25
+    other["asked"]["lr_schedule"] = "wsd"
+    picture = report.runs_picture([smooth], ["loss"])
+    assert picture.title.startswith("At each growth the loss goes on without a jump, to ")
+    assert picture.panels[0].title.endswith("moves it by less than 0.00005 nats")
+    picture = report.runs_picture([other], ["loss"])
+    assert picture.title.startswith(f"{run} ends at")
+    assert picture.panels[0].title.endswith("moves it by at most 0.2500 nats")
+    assert "a warm-up, then a cosine;" in report.rate_panel([smooth]).title
+    assert "wsd (warm-up, stable, decay);" in report.rate_panel([other]).title
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=60), st.integers(1, 20))

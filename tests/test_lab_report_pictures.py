@@ -143,7 +143,8 @@ def test_what_the_sweep_wrote():
 
 
 def test_what_the_growth_bench_wrote():
-    """Loss over FLOPs and over CPU seconds, a line for each schedule."""
+    """Loss over FLOPs and over CPU seconds, a line for each schedule, and the speed-up as a
+    distance: it ends where the line from scratch, straight in log FLOPs, has the same loss."""
     rows = measured("growth-8x32")["rows"]
     by_flop, by_second = pictures.growth({"rows": rows}).panels
     scratch = [row for row in rows if row["name"] == "scratch"]
@@ -152,7 +153,23 @@ def test_what_the_growth_bench_wrote():
         (row["tflop"], row["mean"]["loss"]) for row in scratch
     ]
     assert [y for _, y in by_second.lines["scratch"].points] == losses
-    assert by_flop.lines.keys() == {row["name"] for row in rows}
+    *names, distance = by_flop.lines
+    assert set(names) == by_second.lines.keys() == {row["name"] for row in rows}
+    assert distance == "the loss of early: 1.34 times the FLOPs"
+    (start, loss), (end, same) = by_flop.lines[distance].points
+    flops = [math.log(row["tflop"]) for row in scratch]
+    share = (losses[0] - loss) / (losses[0] - losses[1])
+    assert math.log(end) == pytest.approx(flops[0] + share * (flops[1] - flops[0]), abs=1e-3)
+    assert same == loss and by_flop.log == by_second.log == "x"
+
+
+def test_a_speed_up_beyond_the_runs_from_scratch_has_no_distance():
+    """There the line from scratch is only guessed, and lab.growth prints a bound: None."""
+    rows = measured("growth-8x32")["rows"]
+    best = max(rows, key=lambda row: row["speed_up"])
+    assert pictures.same_loss(rows, best) and not pictures.same_loss(rows, rows[0])
+    assert not pictures.same_loss(rows, best | {"speed_up": 2.1})
+    assert not pictures.same_loss(rows, best | {"speed_up": None})
 
 
 def test_what_predict_wrote():
@@ -243,6 +260,8 @@ def test_the_picture_of_a_timetable_is_the_timetable(schedule):
     assert [row[0] for row in numbers] == [f"pp {rank}" for rank in (0, 1) for _ in rows[rank]]
     white = 1 - sum(box.width for box in panel.boxes) / (2 * end)
     assert white == pytest.approx(bubble) and f"{bubble:.1%}" in panel.title
+    assert ("darker:" in panel.title) == (held == 2)
+    assert ("green:" in panel.title) == any(kind == "W" for row in rows for _, kind, _, _ in row)
 
 
 # ----------------------------------------------------------------------------------------------

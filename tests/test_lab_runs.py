@@ -1,7 +1,6 @@
 """Tests of lab/runs.py: many runs of train.py, several at a time, resumable."""
 
 import dataclasses
-import fcntl
 import json
 import multiprocessing
 import shutil
@@ -129,17 +128,18 @@ def logged_steps(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in whole]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_to_the_command_saves_the_runs(tmp_path, corpus, number):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_a_signal_to_the_command_saves_the_runs(tmp_path, corpus, name):
     """A job queue's SIGTERM, even SIGKILL: the runs under way save their last step and end, so
     that nothing is lost. After SIGTERM (and Ctrl-C, which takes the same way) they have ended when
     the command ends."""
+    fcntl = pytest.importorskip("fcntl", reason="Windows has neither this lock nor SIGKILL")
     process, run = start_sweep(tmp_path, corpus)
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     process.communicate()
-    assert process.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    assert process.returncode == {"SIGTERM": 143, "SIGKILL": -9}[name]
     with open(run / "lock") as lock:
-        if number == signal.SIGKILL:
+        if name == "SIGKILL":
             fcntl.flock(lock, fcntl.LOCK_EX)  # returns when the run has ended
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     newest = list_checkpoints(run)[-1]

@@ -1,7 +1,12 @@
 """What Windows and macOS get, as far as Linux can show it: a refusal in one line, or a choice."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from helpers import ROOT
 
 import machine
 import parallel
@@ -31,3 +36,37 @@ def test_many_processes_on_windows_are_refused(monkeypatch):
     monkeypatch.setattr(parallel.sys, "platform", "win32")
     with pytest.raises(ValueError, match="several processes need Linux or macOS: .* use WSL"):
         parallel.connect()
+
+
+IMPORT_ALL = """
+import importlib, os, signal, sys
+from pathlib import Path
+import pytest, torch.distributed.checkpoint, train  # PyTorch asks sys.platform
+for name in "fcntl", "grp", "pty", "pwd", "resource", "termios":
+    sys.modules[name] = None
+for name in "SIGALRM", "SIGCONT", "SIGHUP", "SIGKILL", "SIGSTOP", "SIGUSR1", "SIGUSR2":
+    delattr(signal, name)
+del os.fork, os.getuid, os.mkfifo
+for name in "transformers", "lm_eval":  # optional, and slow
+    sys.modules[name] = None
+for file in sorted(Path(sys.argv[1]).glob("*.py")):
+    try:
+        importlib.import_module(file.stem)
+    except pytest.skip.Exception:
+        pass
+    except Exception as error:
+        print(f"{file.name}: {type(error).__name__}: {error}")
+"""
+
+
+def test_every_file_of_tests_is_imported_without_what_windows_lacks():
+    """Its signals, modules and fork are taken away; then each file of tests is imported, as pytest
+    does before it knows which tests it runs."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, str(ROOT / "tests")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

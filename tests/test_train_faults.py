@@ -36,6 +36,7 @@ from workshop import (
 )
 
 import checkpoint
+import console
 import data
 import muP
 import parallel
@@ -64,9 +65,10 @@ train.launch(train.main)
 """
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda n: n.name
-)
+NUMBERS = [getattr(signal, name) for name in console.SIGNALS if hasattr(signal, name)]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
 def test_a_signal_saves_and_leaves(corpus, number):
     """A real signal to a real process, in its fourth step: the exit code is 128 + its number, the
     message says how to go on, and the run, resumed, equals one that was never stopped."""
