@@ -4,16 +4,20 @@ have, ours have too. Each property is written once, in course/checks/.
 An adapter below gives one of our functions the form that the assignment asks for."""
 
 import dataclasses
+import math
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from helpers import tiny
+from torch.distributed.tensor import Replicate, Shard
 
 import course.assignments  # noqa: F401 (its checks register themselves)
 import data
 import grow
 import muP
+import parallel
 from course.checking import CHECKS, first_failure
 from course.student import Local
 from flm import (
@@ -184,8 +188,36 @@ def our_speed_up(scratch, flops, loss):
     return growth.speed_up(dict(scratch), flops, loss)
 
 
-# What tensor_parallel, grad_norm and iq_task ask for has no counterpart of the same form here: the
-# trainer leaves it to PyTorch's engine (tests/test_parallel.py), and the task is new.
+class Cut:
+    """In place of a DTensor: what a rank has of a gradient, and how the ranks share it."""
+
+    def __init__(self, piece, placement, mesh):
+        kinds = {"shard": Shard(0), "replicate": Replicate()}
+        self.grad, self.device_mesh = piece, SimpleNamespace(shape=tuple(mesh.values()))
+        self.placements = [kinds[placement[axis]] for axis in mesh]
+
+
+def our_square_share(pieces, mesh):
+    """parallel.Worker.grad_square of a rank with these parameters."""
+    named = [("", Cut(piece, placement, mesh)) for piece, placement in pieces]
+    world = SimpleNamespace(layout=parallel.Layout(**mesh))
+    worker = SimpleNamespace(named=named, ddp=None, tied_end=None, world=world)
+    with mock.patch.object(parallel, "DTensor", Cut):
+        return parallel.Worker.grad_square(worker)
+
+
+def our_clipped(pieces, square, max_norm):
+    """What train.update calls with the norm of the whole gradient."""
+    parameters = [torch.zeros_like(piece, requires_grad=True) for piece, _ in pieces]
+    for parameter, (piece, _) in zip(parameters, pieces):
+        parameter.grad = piece.clone()
+    norm = torch.tensor(math.sqrt(square), dtype=torch.float64)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return [parameter.grad for parameter in parameters]
+
+
+# What tensor_parallel and iq_task ask for has no counterpart of the same form here: the trainer
+# leaves it to PyTorch's engine (tests/test_parallel.py), and the task is new.
 OURS = {
     "xpos": Local(rotate=our_rotate),
     "attention": Local(attend=our_attend),
@@ -199,6 +231,7 @@ OURS = {
     "mup": Local(initial_std=our_initial_std, adamw_group=our_adamw_group),
     "loss_law": Local(fit_law=our_fit_law),
     "one_f_one_b": Local(order=our_order),
+    "grad_norm": Local(square_share=our_square_share, clipped=our_clipped),
     "published_qkv": Local(read_qkv=our_read_qkv, write_qkv=our_write_qkv),
     "speed_up": Local(speed_up=our_speed_up),
 }

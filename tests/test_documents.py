@@ -1,8 +1,10 @@
 """The Python of the documents can be pasted into a terminal, block after block, and their links
 lead somewhere.
 
-`.ci/run_documents.py` runs all of it; here the structure of all blocks is checked, and one chapter
-is pasted into a real terminal."""
+`.ci/run_documents.py` pastes the blocks of each document into `python -i`, which reads them line by
+line, as it does in a terminal. Here it is checked that it accepts all lines, and one chapter is
+pasted into a real terminal. A terminal has no rules for lines of its own, and to paste a chapter
+takes as long as to run it; so the others are not."""
 
 import codeop
 import os
