@@ -197,7 +197,7 @@ def same_loss(rows: list[dict], best: dict) -> dict[str, Line]:
     """The best schedule's speed-up as a distance: from its own FLOPs to those that training from
     scratch takes for the same loss. Nothing where no two runs from scratch have that between them.
     """
-    most = max(row["tflop"] for row in rows if row["name"] == "scratch")
+    most = max((row["tflop"] for row in rows if row["name"] == "scratch"), default=0)
     flops, loss = best["tflop"], best["mean"]["loss"]
     faster = best["speed_up"] or math.inf
     if best["name"] == "scratch" or not flops < flops * faster <= most:
