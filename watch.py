@@ -63,8 +63,16 @@ def describe_run(
     for i, stage in enumerate(stages, 1):
         place = f"samples {stage.start:,} to {stage.end:,}"
         lines.append(f"  stage {i}   {describe_config(stage.config)}: {place}")
+        if stage.warmup > stage.end - stage.start:
+            lines.append(
+                f"  note      the warm-up of {stage.warmup:,} samples is longer than this stage: "
+                "the learning rate does not reach its peak"
+            )
     job = f"batches of {s.batch_size} x {T} tokens, learning rate {s.lr:g}, muP {mup}"
     lines.append(f"  job       {job}: {(total - done) / 1e12:.3g} TFLOP{rest}")
+    weights = f"reading {s.init_from}" if s.init_from else "drawing the initial weights"
+    first = "reading its checkpoint" if resume else f"{weights}, then writing a first checkpoint"
+    lines.append(f"  starting  {first}")
     return "\n".join(line for line in lines if world.size > 1 or "  layout " not in line)
 
 

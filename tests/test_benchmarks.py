@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, on a CPU and small models."""
+"""benchmarks/gpu.py, on a CPU and small models; the words of benchmarks/bench_data.py."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ from helpers import ROOT
 
 import data
 import train
-from benchmarks import gpu
+from benchmarks import bench_data, gpu
 from lab import bench
 
 
@@ -89,7 +89,7 @@ def test_what_does_not_keep_a_promise():
     the better one of plain and compiled counts."""
     found = {
         "device": "some GPU",
-        "training 0.1B": {"memory / rehearsed": 1.05, "utilisation": 0.3},
+        "training 0.1B": {"memory / rehearsed": 1.04, "utilisation": 0.3},
         "training 1B": {"memory / rehearsed": 0.96, "utilisation": 0.5},
         "training 1B, --compile": {"utilisation": 0.61},
         "training 3B": {"error": "RuntimeError: no"},
@@ -102,6 +102,13 @@ def test_what_does_not_keep_a_promise():
     assert not gpu.has_failed(gpu.verdicts(found, "1B"))
     found["training 1B"]["memory / rehearsed"] = 1.06
     assert gpu.has_failed(gpu.verdicts(found, "1B"))
+
+
+@pytest.mark.parametrize("words", [["0"], ["nan"], ["1", "no-such-file"]])
+def test_what_bench_data_cannot_do(words):
+    """Its mistakes are told before any text is made."""
+    with pytest.raises(ValueError, match="gigabytes: give a number|no-such-file"):
+        bench_data.main(words)
 
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
