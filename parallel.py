@@ -671,18 +671,14 @@ class Worker:
     def init_weights(self, seed: int):
         """muP.init_weights for a share: each rank draws the whole of each of its parameters and
         keeps its shard, so all layouts start from the same numbers."""
-        count = {"total": sum(p.numel() for _, p in self.named), "unit": "weights"}
-        count |= {"unit_scale": True, "leave": False, "disable": self.world.rank > 0}
-        with console.progress(desc="drawing", **count) as bar:
-            for name, p in self.named:
-                value = muP.initial_value(self.config, name, p.shape, seed)
-                if isinstance(p, DTensor):
-                    place = p.device_mesh, p.placements
-                    value = distribute_tensor(
-                        value.to(self.device, p.dtype), *place, src_data_rank=None
-                    )
-                p.copy_(value)
-                bar.update(p.numel())
+        for name, p in console.progress(
+            self.named, desc="drawing", unit="tensors", leave=False, disable=self.world.rank > 0
+        ):
+            value = muP.initial_value(self.config, name, p.shape, seed)
+            if isinstance(p, DTensor):
+                value = value.to(self.device, p.dtype)
+                value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+            p.copy_(value)
 
     def set_masks(self, record: dict | None, c: float):
         """FLM.set_masks on every part: the growth's record and the mask's value c."""

@@ -294,13 +294,12 @@ def with_file(given: dict) -> dict:
     if file is None:
         return given
     found, name = read_settings(file), given.get("preset")
-    kept = [key for key in RECIPE if key in found and key not in given]
-    if kept and name in PRESETS and found.get("preset", name) != name:
-        theirs = ", ".join(f"{flag(key)} {found[key]}" for key in kept)
-        ours = " ".join(f"{flag(key)} {RECIPES[name][key]}" for key in kept)
-        raise ValueError(
-            f"--preset {name}: {file} is for {found['preset']}, and its {theirs} would count here "
-            f"too. Say beside --preset what you want; the recipe of {name} has\n  {ours}"
+    if name in PRESETS and found.get("preset", name) != name:
+        kept = [key for key in RECIPE if key in found and key not in given]
+        refuse(
+            (f"{flag(key)} {RECIPES[name][key]}" for key in kept),
+            f"--preset {name}: {file} is for {found['preset']}, whose values would count here too. "
+            f"Say beside --preset what you want; the recipe of {name} has:",
         )
     return {**found, **given}
 

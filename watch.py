@@ -70,8 +70,7 @@ def describe_run(
             )
     job = f"batches of {s.batch_size} x {T} tokens, learning rate {s.lr:g}, muP {mup}"
     lines.append(f"  job       {job}: {(total - done) / 1e12:.3g} TFLOP{rest}")
-    weights = f"reading {s.init_from}" if s.init_from else "drawing the initial weights"
-    first = "reading its checkpoint" if resume else f"{weights}, then writing a first checkpoint"
+    first = "a checkpoint is read" if resume else "weights are set, a checkpoint is written"
     lines.append(f"  starting  {first}")
     return "\n".join(line for line in lines if world.size > 1 or "  layout " not in line)
 

@@ -148,9 +148,10 @@ def test_another_preset_does_not_inherit_a_recipe():
     with pytest.raises(ValueError) as caught:
         parse("--steps", "9")
     assert str(caught.value).splitlines() == [
-        "--preset flm-1b: s.json is for demo, and its --lr 0.004, --warmup 800 would count here "
-        "too. Say beside --preset what you want; the recipe of flm-1b has",
-        f"  --lr 0.0004 --warmup {settings.RECIPES['flm-1b']['warmup']}",
+        "--preset flm-1b: s.json is for demo, whose values would count here too. Say beside "
+        "--preset what you want; the recipe of flm-1b has:",
+        "  --lr 0.0004",
+        f"  --warmup {settings.RECIPES['flm-1b']['warmup']}",
     ]
     given = parse("--steps", "9", "--lr", "1", "--warmup", "0")
     assert given["seed"] == 3 and given["preset"] == "flm-1b" and given["lr"] == 1

@@ -148,11 +148,11 @@ def test_what_takes_long_is_said_without_a_terminal(corpus, monkeypatch, capsys)
     monkeypatch.setattr(console.Lines, "__init__", lambda lines, _: patient(lines, 0))
     found = train.train(job(corpus, steps=1))
     told = capsys.readouterr()
-    assert "  starting  drawing the initial weights, then writing a first checkpoint" in told.out
+    assert "  starting  weights are set, a checkpoint is written" in told.out
     assert "drawing: 0% of " in told.err and "evaluating: 0% of 6 rows" in told.err
     assert main(["--eval-only", found["folder"]]) == 0
     told = capsys.readouterr()
-    assert told.err.startswith(f"reading {found['folder']}") and "evaluating: 0%" in told.err
+    assert told.out.startswith(f"reading {found['folder']}") and "evaluating: 0%" in told.err
     assert found["val_loss"] == expected
 
 
