@@ -152,7 +152,7 @@ def program_name() -> str:
     """What the user typed after `python`: train.py, or lab.growth for `python -m lab.growth`."""
     path = Path(sys.argv[0])
     folder = path.parent.name
-    return f"{folder}.{path.stem}" if folder in ("lab", "course") else path.name
+    return f"{folder}.{path.stem}" if folder in ("lab", "course", "benchmarks") else path.name
 
 
 def prepare_streams():

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import console
 import data
 import parallel
 from checkpoint import find_checkpoint, read_info
@@ -95,7 +96,14 @@ def score_rows(
     score = score if signal_name == "teacher" else None
     tokens, targets, size = held_out_rows(corpus, signal_name, numbers, micro, world)
     cut = corpus.documents(tokens)
-    found = worker.forward(tokens, targets, size, score, documents=cut).flatten().tolist()
+    with (
+        console.progress(
+            total=len(tokens), desc="evaluating", unit="rows", leave=False, disable=world.rank > 0
+        ) as bar,
+        # What a hook returns, unless it is None, replaces the output.
+        worker.parts[0].register_forward_hook(lambda *_: bar.update(size) and None),
+    ):
+        found = worker.forward(tokens, targets, size, score, documents=cut).flatten().tolist()
     nats, right = [*found, 0.0][:2] if world.last and world.at("tp") == 0 else (0.0, 0.0)
     known = targets[targets != IGNORE] if world.at("tp") == world.at("pp") == 0 else targets[:0]
     labels = ((known == angry) | (known == devil)).sum()
@@ -180,6 +188,7 @@ def eval_only(source: str, given: dict, world: World = World()) -> dict:
     s = dataclasses.replace(s, **defaults | given)
     check_same_settings(world, s)
     refuse(check_settings(s))
+    print(f"reading {path}")
     stages = []
     if path.is_dir():  # an evaluation fills up the rows that a layout needs, so any number fits
         config = FLMConfig.from_dict(world.raise_on_all_ranks(read_info, path)["config"])

@@ -813,7 +813,7 @@ def find_task(name: str) -> Task:
 # `answer_all` takes any model that has `context` (tokens), `encode(text)`, `complete(prompts, new)`
 # and `likelihoods(prompts, options)`.
 
-BATCH = 32  # items; on a CPU larger batches took longer per item (benchmarks/bench_iqeval.py)
+BATCH = 32  # items; on a CPU larger batches took longer per item (benchmarks.bench_iqeval)
 
 
 class CheckpointModel:

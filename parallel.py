@@ -76,6 +76,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+import console
 import muP
 from flm import FLM, IGNORE, FLMConfig, head_loss
 
@@ -670,13 +671,13 @@ class Worker:
     def init_weights(self, seed: int):
         """muP.init_weights for a share: each rank draws the whole of each of its parameters and
         keeps its shard, so all layouts start from the same numbers."""
-        for name, p in self.named:
+        for name, p in console.progress(
+            self.named, desc="drawing", unit="tensors", leave=False, disable=self.world.rank > 0
+        ):
             value = muP.initial_value(self.config, name, p.shape, seed)
             if isinstance(p, DTensor):
-                place = p.device_mesh, p.placements
-                value = distribute_tensor(
-                    value.to(self.device, p.dtype), *place, src_data_rank=None
-                )
+                value = value.to(self.device, p.dtype)
+                value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
             p.copy_(value)
 
     def set_masks(self, record: dict | None, c: float):

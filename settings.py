@@ -206,6 +206,9 @@ FIELDS = dataclasses.fields(Settings)
 LAYOUT = [field.name for field in dataclasses.fields(Layout)]  # each is an option
 
 
+RECIPE = ("steps", "batch_size", "lr", "warmup")  # the preset's recipe has them
+
+
 def flag(name: str) -> str:
     """The option of a setting: "--batch-size" of "batch_size"."""
     return "--" + name.replace("_", "-")
@@ -255,6 +258,8 @@ def json_problems(field: dataclasses.Field, value) -> list[str]:
         fits = all(isinstance(word, str) for word in value)
     if not fits:
         return [f"{field.name} = {json.dumps(value)}: must be {words}"]
+    if field.name == "preset" and value not in PRESETS:
+        return [f"--preset {value}: must be one of {', '.join(PRESETS)}"]
     return value_problems(field, value)
 
 
@@ -283,9 +288,20 @@ def read_settings(file: str) -> dict:
 
 
 def with_file(given: dict) -> dict:
-    """The options of a command line, over those of the file that its --settings names."""
+    """The options of a command line, over those of the file that its --settings names. Raises
+    ValueError where a value of another preset's recipe would count for the command line's."""
     file = given.pop("settings", None)
-    return given if file is None else {**read_settings(file), **given}
+    if file is None:
+        return given
+    found, name = read_settings(file), given.get("preset")
+    if name in PRESETS and found.get("preset", name) != name:
+        kept = [key for key in RECIPE if key in found and key not in given]
+        refuse(
+            (f"{flag(key)} {RECIPES[name][key]}" for key in kept),
+            f"--preset {name}: {file} is for {found['preset']}, whose values would count here too. "
+            f"Say beside --preset what you want; the recipe of {name} has:",
+        )
+    return {**found, **given}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,7 +312,7 @@ def resolve(settings: Settings) -> tuple[Settings, list[Stage]]:
     """The settings with the recipe's values filled in, and the stages of the run; the last stage
     has the final model. Raises ValueError with every violated constraint."""
     config, seen, recipe = preset(settings.preset), 0, RECIPES[settings.preset]
-    missing = [k for k in ("steps", "batch_size", "lr", "warmup") if getattr(settings, k) is None]
+    missing = [k for k in RECIPE if getattr(settings, k) is None]
     s = dataclasses.replace(settings, **{k: recipe[k] for k in missing})
     if "warmup" in missing:  # the recipe's warm-up is for the recipe's number of steps
         s = dataclasses.replace(s, warmup=min(s.warmup, max(0, s.steps * s.batch_size // 12)))

@@ -63,8 +63,15 @@ def describe_run(
     for i, stage in enumerate(stages, 1):
         place = f"samples {stage.start:,} to {stage.end:,}"
         lines.append(f"  stage {i}   {describe_config(stage.config)}: {place}")
+        if stage.warmup > stage.end - stage.start:
+            lines.append(
+                f"  note      the warm-up of {stage.warmup:,} samples is longer than this stage: "
+                "the learning rate does not reach its peak"
+            )
     job = f"batches of {s.batch_size} x {T} tokens, learning rate {s.lr:g}, muP {mup}"
     lines.append(f"  job       {job}: {(total - done) / 1e12:.3g} TFLOP{rest}")
+    first = "a checkpoint is read" if resume else "weights are set, a checkpoint is written"
+    lines.append(f"  starting  {first}")
     return "\n".join(line for line in lines if world.size > 1 or "  layout " not in line)
 
 

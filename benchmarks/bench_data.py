@@ -1,6 +1,6 @@
 """How far data.py prepare is from tiktoken alone:
 
-    python benchmarks/bench_data.py [GIGABYTES [CL100K_FILE]]
+    python -m benchmarks.bench_data [GIGABYTES [CL100K_FILE]]
 
 Makes so much text (0.1 without the argument) from Python's library, its paragraphs in another order
 each time: a .txt file of half of it, two thousand small files, a .jsonl and a .jsonl.gz. For each
@@ -11,6 +11,7 @@ killed with kill -9 in the middle and repeated. Prints a JSON object: rates, the
 CPU seconds are those of all processes, whatever else the machine does; so is their ratio.
 """
 
+import argparse
 import gzip
 import json
 import multiprocessing
@@ -31,12 +32,12 @@ if sys.platform != "linux":
     sys.exit("bench_data.py reads the memory of processes from /proc: on Windows use WSL")
 import resource
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import console
 from prepare import cores
 from textfiles import cut_text, read_parts, stdlib_files
 from tokenizer import TOKENIZERS, get_tokenizer
 
+ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = 16_000_000  # bytes of text a core for tiktoken alone
 
 
@@ -185,20 +186,28 @@ def measure(name: str, file: str | None, folder: Path, texts: list[str]) -> dict
     return result
 
 
-def main(gigabytes: str = "0.1", file: str | None = None):
+def main(argv: list[str] | None = None):
     """Prints a JSON object for each tokenizer; cl100k_base needs its file."""
+    parser = argparse.ArgumentParser(prog="benchmarks.bench_data")
+    parser.add_argument("gigabytes", type=float, nargs="?", default=0.1, help="of text")
+    parser.add_argument("file", nargs="?", help="cl100k_base.tiktoken")
+    args = parser.parse_args(argv)
+    if not 0.001 <= args.gigabytes <= 1000:
+        raise ValueError(f"{args.gigabytes:g} gigabytes: give a number from 0.001 to 1000")
+    if args.file:
+        get_tokenizer("cl100k_base", args.file)  # before the text is made
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work, "text")
         folder.mkdir()
-        make_text(folder, int(float(gigabytes) * 1e9))
+        make_text(folder, int(args.gigabytes * 1e9))
         with open(folder / "one.txt", encoding="utf-8") as text:
             texts = list(cut_text(text.read(SAMPLE * cores())))
         names = ("one.txt", "rows.jsonl", "packed.jsonl.gz")
         reading = {name: round(read_alone(folder / name)) for name in names}
         print(json.dumps({"reading alone, MB/CPU s": reading}, indent=1), flush=True)
-        for name in TOKENIZERS if file else ("bytes",):
-            print(json.dumps(measure(name, file, folder, texts), indent=1), flush=True)
+        for name in TOKENIZERS if args.file else ("bytes",):
+            print(json.dumps(measure(name, args.file, folder, texts), indent=1), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    console.run(main)

@@ -7,26 +7,32 @@ It asks, in this order:
     parity          does the GPU compute what the CPU computes, in float64, fp32 and bf16?
     deterministic   does --deterministic give the same bits twice?
     training        tokens per second, utilisation and peak memory of models of several sizes,
-                    beside the memory that lab.cluster rehearses; one of them with --compile as well
+                    beside the memory that lab.cluster rehearses
+    --compile       the same of the model of 1 billion parameters, compiled
+    profile         the ten costliest operations of its step
     generation      tokens per second at batch 1 and 32, beside transformers' (pip install
                     transformers), which is optional
+    verdicts        is the memory within 5% of the rehearsed one, is the utilisation 60%?
 
-Each part works in processes of its own, so none sees the memory of another. A part that fails has
-its error in the JSON, and the others go on. It is made for one GPU and ten minutes. No GPU has run
-it yet.
+It is made for one GPU and ten minutes. --out is written after each part, so a machine that is taken
+away keeps what was found. Training runs in processes of its own, which see no other part's memory
+and have a time limit. A part that fails has its error in the JSON, and the others go on. The exit
+code is 1 where a part fails, or a memory is not the rehearsed one; a utilisation below the goal is
+said. No GPU has run it yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
-import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -34,13 +40,19 @@ import torch
 import console
 import muP
 import parallel
+import train
+import watch
 from checkpoint import find_checkpoint, read_tensors, stored_tensors
 from flm import FLM, FLMConfig, count_parameters
 from lab import cluster
-from machine import name_of, now, pick_device
+from machine import name_of, now, pick_device, set_up
 from sample import generate
+from settings import Settings, resolve
 
 V = 50_304
+LIMIT = 150  # seconds that a command may take
+WITHIN = 0.05  # of the rehearsed memory
+GOAL = 0.6  # of the GPU's peak, at 1 billion parameters; the best public trainers reach 0.5 to 0.6
 
 
 def flm(L: int, C: int, T: int = 2048, vocabulary: int = V) -> FLMConfig:
@@ -98,20 +110,28 @@ def parity(device: torch.device) -> dict:
 
 
 def command(*words) -> str:
-    """What a command of this repository prints. Raises RuntimeError with its last lines."""
+    """What a command of this repository prints. Raises RuntimeError with its last lines, or where
+    it takes longer than LIMIT; then, and where this process ends, it is killed."""
     line = [sys.executable, *map(str, words)]
-    done = subprocess.run(line, capture_output=True, text=True)
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{' '.join(line[1:])}: not done in {LIMIT} seconds") from None
     if done.returncode:
         raise RuntimeError(f"{' '.join(line[1:])}: {done.stderr.strip()[-2000:]}")
     return done.stdout
 
 
+def changed_fields(config: FLMConfig) -> list[str]:
+    """What --model needs to make this model of the default one."""
+    usual = FLMConfig.__dataclass_fields__
+    return [f"{k}={v}" for k, v in config.to_dict().items() if v != usual[k].default]
+
+
 def words_of(config: FLMConfig, rows: int, device: torch.device) -> list[str]:
     """The options of train.py for a model and a batch."""
-    usual = FLMConfig.__dataclass_fields__
-    fields = [f"{k}={v}" for k, v in config.to_dict().items() if v != usual[k].default]
-    words = ["--model", *fields, "--batch-size", rows, "--dtype", "bfloat16", "--device", device]
-    return list(map(str, words))
+    words = ["--model", *changed_fields(config), "--batch-size", rows]
+    return [*map(str, words), "--dtype", "bfloat16", "--device", str(device)]
 
 
 def deterministic(device: torch.device, config: FLMConfig, folder: Path) -> dict:
@@ -154,21 +174,63 @@ def rehearsed_memory(config: FLMConfig, rows: int) -> float:
     return cases[cluster.WITHOUT][0]["peak"] / cluster.GiB
 
 
-def training(device: torch.device, sizes: dict) -> dict:
-    """{size: the benchmark, and its memory beside the rehearsed one}; the last but one size also
-    under --compile."""
-    found = {}
-    for name, (config, rows) in sizes.items():
-        result = time_training(config, rows, device)
-        expected = rehearsed_memory(config, result["batch_size"])
-        result["rehearsed_memory_gib"] = round(expected, 3)
-        if device.type == "cuda":  # a CPU's peak has the libraries in it
-            result["memory / rehearsed"] = round(result["peak_memory_gib"] / expected, 4)
-        found[name] = result
-    name = list(sizes)[-2]
-    again = time_training(sizes[name][0], found[name]["batch_size"], device, "--compile")
-    again["speed / without"] = round(again["tokens_per_s"] / found[name]["tokens_per_s"], 3)
-    return found | {f"{name}, --compile": again}
+def training(device: torch.device, config: FLMConfig, rows: int) -> dict:
+    """The benchmark of a size, and its memory beside the rehearsed one."""
+    result = time_training(config, rows, device)
+    expected = rehearsed_memory(config, result["batch_size"])
+    result["rehearsed_memory_gib"] = round(expected, 3)
+    if device.type == "cuda":  # a CPU's peak has the libraries in it
+        result["memory / rehearsed"] = round(result["peak_memory_gib"] / expected, 4)
+    return result
+
+
+def compiled(device: torch.device, config: FLMConfig, plain: dict) -> dict:
+    """The benchmark of a size under --compile. plain: what `training` found of it."""
+    result = time_training(config, plain["batch_size"], device, "--compile")
+    result["speed / without"] = round(result["tokens_per_s"] / plain["tokens_per_s"], 3)
+    return result
+
+
+def profile(device: torch.device, config: FLMConfig, rows: int, steps: int = 3) -> dict:
+    """The ten costliest operations of training steps, as train.py --profile shows them, without the
+    checkpoints that a run writes."""
+    model = tuple(changed_fields(config))
+    given = Settings(model=model, batch_size=rows, dtype="bfloat16", device=str(device))
+    s, stages = resolve(given)
+    machine, world = set_up(s, stages, parallel.World())
+    worker = train.allocate(config, machine, world)
+    worker.init_weights(0)
+    optimizer = train.make_optimizer(worker, s)
+    tokens = torch.randint(config.vocab_size, (rows, config.max_seq_len + 1))
+
+    def step():
+        found = worker.gradients(tokens[:, :-1], tokens[:, 1:], rows)
+        train.update(worker, optimizer, s.clip, s.lr, *found)
+
+    for _ in range(watch.WARM_UP):
+        step()
+    with torch.profiler.profile() as profiler:
+        for _ in range(steps):
+            step()
+        now(device)
+    return {"costliest": watch.costliest(profiler, f"{steps} steps").splitlines()}
+
+
+def verdicts(found: dict, name: str) -> dict:
+    """What the goals say of the trainings that were found: {part: result}. The utilisation is that
+    of the size `name`."""
+    said = {}
+    for part, result in found.items():
+        if "memory / rehearsed" in result:
+            ratio = result["memory / rehearsed"]
+            passed = abs(ratio - 1) <= WITHIN
+            said[f"{part}, memory / rehearsed"] = {"found": ratio, "passed": passed}
+    parts = (f"training {name}", f"training {name}, --compile")
+    used = [found[part]["utilisation"] for part in parts if "utilisation" in found.get(part, {})]
+    if used:
+        best = max(used)
+        said[f"{name}, utilisation"] = {"found": best, "goal": GOAL, "reached": best >= GOAL}
+    return said
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,17 +289,36 @@ def generation(device: torch.device, config: FLMConfig, prompt: int, new: int) -
 # The command line
 
 
-def attempt(name: str, action: Callable, *args) -> dict:
-    """What action(*args) found, with its seconds; or its error."""
+def attempt(name: str, action: Callable[[], dict]) -> dict:
+    """What action() found, with its seconds; or its error."""
     print(f"{name} ...", file=sys.stderr, flush=True)
     start = time.perf_counter()
     try:
-        found = action(*args)
+        found = action()
     except Exception as error:  # one part that fails must not cost what the others found
         found = {"error": f"{type(error).__name__}: {error}"}
     seconds = round(time.perf_counter() - start, 1)
     print(f"{name}: {seconds:g} s{', failed' * ('error' in found)}", file=sys.stderr, flush=True)
     return found | {"seconds": seconds}
+
+
+def parts(device: torch.device, tiny: bool, folder: Path, found: dict) -> Iterator[tuple]:
+    """(name, function that finds it) of each part. found: what the parts before have found."""
+    sizes, lengths = (TINY, (8, 8)) if tiny else (SIZES, (128, 128))
+    configs = [config for config, _ in sizes.values()]
+    part = functools.partial
+    yield "parity", part(parity, device)
+    yield "deterministic", part(deterministic, device, configs[0], folder)
+    for name, (config, rows) in sizes.items():
+        yield f"training {name}", part(training, device, config, rows)
+    name = list(sizes)[-2]
+    config, rows = sizes[name]
+    plain = found[f"training {name}"]
+    if "error" not in plain:
+        yield f"training {name}, --compile", part(compiled, device, config, plain)
+        yield f"profile {name}", part(profile, device, config, plain["batch_size"])
+    yield "generation", part(generation, device, config, *lengths)
+    yield "verdicts", part(verdicts, found, name)
 
 
 def has_failed(result: object) -> bool:
@@ -254,29 +335,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="small models, to try this program")
     parser.add_argument("--out", type=Path, help="a file for the JSON (not given: the screen)")
     args = parser.parse_args(argv)
-    device, sizes = pick_device(args.device), TINY if args.tiny else SIZES
+    device = pick_device(args.device)
     out = args.out and console.output_file(args.out)  # before ten minutes of work
-    lengths = (8, 8) if args.tiny else (128, 128)
-    configs = [config for config, _ in sizes.values()]
-    folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
-    try:
-        result = {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-            "parity": attempt("parity", parity, device),
-            "deterministic": attempt("deterministic", deterministic, device, configs[0], folder),
-            "training": attempt("training", training, device, sizes),
-            "generation": attempt("generation", generation, device, configs[-2], *lengths),
-        }
-    finally:
-        shutil.rmtree(folder)
-    text = json.dumps(result, indent=1)
-    if out:
-        out.write_text(text + "\n")
-    else:
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    result = {"device": card, "torch": torch.__version__}
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        for name, action in parts(device, args.tiny, Path(folder), result):
+            result[name] = attempt(name, action)
+            text = json.dumps(result, indent=1)
+            if out:
+                console.replace_file(out, text + "\n")
+    if out is None:
         print(text)
+    for name, verdict in result["verdicts"].items():
+        print(f"{name}: {json.dumps(verdict)}", file=sys.stderr)
     return int(has_failed(result))
 
 
 if __name__ == "__main__":
+    # sys.exit lets temporary folders go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console.run(main)

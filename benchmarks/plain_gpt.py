@@ -4,16 +4,17 @@ python -m benchmarks.plain_gpt [VOCABULARY]
 
 Steps of both models take turns in one run. It prints tokens per second and ratios."""
 
+import argparse
 import itertools
 import json
 import statistics
-import sys
 import time
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import console
 import muP
 from flm import FLM, FLMConfig
 
@@ -65,8 +66,12 @@ def step_seconds(model: nn.Module, optimizer, tokens: torch.Tensor, bf16: bool) 
     return time.perf_counter() - start
 
 
-def main(V: int = 65, rounds: int = 7):
+def main(argv: list[str] | None = None, rounds: int = 7):
     """Print tokens per second and ratios as JSON."""
+    parser = argparse.ArgumentParser(prog="benchmarks.plain_gpt")
+    parser.add_argument("words", type=int, nargs="?", default=65, help="of the vocabulary")
+    V = parser.parse_args(argv).words
+    console.refuse([f"{V} words: give at least 2"] if V < 2 else [])
     tokens = torch.randint(V, (B, T + 1))
     ours = muP.init_weights(FLM(FLMConfig(L, C, H, C // H, 4 * C, V, T)), 0)
     models = {"plain": PlainGPT(V), "ours": ours}
@@ -95,4 +100,4 @@ def main(V: int = 65, rounds: int = 7):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    console.run(main)

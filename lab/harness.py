@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import json
 import logging
 import re
@@ -216,6 +217,16 @@ def table_4(results: dict[str, dict]) -> str:
 
 PACKAGE = "lm_eval==0.4.13"
 OWN = Path(__file__).parent  # has table4.yaml
+OUT = "harness-CHECKPOINT-TASKS.json"
+
+
+def free_name(checkpoint: Path, tasks: list[str]) -> str:
+    """OUT for this checkpoint and these tasks, with a number where a file has that name."""
+    words = [checkpoint.absolute().parent.name] * checkpoint.is_dir() + [checkpoint.stem]
+    words += tasks[:3] + [f"and-{len(tasks) - 3}-more"] * (len(tasks) > 3)
+    stem = re.sub(r"[^\w.]+", "-", "-".join(["harness", *words]))
+    names = (f"{stem}{f'-{n}' if n > 1 else ''}.json" for n in itertools.count(1))
+    return next(name for name in names if not Path(name).exists())
 
 
 def find_tasks(names: list[str], include: str | None):
@@ -326,6 +337,7 @@ def run(args: argparse.Namespace):
     except ImportError as error:
         raise ValueError(f"this needs lm-evaluation-harness ({error}): pip install {PACKAGE}")
     checkpoint, device = find_checkpoint(args.checkpoint), pick_device(args.device)
+    args.out = free_name(checkpoint, args.tasks) if args.out == OUT else args.out
     manager, names = find_tasks(args.tasks, args.include_path)
     model = HarnessModel(checkpoint, device, args.tokenizer_file, args.batch_size)
     try:
@@ -379,7 +391,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     p = commands.add_parser("run", help="score a checkpoint on tasks of the harness")
     iqeval.run_options(p)
-    p.set_defaults(out="harness.json")
+    p.set_defaults(out=OUT)
     add = p.add_argument
     tasks = "names of tasks, groups or tags, patterns such as mmlu_*, or table4"
     add("--tasks", nargs="+", required=True, metavar="TASK", help=tasks)

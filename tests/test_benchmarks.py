@@ -1,16 +1,18 @@
-"""benchmarks/gpu.py, on a CPU and small models."""
+"""benchmarks/gpu.py, on a CPU and small models; the words of benchmarks/bench_data.py."""
 
 import contextlib
 import io
 import json
+import tempfile
 from unittest import mock
 
+import pytest
 import torch
 from helpers import ROOT
 
 import data
 import train
-from benchmarks import gpu
+from benchmarks import bench_data, gpu
 from lab import bench
 
 
@@ -38,14 +40,18 @@ def test_the_benchmark_of_a_gpu_on_a_cpu(tmp_path, monkeypatch):
     assert all(kinds[name]["passed"] for name in ("float64", "float32", "bfloat16"))
     assert kinds["float32"]["device"]["gradient"] < kinds["bfloat16"]["device"]["gradient"]
     assert found["deterministic"]["passed"] and found["deterministic"]["tensors"] > 50
-    for name in ("tiny", "small", "tiny, --compile"):
-        assert found["training"][name]["tokens_per_s"] > 0
-    assert found["training"]["small"]["rehearsed_memory_gib"] == 0.5
+    for name in ("training tiny", "training small", "training tiny, --compile"):
+        assert found[name]["tokens_per_s"] > 0
+    assert found["training small"]["rehearsed_memory_gib"] == 0.5
+    table = found["profile tiny"]["costliest"]
+    assert table[0] == "profile of 3 steps, cpu time" and len(table) == 12
+    assert any("addmm" in line or "aten::mm" in line for line in table)
     for batch in (1, 32):
         assert found["generation"][f"batch {batch}, tokens/s"]["ours"] > 0
+    assert found["verdicts"]["tiny, utilisation"]["goal"] == gpu.GOAL
 
 
-def test_a_part_that_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
+def test_a_part_that_fails_costs_only_itself(monkeypatch, capsys):
     """Its error is in the JSON, and the exit code says that there is one."""
     fails = mock.Mock(side_effect=RuntimeError("no such kernel"))
     for name in ("parity", "deterministic", "training"):
@@ -53,8 +59,56 @@ def test_a_part_that_fails_costs_only_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "generation", lambda *_: {"found": 1})
     assert gpu.main(["--device", "cpu", "--tiny"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert found["training"]["error"] == "RuntimeError: no such kernel"
+    assert found["training tiny"]["error"] == "RuntimeError: no such kernel"
     assert found["generation"]["found"] == 1
+
+
+def test_a_machine_that_is_taken_away_keeps_what_was_found(tmp_path, monkeypatch):
+    """SIGTERM raises SystemExit: the parts that are done are in the file, and nothing is left in
+    the folder for temporary files."""
+    monkeypatch.setattr(gpu, "parity", lambda *_: {"found": 1})
+    monkeypatch.setattr(gpu, "deterministic", mock.Mock(side_effect=SystemExit(143)))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--tiny", "--out", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["parity"]["found"] == 1 and "deterministic" not in found
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_command_that_hangs_is_killed(monkeypatch):
+    """After its time it is an error with its name."""
+    monkeypatch.setattr(gpu, "LIMIT", 0.1)
+    with pytest.raises(RuntimeError, match="^-c import time; .*: not done in 0.1 seconds$"):
+        gpu.command("-c", "import time; time.sleep(600)")
+
+
+def test_what_does_not_keep_a_promise():
+    """A memory more than 5% from the rehearsed one fails; a utilisation below the goal is said, and
+    the better one of plain and compiled counts."""
+    found = {
+        "device": "some GPU",
+        "training 0.1B": {"memory / rehearsed": 1.04, "utilisation": 0.3},
+        "training 1B": {"memory / rehearsed": 0.96, "utilisation": 0.5},
+        "training 1B, --compile": {"utilisation": 0.61},
+        "training 3B": {"error": "RuntimeError: no"},
+    }
+    said = gpu.verdicts(found, "1B")
+    assert said["1B, utilisation"] == {"found": 0.61, "goal": 0.6, "reached": True}
+    assert not gpu.has_failed(said) and len(said) == 3
+    del found["training 1B, --compile"]
+    assert not gpu.verdicts(found, "1B")["1B, utilisation"]["reached"]
+    assert not gpu.has_failed(gpu.verdicts(found, "1B"))
+    found["training 1B"]["memory / rehearsed"] = 1.06
+    assert gpu.has_failed(gpu.verdicts(found, "1B"))
+
+
+@pytest.mark.parametrize("words", [["0"], ["nan"], ["1", "no-such-file"]])
+def test_what_bench_data_cannot_do(words):
+    """Its mistakes are told before any text is made."""
+    with pytest.raises(ValueError, match="gigabytes: give a number|no-such-file"):
+        bench_data.main(words)
 
 
 def test_a_batch_that_does_not_fit_is_halved(monkeypatch):

@@ -150,6 +150,7 @@ def test_the_program_is_named_as_it_was_called(monkeypatch):
         ("train.py", "train.py"),
         ("/a/lab/growth.py", "lab.growth"),
         ("/a/course/grade.py", "course.grade"),
+        ("/a/benchmarks/gpu.py", "benchmarks.gpu"),
     ):
         monkeypatch.setattr(sys, "argv", [path])
         assert console.program_name() == name

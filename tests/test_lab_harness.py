@@ -325,7 +325,10 @@ def test_exported_items_score_as_iqeval_scores_them(iq, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["run", str(checkpoint_), "--include-path", str(folder), "--tasks", "iq"]
     harness.main([*words, "--batch-size", "4"])
-    report = json.loads(Path("harness.json").read_text())
+    name = harness.free_name(checkpoint_, ["iq"]).replace(".json", "")
+    (file,) = Path().glob("*.json")  # a name that says checkpoint and tasks, and is free next time
+    assert checkpoint_.stem in file.name and name == f"{file.stem}-2"
+    report = json.loads(file.read_text())
     expected = iqeval.evaluate(iqeval.CheckpointModel(checkpoint_), suite)
     for name, items in suite.items():
         task = f"iq_{name.replace('-', '_')}"

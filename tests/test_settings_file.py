@@ -14,6 +14,7 @@ from workshop import assert_same_run, corpus, few, job, workshop
 import run_folder
 import settings
 import train
+from flm import PRESETS
 from settings import FIELDS, Settings, make_parser, with_file
 from train import main
 
@@ -22,7 +23,9 @@ def values(field: dataclasses.Field) -> st.SearchStrategy:
     """Every value that a setting may have."""
     kind, _, optional = field.type.partition(" | ")
     lowest, highest, _ = field.metadata.get("valid", (None, None, ""))
-    if "choices" in field.metadata:
+    if field.name == "preset":
+        found = st.sampled_from(list(PRESETS))
+    elif "choices" in field.metadata:
         found = st.sampled_from(field.metadata["choices"])
     elif kind == "int":
         found = st.integers(lowest, min(highest, 10**30))
@@ -87,7 +90,7 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path):
         "model": "n_layers=2",
         "compile": 1,
         "mup": "maybe",
-        "preset": None,
+        "preset": "flm-2b",
         "eval_rows": 0,
         "data": ["a"],
         "clip": float("nan"),
@@ -108,6 +111,7 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path):
         '  model = "n_layers=2": must be a list of texts',
         "  compile = 1: must be true or false",
         "  --mup maybe: must be one of on, off",
+        f"  --preset flm-2b: must be one of {', '.join(PRESETS)}",
         "  --eval-rows 0: must be at least 1",
         '  data = ["a"]: must be a text',
         "  --clip nan: must be a number above 0",
@@ -132,6 +136,30 @@ def test_a_file_that_holds_no_settings(text, words):
     with pytest.raises(ValueError) as caught:
         main(["--settings", "s.json"])
     assert words in str(caught.value)
+
+
+def test_another_preset_does_not_inherit_a_recipe():
+    """--preset beside a file for another one: steps, batch, learning rate and warm-up of the file
+    would count for a model that they are not for. They are named, with those of the preset's own
+    recipe to type; whoever gives all of them, or names the same preset, goes on."""
+    file = written(Settings(preset="demo", steps=600, lr=0.004, warmup=800, seed=3))
+    words = ["--settings", file, "--preset", "flm-1b"]
+    parse = lambda *more: with_file(vars(make_parser().parse_args([*words, *more])))
+    with pytest.raises(ValueError) as caught:
+        parse("--steps", "9")
+    assert str(caught.value).splitlines() == [
+        "--preset flm-1b: s.json is for demo, whose values would count here too. Say beside "
+        "--preset what you want; the recipe of flm-1b has:",
+        "  --lr 0.0004",
+        f"  --warmup {settings.RECIPES['flm-1b']['warmup']}",
+    ]
+    given = parse("--steps", "9", "--lr", "1", "--warmup", "0")
+    assert given["seed"] == 3 and given["preset"] == "flm-1b" and given["lr"] == 1
+    words[-1] = "demo"
+    assert parse()["steps"] == 600
+    Path("s.json").write_text('{"settings": {"steps": 5}}')  # it names no preset
+    words[-1] = "flm-1b"
+    assert parse() == {"preset": "flm-1b", "steps": 5}
 
 
 def test_where_a_file_has_no_meaning(corpus):

@@ -26,6 +26,7 @@ from workshop import (
     write_stages,
 )
 
+import console
 import run_folder
 import train
 import watch
@@ -123,6 +124,36 @@ def test_the_time_left_holds_over_a_growth(corpus, monkeypatch, capsys):
         seconds = sum(60**i * int(part) for i, part in enumerate(reversed(left.split(":"))))
         done, total = flop_progress(stages, 4 * int(step))
         assert seconds == pytest.approx(3600 * (1 - done / total), abs=1.01)
+
+
+# --------------------------------------------------------------------------------------------------
+# What takes long is said
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_told(corpus, capsys):
+    """One line before the first step; a warm-up as long as the run reaches its peak."""
+    note = "note      the warm-up of {} samples is longer than this stage: the learning rate"
+    train.train(job(corpus, steps=1, batch_size=4, warmup=5))
+    assert note.format(5) in capsys.readouterr().out
+    train.train(job(corpus, steps=1, batch_size=4, warmup=4))
+    assert "warm-up" not in capsys.readouterr().out
+
+
+def test_what_takes_long_is_said_without_a_terminal(corpus, monkeypatch, capsys):
+    """With no patience at all, the lines show what a run does before its first step, in an
+    evaluation, and in an evaluation alone; the loss is the same."""
+    expected = train.train(job(corpus, steps=1))["val_loss"]
+    assert capsys.readouterr().err == ""  # none of it takes seconds
+    patient = console.Lines.__init__
+    monkeypatch.setattr(console.Lines, "__init__", lambda lines, _: patient(lines, 0))
+    found = train.train(job(corpus, steps=1))
+    told = capsys.readouterr()
+    assert "  starting  weights are set, a checkpoint is written" in told.out
+    assert "drawing: 0% of " in told.err and "evaluating: 0% of 6 rows" in told.err
+    assert main(["--eval-only", found["folder"]]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith(f"reading {found['folder']}") and "evaluating: 0%" in told.err
+    assert found["val_loss"] == expected
 
 
 # --------------------------------------------------------------------------------------------------
