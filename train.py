@@ -579,7 +579,7 @@ def main(argv=None, world: World = World(), run_class: type[Run] = Run) -> int:
     mode = next((name for name in MODES if name in given), None)
     value = given.pop(mode, None)
     if mode == "eval_only":
-        used = {field.name for field in FIELDS if mode in field.metadata.get("modes", ())}
+        used = {field.name for field in FIELDS if field.metadata.get("evaluate")}
         extra = ", ".join(map(flag, sorted(set(given) - used)))
         refuse([f"--eval-only makes no use of {extra}: leave it out"] if extra else [])
         eval_only(value, given, world)
