@@ -309,10 +309,10 @@ def resolve(settings: Settings) -> tuple[Settings, list[Stage]]:
     s = dataclasses.replace(s, steps=schedule.total_steps(stages))
     source, asked = "--model", {k: v for k, v in changes.items() if k not in DIMENSIONS}
     if s.init_from:
-        source, asked = f"--init-from {s.init_from}", config.to_dict()
+        source, asked = f"--init-from {s.init_from}:", config.to_dict()
     # The sizes that --model names may be those of the last stage.
     first, file = stages[0].config.to_dict(), f"--stages {s.stages}"
-    differ = [f"{source}: {k}={v}, {file}: {first[k]}" for k, v in asked.items() if v != first[k]]
+    differ = [f"{source} {k}={v}, {file} {first[k]}" for k, v in asked.items() if v != first[k]]
     refuse(differ, "the model and its first stage differ; leave one of the two out:")
     return s, stages
 
