@@ -8,6 +8,7 @@ repository, and keeps its traceback.
 
 import codecs
 import contextlib
+import difflib
 import json
 import os
 import shlex
@@ -35,6 +36,16 @@ def refuse(problems: Iterable[str], heading: str = ""):
         raise ValueError("\n  ".join([heading, *lines]))
     if lines:
         raise ValueError("\n".join(lines))
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """A question that names those of the `known` words that are like `name`; "" where none is.
+
+    >>> did_you_mean("flm-101", ["demo", "flm-101b"])
+    'did you mean flm-101b? '
+    """
+    near = difflib.get_close_matches(str(name), known)
+    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 EVERY = 30  # seconds between two lines
@@ -155,7 +166,7 @@ def program_name() -> str:
     return f"{folder}.{path.stem}" if folder in ("lab", "course", "benchmarks") else path.name
 
 
-def prepare_streams():
+def make_streams_usable():
     """Make stdout and stderr usable, whatever they are.
 
     A stream that the caller closed becomes the null device. Lines are written at once, so that a
@@ -175,7 +186,7 @@ def discard_streams():
 
 
 def exit_code(main: Callable[[], int | None], interrupted: str) -> int | str | None:
-    """What `main` returns or exits with; 2 or 130 where it ends with an error, which is told."""
+    """What `main` returns or exits with; 2 or 130 where it ends with an error, which it prints."""
     try:
         return main() or 0
     except SystemExit as end:  # argparse: --help, or a word that it does not know
@@ -195,7 +206,7 @@ def run(main: Callable[[], int | None], interrupted: str = "interrupted") -> NoR
 
     0, or what `main` returns; 2 after ValueError or OSError; 130 after Ctrl-C, with the text
     `interrupted`; 141 when nobody reads the output any more (`... | head`)."""
-    prepare_streams()
+    make_streams_usable()
     try:
         code = exit_code(main, interrupted)
         sys.stdout.flush()

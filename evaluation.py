@@ -41,10 +41,10 @@ def pick_rows(corpus: data.Corpus, signal_name: str, rows: int) -> dict[str, lis
     spread = [j * n_rows // n for j in range(n)]
     for name, length in by_source.items():
         end = first + length
-        found = [number for number in spread if first <= number < end]
-        picked[name] = found or list(range(first, end))[:1]
+        if length:
+            picked[name] = [number for number in spread if first <= number < end] or [first]
         first = end
-    return {name: numbers for name, numbers in picked.items() if numbers}
+    return picked
 
 
 def held_out_rows(
@@ -104,8 +104,11 @@ def score_rows(
         worker.parts[0].register_forward_hook(lambda *_: bar.update(size) and None),
     ):
         found = worker.forward(tokens, targets, size, score, documents=cut).flatten().tolist()
+    # Several ranks have the same rows. The one with the last pipeline stage counts the loss and the
+    # right labels, which need the logits; the one with the first pipeline stage counts the rest.
     nats, right = [*found, 0.0][:2] if world.last and world.at("tp") == 0 else (0.0, 0.0)
-    known = targets[targets != IGNORE] if world.at("tp") == world.at("pp") == 0 else targets[:0]
+    first = world.at("tp") == world.at("pp") == 0
+    known = targets[targets != IGNORE] if first else targets[:0]
     labels = ((known == angry) | (known == devil)).sum()
     counts = [int(value) for value in (known.numel(), lengths[known].sum())]
     return world.sum(nats, *counts, right, int(labels))
@@ -190,11 +193,10 @@ def eval_only(source: str, given: dict, world: World = World()) -> dict:
     refuse(check_settings(s))
     print(f"reading {path}")
     stages = []
-    if path.is_dir():  # an evaluation fills up the rows that a layout needs, so any number fits
+    if path.is_dir():
         config = FLMConfig.from_dict(world.raise_on_all_ranks(read_info, path)["config"])
-        rows = (s.dp or world.size) * s.pp * parallel.PIPELINE_SCHEDULES[s.schedule]
-        stages = [Stage("evaluation", config, batch_size=rows)]
-    machine, world = set_up(dataclasses.replace(s, micro_batch=1), stages, world)
+        stages = [Stage("evaluation", config)]  # without batch_size: see parallel.check_layout
+    machine, world = set_up(s, stages, world)
     worker, info = load_worker(path, machine, world)
     text = world.on_rank_0(find_text, run, s.data)[0] if run else s.data
     tokenizer = s.tokenizer if run or "tokenizer" in given else info["tokenizer"]

@@ -33,7 +33,6 @@ fields norm, activation, rotary and bias.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import sys
@@ -45,7 +44,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from console import refuse
+from console import did_you_mean, refuse
 
 IGNORE = -100  # a target that is not supervised: F.cross_entropy's own default
 
@@ -68,7 +67,8 @@ CHOICES = {  # {field: its values}, FLM-101B's first
 
 
 def fits(kind: str, value: object) -> bool:
-    """Whether `value` is what MUST_BE[kind] says. (To Python, True is a whole number too.)"""
+    """Whether `value` is what MUST_BE[kind] says. kind: the annotation of a field as it is written
+    there, a text such as "int". (To Python, True is a whole number too.)"""
     if kind == "bool" or isinstance(value, bool):
         return kind == type(value).__name__
     number = int if kind == "int" else (int, float)
@@ -117,12 +117,11 @@ class FLMConfig:
     def check(self) -> list[str]:
         """Every violated constraint, with its numbers."""
         fields = [f for f in dataclasses.fields(self) if f.name not in CHOICES]
-        # f.type is a text here, such as "int"
         bad = {f.name: f.type for f in fields if not fits(f.type, getattr(self, f.name))}
         problems = [f"{k} = {getattr(self, k)!r}: must be {MUST_BE[t]}" for k, t in bad.items()]
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                given = getattr(self, name)
+            given = getattr(self, name)
+            if given not in allowed:
                 problems.append(f"{name} = {given!r}: must be one of {', '.join(allowed)}")
         if "head_dim" not in bad and self.head_dim % 2:
             problems.append(f"head_dim = {self.head_dim}: must be even, pairs are rotated")
@@ -245,8 +244,7 @@ PRESETS = {
 def preset(name: str) -> FLMConfig:
     """The preset of that name. Raises ValueError with the nearest names."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(str(name), PRESETS, n=3, cutoff=0.3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        hint = did_you_mean(name, PRESETS)
         raise ValueError(f"unknown preset {name!r}: {hint}there are {', '.join(PRESETS)}")
     return PRESETS[name]
 
@@ -265,13 +263,12 @@ def parse_fields(words: Iterable[str]) -> tuple[dict, list[str]]:
             problems.append(f"{word}: not FIELD=VALUE")
         elif name not in names:
             problems.append(f"{word}: there is no field {name!r}; there are {', '.join(names)}")
+        elif name in CHOICES:
+            changes[name] = value.lower()
         else:
             try:
                 changes[name] = json.loads(value.lower())
             except ValueError:
-                if name in CHOICES:
-                    changes[name] = value.lower()
-                    continue
                 problems.append(f"{word}: {value!r} is no number, true or false")
     return changes, problems
 
@@ -441,16 +438,9 @@ class Block(nn.Module):
         self.branch_mult = config.branch_mult
         self.register_buffer("mask", None, persistent=False)  # (), see FLM.set_masks
 
-    def forward(
-        self,
-        x: Tensor,
-        tables: Tensor,
-        visible: Tensor | None = None,
-        cache=None,
-        layer: int = 0,
-    ) -> Tensor:
-        """x (B, T, C) -> (B, T, C). All other arguments are the attention's: see there."""
-        x = self.add(x, self.attn(self.attn_norm(x), tables, visible, cache, layer))
+    def forward(self, x: Tensor, *attention) -> Tensor:
+        """x (B, T, C) -> (B, T, C). attention: what Attention.forward takes besides x."""
+        x = self.add(x, self.attn(self.attn_norm(x), *attention))
         return self.add(x, self.ff(self.ff_norm(x)))
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
@@ -735,9 +725,8 @@ class HeadLoss(torch.autograd.Function):
                 t = targets[i : i + rows, None]  # (rows, 1)
                 supervised = t != IGNORE
                 t = t.masked_fill(~supervised, 0)  # an id outside the vocabulary fails in gather
-                here = (
-                    supervised  # whether the target is among these words: always, without `words`
-                )
+                # Whether the target is among these words: always, without `words`.
+                here = supervised
                 z = (x @ w.T).to(total.dtype)  # logits (rows, V); then, in place, what follows
                 largest = z.amax(-1, keepdim=True)  # (rows, 1)
                 if words is not None:

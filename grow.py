@@ -37,7 +37,6 @@ ratio of muP, c the mask's value.
 
 import argparse
 import ctypes
-import dataclasses
 import math
 import os
 import tempfile
@@ -85,8 +84,8 @@ def check_growth(old: FLMConfig, new: FLMConfig):
     shrinks, a field that must stay, nothing that grows. (init_std may differ: it only says how new
     weights are drawn.)"""
     problems = []
-    for field in dataclasses.fields(FLMConfig):
-        name, a, b = field.name, getattr(old, field.name), getattr(new, field.name)
+    for name, a in old.to_dict().items():
+        b = getattr(new, name)
         if name in DIMENSIONS and b < a:
             problems.append(f"{name}: {a} -> {b} would shrink; growth only adds")
         elif name not in (*DIMENSIONS, "init_std") and a != b:
@@ -332,10 +331,10 @@ def grown_tensors(
     kinds = [("model", "")] + [("optimizer", f".{state}") for state in STATES if has_optimizer]
     old_config, growths = new_config.replace(**record["old"]), record["growths"]
     for name in names:
-        start = old_name(name, record)
+        source = old_name(name, record)
         for kind, end in kinds:
-            key = f"{kind}.{start}{end}"
-            if start is not None and key not in old:
+            key = f"{kind}.{source}{end}"
+            if source is not None and key not in old:
                 raise ValueError(f"the checkpoint does not hold the tensor {key}")
             configs = old_config, new_config
             value = grow_tensor(name + end, old.get(key), *configs, growths=growths, **options)
@@ -501,21 +500,24 @@ def grow_checkpoint(
 
     Raises ValueError for what cannot grow, a checkpoint in mid-ramp without finish_ramp, or an
     `out` that exists; OSError where the disk is full."""
-    job = checkpoint, new_config, Path(out)
-    info, grown = world.on_all_ranks(grow_share, *job, world, options, seed=seed, draw=draw)
+    job = checkpoint, new_config, Path(out), world
+    info, grown = world.on_all_ranks(grow_share, *job, options, seed=seed, draw=draw)
     write_checkpoint(Path(out), grown, info, world)
     return info
 
 
 def grow_share(
-    checkpoint, new_config: FLMConfig, out: Path, world, options: dict, **how
+    checkpoint, new_config: FLMConfig, out: Path, world, of_record: dict, **of_weights
 ) -> tuple[dict, dict]:
-    """(info of the new checkpoint, this rank's share of its tensors: {kind: {name: tensor}})."""
+    """(info of the new checkpoint, this rank's share of its tensors: {kind: {name: tensor}}).
+
+    The first four are those of grow_checkpoint. of_record: options of next_record, which say what
+    the growth is. of_weights: seed and draw of grow_tensor, which say what new weights are."""
     path = step_folder(checkpoint)
     if out.exists() or out.is_symlink():  # a link to nowhere: nothing can be renamed to it
         raise ValueError(f"{out} exists: choose another folder for the grown checkpoint")
     info = read_info(path)
-    record = next_record(path, info, new_config, **options)
+    record = next_record(path, info, new_config, **of_record)
     folder = out.parent
     console.make_folder(folder)
     with torch.device("meta"):
@@ -526,7 +528,7 @@ def grow_share(
     count = {"total": total, "unit": "weights", "unit_scale": True, "disable": world.rank > 0}
     with console.progress(desc="growing", **count) as bar:
         old = old_tensors(path, {old_name(name, record) for name in mine}, folder)
-        for kind, name, value in grown_tensors(mine, old, new_config, record, **how):
+        for kind, name, value in grown_tensors(mine, old, new_config, record, **of_weights):
             tensor = file_backed(value.shape, value.dtype, folder).copy_(value)
             grown.setdefault(kind, {})[name] = tensor
             bar.update(value.numel() if kind == "model" else 0)
@@ -537,11 +539,11 @@ def grow_share(
 def old_tensors(path: Path, names: set[str | None], folder: Path) -> dict[str, torch.Tensor]:
     """The parameters `names` of a checkpoint and AdamW's states of them, and of the final norm,
     which has the dtype of all: {"model.norm.weight": tensor, ...}."""
-    old = {}
-    for key, (size, dtype) in stored_tensors(path).items():
-        name, _, ending = key.split(".", 1)[1].rpartition(".")
-        if (name if ending in STATES else f"{name}.{ending}") in names | {"norm.weight"}:
-            old[key] = file_backed(size, dtype, folder)
+    stored, old = stored_tensors(path), {}
+    for name in names | {"norm.weight"}:
+        for key in (f"model.{name}", *(f"optimizer.{name}.{state}" for state in STATES)):
+            if key in stored:
+                old[key] = file_backed(*stored[key], folder)
     read_tensors(path, old)
     return old
 

@@ -29,7 +29,6 @@ items for lm-evaluation-harness, which runs other models.
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import json
 import math
@@ -319,9 +318,9 @@ def entailment(rng: random.Random, language: str, holds: bool, chain: int) -> Fi
     A true and a false claim both name a word of the text, so only the chain of rules tells."""
     kinds = invented(rng, 2 * chain + 2, language)
     person = rng.choice(["小明", "小红", "小刚"] if language == "zh" else ["Tom", "Ann", "Bob"])
-    rule, fact = (
-        ("{}都是{}。", "{}是{}。") if language == "zh" else ("Every {} is a {}. ", "{} is a {}.")
-    )
+    rule, fact = "Every {} is a {}. ", "{} is a {}."
+    if language == "zh":
+        rule, fact = "{}都是{}。", "{}是{}。"
     one, other = kinds[: chain + 1], kinds[chain + 1 :]
     rules = [pair for line in (one, other) for pair in zip(line, line[1:])]
     rng.shuffle(rules)
@@ -396,9 +395,9 @@ def counting(pool: Pool, language: str, digits: int, numbers: int) -> Item:
     (query,) = pool.different(draw, 1)
     first, last = map(int, query.split())
     run = [str(i) for i in range(first, last + 1)]
-    count = (
-        f"Let's count from {first} to {last}" if language == "en" else f"让我们从{first}数到{last}"
-    )
+    count = f"Let's count from {first} to {last}"
+    if language == "zh":
+        count = f"让我们从{first}数到{last}"
     prompt = f"{count}: {', '.join(run[:3])},"
     return Item(prompt, ", ".join(run[3:]), {"query": query})
 
@@ -533,7 +532,7 @@ class Story(NamedTuple):
     question: str
     place: str
 
-    def told(self) -> str:
+    def text(self) -> str:
         """The story and, on the next line, its question."""
         return f"{' '.join(self.sentences)}\n{self.question}"
 
@@ -582,9 +581,9 @@ def story(rng: random.Random, statements: int, supports: int) -> Story | None:
 def story_item(stories: list[Story]) -> Item:
     """An item with all stories but the last as its examples."""
     *examples, query = stories
-    shots = Shots("", [(example.told(), example.place) for example in examples], "\n\n")
-    facts = {"query": query.told(), **query._asdict()}
-    return Item(shots.text() + query.told(), query.place, facts, shots=shots)
+    shots = Shots("", [(example.text(), example.place) for example in examples], "\n\n")
+    facts = {"query": query.text(), **query._asdict()}
+    return Item(shots.text() + query.text(), query.place, facts, shots=shots)
 
 
 def draw_stories(pool: Pool, k: int, supports: int, shortest: int, longest: int) -> list[Story]:
@@ -627,10 +626,9 @@ def judged(pool: Pool, query: str, text: str, form: str, true: str, false: str) 
 def word(pool: Pool, length: int) -> str:
     """A string of length - 3 to `length` letters, all different."""
 
-    rng = pool.rng
-
     def draw() -> str:
-        return "".join(rng.sample(string.ascii_lowercase, rng.randint(length - 3, length)))
+        n = pool.rng.randint(length - 3, length)
+        return "".join(pool.rng.sample(string.ascii_lowercase, n))
 
     return pool.different(draw, 1)[0]
 
@@ -693,7 +691,7 @@ def claim_place(pool: Pool, sentences: int) -> Item:
         whose = {asked} if own else set(PEOPLE)
         false = [place for who, place in named if who in whose and place != found.place]
     text, form = " ".join(found.sentences), f"{asked} is in the {{}}."
-    return judged(pool, found.told(), text, form, found.place, pool.rng.choice(false))
+    return judged(pool, found.text(), text, form, found.place, pool.rng.choice(false))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -799,11 +797,9 @@ def find_task(name: str) -> Task:
     """The task of that name. ValueError names the nearest ones."""
     if name in TASKS:
         return TASKS[name]
-    near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(
-        f"no task is called {name!r}: {hint}There are {', '.join(TASKS)}; python -m lab.datasets "
-        "reads the original datasets"
+        f"no task is called {name!r}: {console.did_you_mean(name, TASKS)}there are "
+        f"{', '.join(TASKS)}; python -m lab.datasets reads the original datasets"
     )
 
 

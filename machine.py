@@ -16,7 +16,7 @@ import torch
 import parallel
 from parallel import World
 from schedule import Stage
-from settings import Settings, plan_layout
+from settings import Settings, layout_of
 
 # Dense bf16 peaks in TFLOP/s, from the makers' data sheets. The longest name that is part of the
 # card's own name counts.
@@ -169,7 +169,7 @@ def pick_machine(device: str, dtype: str, world: World = World()) -> Machine:
 def set_up(s: Settings, stages: list[Stage], world: World) -> tuple[Machine, World]:
     """The machine of these settings, and the ranks in their layout. Raises ValueError where a stage
     does not fit the layout, or the device is not there."""
-    layout = plan_layout(s, stages, world.size)
+    layout = layout_of(s, stages, world.size)
     if s.threads:
         torch.set_num_threads(s.threads)
     machine = pick_machine(s.device, s.dtype, world)

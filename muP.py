@@ -157,13 +157,13 @@ def param_groups(model: FLM, lr: float, weight_decay: float, eps: float = 1e-8) 
     return [
         {
             "params": parameters,
-            "lr": lr / m,
-            "lr_scale": 1 / m,
-            "weight_decay": decay * m,
+            "lr": lr / divisor,
+            "lr_scale": 1 / divisor,
+            "weight_decay": decay * divisor,
             "eps": eps * eps_scale,
             "eps_scale": eps_scale,
         }
-        for (m, decay, eps_scale), parameters in rows.items()
+        for (divisor, decay, eps_scale), parameters in rows.items()
     ]
 
 
@@ -280,26 +280,27 @@ def early_sizes(
 
 def coord_check(
     config: FLMConfig,
-    widths: Iterable[int],
+    values: Iterable[int],
     batch: tuple[Tensor, Tensor],
     lr: float,
     steps: int = 3,
     seeds: Iterable[int] = range(8),
     axis: str = "width",
 ) -> dict[str, Tensor]:
-    """Mean |activation| of models of several widths in their first steps of AdamW.
+    """Mean |activation| of models of several widths or depths in their first steps of AdamW.
 
-    Returns {"muP": sizes, "standard": sizes}; sizes are (widths, seeds, steps+1, LAYERS), the
-    narrowest width first. The narrowest is the base width (m = 1), where the two are one model.
+    axis, values: "width" and several d_model, or "depth" and several n_layers.
+    Returns {name: sizes} with the names of PARAMETRIZATIONS[axis]; sizes are (values, seeds,
+    steps+1, LAYERS), the smallest value first. The smallest is the base width (m = 1) or the base
+    depth, where both parametrizations are one model.
     batch: tokens and targets (B, T). A learning rate larger than in training shows more
     (microsoft/mup's advice).
-    axis "depth": `widths` are numbers of layers, and the names those of PARAMETRIZATIONS["depth"].
     """
     if axis == "width":
-        configs = at_widths(config, widths)
+        configs = at_widths(config, values)
         base = {"mup_base_width": min(configs)}
     else:
-        configs = {L: config.replace(n_layers=L) for L in sorted(set(widths))}
+        configs = {L: config.replace(n_layers=L) for L in sorted(set(values))}
         base = {"base_layers": min(configs)}
     sizes, seeds = {}, list(seeds)
     costs = [forward_flops(c, c.max_seq_len) for c in configs.values()]
@@ -315,14 +316,15 @@ def coord_check(
     return sizes
 
 
-def exponents(sizes: Tensor, widths: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """p and its noise, (steps+1, LAYERS) each, where sizes grow as width^p.
+def exponents(sizes: Tensor, values: Iterable[int]) -> tuple[Tensor, Tensor]:
+    """p and its noise, (steps+1, LAYERS) each, where sizes grow as value^p.
 
-    sizes: as coord_check returns them. Each seed gives one p, the slope of a straight line
-    through (log width, log size). Their mean is the result, and three standard errors of it are
-    the noise: infinite for fewer than ENOUGH_SEEDS. The logits at step 0 count as flat: those of
-    a random tied head are sums of C independent terms over m, so they shrink as 1/sqrt(m)."""
-    x = torch.tensor(sorted(set(widths)), dtype=torch.float64).log()
+    sizes: as coord_check returns them; values: widths, or numbers of layers. Each seed gives one p,
+    the slope of a straight line through (log value, log size). Their mean is the result, and three
+    standard errors of it are the noise: infinite for fewer than ENOUGH_SEEDS. The logits at step 0
+    count as flat: those of a random tied head are sums of C independent terms over m, so they
+    shrink as 1/sqrt(m)."""
+    x = torch.tensor(sorted(set(values)), dtype=torch.float64).log()
     x = x - x.mean()
     p = torch.einsum("w,wstl->stl", x / x.square().sum(), sizes.double().log())
     p[:, 0, LAYERS.index("logits")] = 0
@@ -352,29 +354,30 @@ def verdict(p: Tensor, noise: Tensor) -> str:
 EXIT_CODES = {"flat": 0, "not flat": 1, "cannot tell": 3}  # 2 is an error, as everywhere
 
 
-def print_table(sizes: dict[str, Tensor], widths: list[int], axis: str):
-    """How much larger the widest model's layers are, and with which power of the width."""
+def print_table(sizes: dict[str, Tensor], values: list[int], axis: str):
+    """How much larger the outputs of the largest model's layers are, and with which power of its
+    width or depth."""
     steps = next(iter(sizes.values())).shape[2]
     heading = "".join(f"  {name:{7 * steps}}   p ± noise" for name in sizes)
     print(
-        f"mean |activation| at {axis} {widths[-1]} over {axis} {widths[0]}, at step 0 to "
+        f"mean |activation| at {axis} {values[-1]} over {axis} {values[0]}, at step 0 to "
         f"{steps - 1};\np: at the last step it grows as {axis}^p\n\n{'':10}{heading}"
     )
     for i, layer in enumerate(LAYERS):
         line = f"{layer:10}"
-        for values in sizes.values():
-            mean = values[..., i].mean(1)  # (widths, steps)
-            p, noise = exponents(values, widths)
+        for found in sizes.values():
+            mean = found[..., i].mean(1)  # (values, steps)
+            p, noise = exponents(found, values)
             line += "".join(f"{ratio:7.2f}" for ratio in mean[-1] / mean[0])
             line += f"{p[-1, i]:7.2f} ±{noise[-1, i]:5.2f}"
         print(line)
 
 
-def named_means(sizes: dict[str, Tensor], widths: list[int]) -> dict:
-    """sizes for a JSON file: {parametrization: {width: [{layer: mean over seeds}, one a step]}}."""
-    means = {name: values.mean(1).tolist() for name, values in sizes.items()}
+def named_means(sizes: dict[str, Tensor], values: list[int]) -> dict:
+    """sizes for a JSON file: {parametrization: {value: [{layer: mean over seeds}, one a step]}}."""
+    means = {name: found.mean(1).tolist() for name, found in sizes.items()}
     return {
-        name: {w: [dict(zip(LAYERS, row)) for row in rows] for w, rows in zip(widths, mean)}
+        name: {n: [dict(zip(LAYERS, row)) for row in rows] for n, rows in zip(values, mean)}
         for name, mean in means.items()
     }
 
@@ -409,10 +412,10 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     torch.set_num_threads(1)  # models this small are fastest so
     axis = "depth" if args.depths else "width"
-    widths, seeds = sorted(set(args.depths or args.widths)), sorted(set(args.seeds))
-    if len(widths) < 2 or widths[0] < 1 or args.steps < 1 or not 0 < args.lr < math.inf:
+    values, seeds = sorted(set(args.depths or args.widths)), sorted(set(args.seeds))
+    if len(values) < 2 or values[0] < 1 or args.steps < 1 or not 0 < args.lr < math.inf:
         raise ValueError(
-            f"--{axis}s {widths} --steps {args.steps} --lr {args.lr}: the check needs at least "
+            f"--{axis}s {values} --steps {args.steps} --lr {args.lr}: the check needs at least "
             f"2 {axis}s, 1 step and a learning rate above 0"
         )
     config = model_config(args.model, axis)
@@ -421,10 +424,10 @@ def main(argv: list[str] | None = None) -> int:
         config = config.replace(mup_base_width=config.d_model)
     console.output_file(args.json)
     batch = text_batch(4, config.max_seq_len, config.vocab_size)
-    sizes = coord_check(config, widths, batch, args.lr, args.steps, seeds, axis)
-    print_table(sizes, widths, axis)
+    sizes = coord_check(config, values, batch, args.lr, args.steps, seeds, axis)
+    print_table(sizes, values, axis)
     tested = next(iter(sizes))
-    p, noise = exponents(sizes[tested], widths)
+    p, noise = exponents(sizes[tested], values)
     result = verdict(p, noise)
     farthest = int((p.abs() + noise.nan_to_num(posinf=0)).argmax())
     step, layer = divmod(farthest, len(LAYERS))
@@ -438,7 +441,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Four times as many seeds halve the noise: --seeds {more}")
     report = {"lr": args.lr, "seeds": seeds, "model": config.to_dict(), "verdict": result}
     report |= {"axis": axis, "tested": tested, "torch": torch.__version__}
-    report["sizes"] = named_means(sizes, widths)
+    report["sizes"] = named_means(sizes, values)
     console.write_numbers(args.json, report)
     return EXIT_CODES[result]
 

@@ -136,32 +136,26 @@ class Layout:
 
 
 def check_layout(
-    layout: Layout, config: FLMConfig, batch_size: int, micro_batch: int | None = None
+    layout: Layout, config: FLMConfig, batch_size: int | None, micro_batch: int | None = None
 ) -> list[str]:
-    """Every reason why this model and this batch do not fit the layout, with its numbers.
+    """Every reason why this model and this batch do not fit the layout, with its numbers. The
+    layout's own values are in their ranges, as settings.check_settings wants them.
 
-    batch_size: rows of the whole batch; micro_batch: rows of one forward pass on one rank."""
-    dp, tp, pp = layout.dp, layout.tp, layout.pp
-    given = {"dp": dp, "tp": tp, "pp": pp}
-    problems = [f"--{axis} {n}: must be at least 1" for axis, n in given.items() if n < 1]
-    if layout.schedule not in PIPELINE_SCHEDULES:
-        allowed = ", ".join(PIPELINE_SCHEDULES)
-        problems.append(f"--schedule {layout.schedule}: must be one of {allowed}")
-    if problems:
-        return problems
-
-    stages = (
-        f"the {layout.pipeline_stages} pipeline stages of --pp {pp} --schedule {layout.schedule}"
-    )
+    batch_size: rows of the whole batch; None for an evaluation, which adds the rows that a layout
+    needs. micro_batch: rows of one forward pass on one rank."""
+    dp, tp, pp, n_stages = layout.dp, layout.tp, layout.pp, layout.pipeline_stages
+    pipeline = f"the {n_stages} pipeline stages of --pp {pp} --schedule {layout.schedule}"
     limits = [
         ("n_heads", config.n_heads, tp, f"--tp {tp}"),
         ("d_ff", config.d_ff, tp, f"--tp {tp}"),
         ("vocab_size", config.vocab_size, tp, f"--tp {tp}"),
-        ("n_layers", config.n_layers, layout.pipeline_stages, stages),
-        ("--batch-size", batch_size, dp, f"--dp {dp}"),
+        ("n_layers", config.n_layers, n_stages, pipeline),
     ]
+    if batch_size is not None:
+        limits.append(("--batch-size", batch_size, dp, f"--dp {dp}"))
     if layout.sequence_parallel:
         limits.append(("max_seq_len", config.max_seq_len, tp, f"--tp {tp} (--sequence-parallel)"))
+    problems = []
     for name, value, n, what in limits:
         if value % n:
             problems.append(f"{name} {value}: must be a multiple of {what} (remainder {value % n})")
@@ -171,7 +165,7 @@ def check_layout(
         problems.append(
             f"--reshard: needs --dp 2 or more (now {dp}) and --pp 1 (now {pp}); add --no-reshard"
         )
-    if batch_size % dp == 0:
+    if batch_size is not None and batch_size % dp == 0:
         problems += check_micro_batches(
             layout, batch_size, micro_rows(layout, batch_size, micro_batch)
         )
@@ -215,6 +209,13 @@ def rows_needed(layout: Layout, rows: int, micro: int) -> int:
 
 # --------------------------------------------------------------------------------------------------
 # 2. The world
+#
+# An error on one rank has to end all ranks, or the others would wait for it. So what may fail is
+# called through a method of World:
+#
+#     raise_on_all_ranks   what every rank does, in less time than a timeout
+#     on_all_ranks         what every rank does, and what may take hours; it uses no collective
+#     on_rank_0            what rank 0 does for all, and what may take hours
 #
 # In one process the methods of World do nothing, and no process group exists. A process group of
 # one rank would spare World this case, but gloo would then resolve the machine's host name at every
@@ -333,19 +334,19 @@ class World:
             return
         done = threading.Event()
 
-        def tell():
+        def say_alive():
             while True:
                 done.wait(self.timeout.total_seconds() / 4)
                 if all(self.gather(done.is_set())):
                     return
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            told = pool.submit(tell)
+            others_done = pool.submit(say_alive)
             try:
                 yield
             finally:
                 done.set()
-            told.result()  # raises what a lost rank causes
+            others_done.result()  # raises what a lost rank causes
 
 
 def attempt(action: Callable, *args, **options) -> tuple:
@@ -359,8 +360,8 @@ def attempt(action: Callable, *args, **options) -> tuple:
 def arrange(world: World, layout: Layout, device: torch.device) -> World:
     """The same world with a layout and its mesh. All ranks call this with the same layout."""
     if layout.size == 1:  # no mesh, and nothing to cut the optimizer over
-        alone = dataclasses.replace(layout, shard_optimizer=False, reshard=False)
-        return dataclasses.replace(world, layout=alone)
+        layout = dataclasses.replace(layout, shard_optimizer=False, reshard=False)
+        return dataclasses.replace(world, layout=layout)
     ranks = torch.arange(layout.size).view(layout.pp, layout.dp, layout.tp)
     groups = []
     for axis in range(3):  # not init_device_mesh: its groups would have a timeout of their own
@@ -880,7 +881,7 @@ def connect(timeout_minutes: float = 10) -> World:
     try:
         store = open_store(rank, timeout)
         call_ranks(store, rank, size)
-        roll_call, files = do_together(form_groups, store, rank, timeout)
+        roll_call, files = run_with_timeout(form_groups, store, rank, timeout)
     except (dist.DistError, TimeoutError) as error:
         text = f"rank {rank} has not met the {size - 1} other ranks in {timeout_minutes:g} minutes"
         raise TimeoutError(f"{text}: {str(error).splitlines()[0]}") from error
@@ -890,9 +891,9 @@ def connect(timeout_minutes: float = 10) -> World:
     return dataclasses.replace(world, neighbours=machines.count(platform.node()))
 
 
-def do_together(form: Callable, store: dist.Store, rank: int, timeout: datetime.timedelta):
+def run_with_timeout(form: Callable, store: dist.Store, rank: int, timeout: datetime.timedelta):
     """form(), in which ranks connect to each other; its result. A rank that fails tells the others
-    why, and no rank waits longer than `timeout` for them: gloo alone would wait five times as long.
+    why, and no rank waits for them longer than `timeout`: gloo by itself waits five times as long.
 
     Raises ConnectionError with what the first rank said that failed, TimeoutError, DistError."""
     outcome, news = queue.SimpleQueue(), store.clone()  # form() may keep `store` busy
@@ -1011,9 +1012,8 @@ def explain_lost_rank(world: World, error: BaseException) -> str | None:
     try:
         wait = world.timeout / 2 if world.rank == 0 else world.timeout
         dist.monitored_barrier(world.roll_call, wait, wait_all_ranks=True)
-        return (
-            f"all ranks answer, but one of them took over {minutes:g} minutes (--timeout-minutes)"
-        )
+        late = f"one of them took over {minutes:g} minutes (--timeout-minutes)"
+        return f"all ranks answer, but {late}"
     except RuntimeError as answer:
         found = re.search(r"Ranks ([\d, ]+) failed", str(answer))
         if found is None and "Timed out" not in str(answer):

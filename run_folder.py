@@ -39,9 +39,8 @@ from tokenizer import get_tokenizer
 # 1. The folder
 
 
-LOCK_MARK = (
-    "locked by train.py: "  # how the lock of a run begins; by this a folder is known as ours
-)
+# How the lock of a run begins: by this, a folder is known as ours.
+LOCK_MARK = "locked by train.py: "
 
 
 def read_run(folder) -> tuple[Settings, list[Stage]]:
@@ -378,7 +377,7 @@ def check_corpus(s: Settings, corpus: data.Corpus, digest: str | None):
         )
 
 
-def tell_repeats(corpus: data.Corpus, samples: int, teacher_fraction: float):
+def print_repeats(corpus: data.Corpus, samples: int, teacher_fraction: float):
     """Say which sources a run of so many samples reads more than once."""
     for name, epochs in corpus.epochs(samples, teacher_fraction).items():
         if epochs >= 1.05:

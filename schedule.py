@@ -263,6 +263,43 @@ def in_samples(shares: list[dict], samples: int) -> list[dict]:
     ]
 
 
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def fill_in(stage: Stage, **defaults) -> Stage:
+    """The stage with these values where it has none."""
+    missing = {key: value for key, value in defaults.items() if getattr(stage, key) is None}
+    return replace(stage, **missing)
+
+
+def whole_step(samples: int, stage: Stage) -> int:
+    """The first sample at or after `samples` at which a step of the stage ends."""
+    return stage.start + ceil_div(samples - stage.start, stage.batch_size) * stage.batch_size
+
+
+def total_steps(stages: list[Stage], samples: int = 0) -> int:
+    """The optimizer steps from `samples` to the end of the run.
+
+    >>> options = {"batch_size": 16, "lr": 3e-3, "warmup": 0}
+    >>> given = [{}, {"config": {"n_layers": 8}, "start": 100, "batch_size": 8}]
+    >>> stages = fit_stages(given, preset("demo"), steps=20, **options)
+    >>> total_steps(stages), total_steps(stages, 96), stages[-1].end
+    (20, 14, 216)
+    """
+    left = ((stage.end - max(stage.start, samples), stage.batch_size) for stage in stages)
+    return sum(ceil_div(rows, batch_size) for rows, batch_size in left if rows > 0)
+
+
+def too_few_steps(steps: int, stages: list[Stage]) -> str:
+    """What to say of a run of `steps` that ends before its last stage."""
+    last, needed = stages[-1], total_steps(stages[:-1])
+    return (
+        f"{steps} steps end before the last stage, {last.name}, which starts at sample "
+        f"{last.start:,} after {needed} steps: ask for --steps {needed + 1} or more"
+    )
+
+
 def fit_stages(
     given: list[dict],
     config: FLMConfig,
@@ -315,30 +352,6 @@ def fit_stages(
     return [replace(s, start=s.start + seen, end=s.end + seen) for s in stages]
 
 
-def fill_in(stage: Stage, **defaults) -> Stage:
-    """The stage with these values where it has none."""
-    missing = {key: value for key, value in defaults.items() if getattr(stage, key) is None}
-    return replace(stage, **missing)
-
-
-def whole_step(samples: int, stage: Stage) -> int:
-    """The first sample at or after `samples` at which a step of the stage ends."""
-    return stage.start + ceil_div(samples - stage.start, stage.batch_size) * stage.batch_size
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def too_few_steps(steps: int, stages: list[Stage]) -> str:
-    """What to say of a run of `steps` that ends before its last stage."""
-    last, needed = stages[-1], total_steps(stages[:-1])
-    return (
-        f"{steps} steps end before the last stage, {last.name}, which starts at sample "
-        f"{last.start:,} after {needed} steps: ask for --steps {needed + 1} or more"
-    )
-
-
 def extend_stages(stages: list[Stage], more_steps: int, lr_ratio: float = 1.0) -> list[Stage]:
     """The stages of a run that is resumed with other --steps and --lr: the last stage ends so many
     steps later (or earlier), and every learning rate is multiplied. Raises ValueError where the
@@ -349,19 +362,6 @@ def extend_stages(stages: list[Stage], more_steps: int, lr_ratio: float = 1.0) -
         raise ValueError(too_few_steps(total_steps(stages) + more_steps, stages))
     stages = [*stages[:-1], replace(last, end=end)]
     return [replace(s, lr=None if s.lr is None else s.lr * lr_ratio) for s in stages]
-
-
-def total_steps(stages: list[Stage], samples: int = 0) -> int:
-    """The optimizer steps from `samples` to the end of the run.
-
-    >>> options = {"batch_size": 16, "lr": 3e-3, "warmup": 0}
-    >>> given = [{}, {"config": {"n_layers": 8}, "start": 100, "batch_size": 8}]
-    >>> stages = fit_stages(given, preset("demo"), steps=20, **options)
-    >>> total_steps(stages), total_steps(stages, 96), stages[-1].end
-    (20, 14, 216)
-    """
-    left = ((stage.end - max(stage.start, samples), stage.batch_size) for stage in stages)
-    return sum(ceil_div(rows, batch_size) for rows, batch_size in left if rows > 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -375,7 +375,18 @@ def cosine_phase(lr: float, peak: float, min_lr: float) -> float:
 
 
 def cosine(stages: list[Stage], samples: int, min_lr: float) -> float:
-    """The learning rate without the warm-ups of the stages: see learning_rate."""
+    """The learning rate without the warm-ups of the stages: see learning_rate.
+
+    A run of 110 samples, whose second stage meets an lr of 0.3 at sample 30. Half a cosine from 0.5
+    to 0.1 is at 0.3 in its middle: a phase of 0.5. So the phase goes from 0 at sample 10, where the
+    warm-up ends, to 0.5 at sample 30, and from there to 1 at sample 110.
+
+    >>> given = [{}, {"config": {"n_layers": 8}, "start": 30, "lr": 0.3}]
+    >>> options = {"batch_size": 1, "lr": 0.5, "warmup": 10}
+    >>> stages = fit_stages(given, preset("demo"), steps=110, **options)
+    >>> [round(cosine(stages, samples, 0.2), 3) for samples in (10, 20, 30, 70, 110)]
+    [0.5, 0.441, 0.3, 0.159, 0.1]
+    """
     with_lr = [stage for stage in stages if stage.lr is not None]
     peak = max(stage.lr for stage in with_lr)
     # What the cosine meets: at this sample, this phase.
@@ -463,10 +474,8 @@ def training_flops(stages: list[Stage], samples: float = math.inf) -> int:
     """
     flops = 0
     for stage in stages:
-        if stage.start < samples:
-            T = stage.config.max_seq_len
-            rows = min(samples, stage.end) - stage.start
-            flops += 3 * forward_flops(stage.config, T) * T * rows
+        T, rows = stage.config.max_seq_len, min(samples, stage.end) - stage.start
+        flops += 3 * forward_flops(stage.config, T) * T * max(0, rows)
     return flops
 
 

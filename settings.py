@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import math
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 import parallel
 import schedule
 from checkpoint import find_checkpoint, read_info
-from console import read_json, refuse
+from console import did_you_mean, read_json, refuse
 from flm import PRESETS, FLMConfig, parse_fields, preset
 from grow import DIMENSIONS
 from parallel import Layout, World
@@ -32,30 +31,18 @@ from schedule import RECIPES, Stage
 
 # (lowest, highest, in words): the values that an option may have
 COUNT = (1, math.inf, "at least 1")
-
-
 POSITIVE = (sys.float_info.min, sys.float_info.max, "a number above 0")
-
-
 NOT_NEGATIVE = (0, sys.float_info.max, "0 or above")
-
-
 SHARE = (0, 1, "between 0 and 1")
-
-
 SEED = (0, 2**63 - 1, "between 0 and 2^63 - 1")
 
-
 MODES = ("resume", "auto_resume", "eval_only")  # of the command line
-
-
-EVAL, BENCH, BOTH = ("eval_only",), ("lab.bench",), ("eval_only", "lab.bench")
 
 
 def option(default, help: str, **more):
     """A field of Settings, with all that the rest of the program wants to know of it.
 
-    resume: whether --resume may change it. modes: what else reads it, --eval-only or lab/bench.py.
+    resume: whether --resume may change it. evaluate: whether --eval-only reads it.
     valid: the values that it may have. group: in --help, the heading of it and the next ones.
     metavar, choices: argparse's."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
@@ -63,7 +50,7 @@ def option(default, help: str, **more):
 
 def layout_option(default, help: str, **more):
     """An option that says how a model lies on processes. It changes no result."""
-    return option(default, help, resume=True, modes=BOTH, **more)
+    return option(default, help, resume=True, evaluate=True, **more)
 
 
 # fmt: off
@@ -73,13 +60,13 @@ class Settings:
 
     preset: str = option(
         "demo", f"the model: {', '.join(PRESETS)}",
-        group="what to train", modes=BENCH)
+        group="what to train")
     model: tuple[str, ...] = option(
         (), "change fields of the model: --model d_model=384 n_heads=6",
-        metavar="FIELD=VALUE", modes=BENCH)
+        metavar="FIELD=VALUE")
     mup: str = option(
         "on", "on: maximal update parametrization; off: the standard one",
-        choices=("on", "off"), modes=BENCH)
+        choices=("on", "off"))
     stages: str | None = option(
         None, "growth in the run: a JSON file of stages, paper, or none (not given: those of the "
         "preset's recipe)", metavar="FILE")
@@ -87,32 +74,32 @@ class Settings:
         None, "begin a new run with the model, the moments and the place in the data of a "
         "checkpoint", metavar="CHECKPOINT")
     seed: int = option(
-        0, "of the initial weights and of the order of the data", valid=SEED, modes=BENCH)
+        0, "of the initial weights and of the order of the data", valid=SEED)
 
     data: str | None = option(
         None, "a folder from data.py prepare (not given: Python's standard library)",
-        group="on what", metavar="DIR", resume=True, modes=EVAL)
+        group="on what", metavar="DIR", resume=True, evaluate=True)
     data_changed: bool = option(
         False, "with --resume: go on though the text is another one than before", resume=True)
     tokenizer: str = option(
         "bytes", "tokenizer of the standard library; a prepared folder has its own",
-        choices=("bytes", "cl100k_base"), modes=EVAL)
+        choices=("bytes", "cl100k_base"), evaluate=True)
     tokenizer_file: str | None = option(
         None, "cl100k_base.tiktoken, where it cannot be downloaded",
-        metavar="PATH", resume=True, modes=EVAL)
+        metavar="PATH", resume=True, evaluate=True)
     document_mask: bool = option(
         False, "cut attention where a document ends (a row holds parts of several documents)",
-        modes=EVAL)
+        evaluate=True)
     teacher_fraction: float = option(
         0.0, "share of rows with FreeLM's teacher signal", valid=SHARE)
 
     steps: int | None = option(
         None, "optimizer steps; the learning rate ends with the last one",
         group="how", valid=COUNT, resume=True)
-    batch_size: int | None = option(None, "rows per step", valid=COUNT, modes=BENCH)
+    batch_size: int | None = option(None, "rows per step", valid=COUNT)
     micro_batch: int | None = option(
         None, "rows per forward pass; gradients add up (not given: all rows; with --pp: 1)",
-        valid=COUNT, resume=True, modes=BENCH)
+        valid=COUNT, resume=True)
     lr: float | None = option(
         None, "peak learning rate at the proxy's width; muP scales it for each group of parameters",
         valid=POSITIVE, resume=True)
@@ -136,10 +123,10 @@ class Settings:
     eval_every: int = option(100, "steps between evaluations", valid=COUNT, resume=True)
     eval_rows: int = option(
         256, "held-out rows of an evaluation, spread over the held-out documents",
-        valid=COUNT, resume=True, modes=EVAL)
+        valid=COUNT, resume=True, evaluate=True)
     eval_batch: int | None = option(
         None, "rows per forward pass of an evaluation (not given: as in training)",
-        valid=COUNT, resume=True, modes=EVAL)
+        valid=COUNT, resume=True, evaluate=True)
     save_every: int = option(200, "steps between checkpoints", valid=COUNT, resume=True)
     save_minutes: float = option(
         30.0, "minutes after which a checkpoint is written in any case", valid=POSITIVE,
@@ -159,16 +146,16 @@ class Settings:
         "costliest operations", metavar="STEPS", valid=COUNT, resume=True)
 
     device: str = option(
-        "auto", "auto, cpu, cuda or mps", group="on which machine", resume=True, modes=BOTH)
+        "auto", "auto, cpu, cuda or mps", group="on which machine", resume=True, evaluate=True)
     threads: int | None = option(
         None, "CPU threads (not given: PyTorch decides, one per core)",
-        valid=COUNT, resume=True, modes=BOTH)
+        valid=COUNT, resume=True, evaluate=True)
     dtype: str = option(
         "auto", "arithmetic: auto, bfloat16 (over fp32 weights), float32, float64",
-        choices=("auto", "bfloat16", "float32", "float64"), modes=BOTH)
+        choices=("auto", "bfloat16", "float32", "float64"), evaluate=True)
     compile: bool = option(
         False, "torch.compile each block: a slow start, then faster steps",
-        resume=True, modes=BENCH)
+        resume=True)
     deterministic: bool = option(False, "the same bits on CUDA too; slower", resume=True)
 
     dp: int | None = layout_option(
@@ -193,7 +180,7 @@ class Settings:
         False, "compute activations again in the backward pass: less memory, a third more work")
     timeout_minutes: float = option(
         10.0, "how long a rank waits for another one before it says which one is lost, and ends",
-        valid=POSITIVE, resume=True, modes=BOTH)
+        valid=POSITIVE, resume=True, evaluate=True)
 
     def __post_init__(self):  # JSON and argparse know no tuples
         object.__setattr__(self, "model", tuple(self.model))
@@ -201,8 +188,6 @@ class Settings:
 
 
 FIELDS = dataclasses.fields(Settings)
-
-
 LAYOUT = [field.name for field in dataclasses.fields(Layout)]  # each is an option
 
 
@@ -277,10 +262,11 @@ def read_settings(file: str) -> dict:
     problems = [f'unknown key {key!r}: options stand under "settings"' for key in others]
     given = {key: value for key, value in content["settings"].items() if value is not None}
     for key, value in given.items():
-        near = difflib.get_close_matches(key, fields, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else "train.py --help has all options"
-        known = key in fields
-        problems += json_problems(fields[key], value) if known else [f"unknown key {key!r}: {hint}"]
+        if key in fields:
+            problems += json_problems(fields[key], value)
+        else:
+            hint = did_you_mean(key, fields) or "train.py --help has all options"
+            problems.append(f"unknown key {key!r}: {hint.rstrip()}")
     refuse(problems, f"--settings {file}: these do not fit:")
     if "out" in given and Path(given["out"], "config.json").absolute() == Path(file).absolute():
         del given["out"]
@@ -337,20 +323,13 @@ def resolve(settings: Settings) -> tuple[Settings, list[Stage]]:
     numbers = dict(steps=steps, batch_size=s.batch_size, lr=s.lr, warmup=s.warmup, seen=seen)
     stages = schedule.fit_stages(given, config, **numbers)
     s = dataclasses.replace(s, steps=schedule.total_steps(stages))
-    # Sizes may differ: --model may have those of the last stage.
-    first, named = stages[0].config, {k: v for k, v in changes.items() if k not in DIMENSIONS}
-    refuse(
-        (
-            f"--model {k}={v}, --stages {s.stages} {getattr(first, k)}"
-            for k, v in named.items()
-            if getattr(first, k) != v
-        ),
-        "the model and its first stage differ; leave one of the two out:",
-    )
+    source, asked = "--model", {k: v for k, v in changes.items() if k not in DIMENSIONS}
     if s.init_from:
-        wanted, found = first.to_dict(), config.to_dict()
-        differ = [f"{k} {v}, not {wanted[k]}" for k, v in found.items() if v != wanted[k]]
-        refuse(differ, f"--init-from {s.init_from} holds another model than the first stage's:")
+        source, asked = f"--init-from {s.init_from}:", config.to_dict()
+    # The sizes that --model names may be those of the last stage.
+    first, file = stages[0].config.to_dict(), f"--stages {s.stages}"
+    differ = [f"{source} {k}={v}, {file} {first[k]}" for k, v in asked.items() if v != first[k]]
+    refuse(differ, "the model and its first stage differ; leave one of the two out:")
     return s, stages
 
 
@@ -366,7 +345,7 @@ def read_start(s: Settings) -> tuple[FLMConfig, int]:
     return FLMConfig.from_dict(info["config"]), info["samples"]
 
 
-def plan_layout(s: Settings, stages: list[Stage], processes: int) -> Layout:
+def layout_of(s: Settings, stages: list[Stage], processes: int) -> Layout:
     """The layout of these settings on so many processes. Raises ValueError with every reason why
     a stage does not fit it."""
     dp = s.dp or max(1, processes // (s.tp * s.pp))
@@ -374,8 +353,9 @@ def plan_layout(s: Settings, stages: list[Stage], processes: int) -> Layout:
     problems = []
     if layout.size != processes:
         start = f"torchrun --standalone --nproc-per-node {layout.size} train.py ..."
-        alone = f"this is one: start them with {start}, or take one: --dp 1 --tp 1 --pp 1"
-        found = f"torchrun started {processes}" if processes > 1 else alone
+        found = f"torchrun started {processes}"
+        if processes == 1:
+            found = f"this is one: start them with {start}, or take one: --dp 1 --tp 1 --pp 1"
         problems.append(f"dp {dp} x tp {s.tp} x pp {s.pp} = {layout.size} processes, but {found}")
     by_stage = [
         parallel.check_layout(layout, stage.config, stage.batch_size, s.micro_batch)
@@ -391,18 +371,11 @@ def plan_layout(s: Settings, stages: list[Stage], processes: int) -> Layout:
 
 def check_same_settings(world: World, s: Settings, resume: bool = False):
     """Raises ValueError, on every rank, where the ranks were started with different options."""
-    everyone, differ = world.gather({**dataclasses.asdict(s), "resume": resume}), []
-    for name in everyone[0]:
-        ranks = {}  # value: the ranks that have it
-        for rank, settings in enumerate(everyone):
-            ranks.setdefault(repr(settings[name]), []).append(rank)
-        found = [
-            f"{value} on {len(who)} (rank {who[0]}{' ...' * (len(who) > 1)})"
-            for value, who in ranks.items()
-        ]
-        if len(found) > 1:
-            differ.append(f"{flag(name)}: {', '.join(found)}")
-    refuse(differ, "the processes were started with different arguments:")
+    given = dataclasses.asdict(s) | {"resume": resume}
+    mine = {name: repr(value) for name, value in given.items()}  # NaN is not equal to itself
+    first = world.broadcast_from_rank_0(mine)
+    differ = [f"{flag(k)} {v}, not {first[k]}" for k, v in mine.items() if v != first[k]]
+    world.raise_on_all_ranks(refuse, differ, "started with different arguments than rank 0:")
 
 
 # --------------------------------------------------------------------------------------------------

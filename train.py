@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -60,11 +61,11 @@ from run_folder import (
     has_checkpoint,
     lock_folder,
     open_corpus,
+    print_repeats,
     resume_command,
     resumed,
     resumed_stages,
     set_diverged_aside,
-    tell_repeats,
     write_run,
 )
 from schedule import RECIPES, Stage, learning_rate, training_flops
@@ -152,6 +153,22 @@ class RunState:
     growth: dict | None = None  # the record of the last growth
 
 
+class Asked(NamedTuple):
+    """What all ranks know of each other since the end of a step: sums over the ranks."""
+
+    signals: float = 0  # that ranks have received
+    due: float = 0  # 1: by the clock of rank 0 it is time for a checkpoint
+    written: float = 0  # 1: the checkpoint that is being written is complete on rank 0
+
+
+class Writing(NamedTuple):
+    """The checkpoint that is being written; see checkpoint.write_in_background."""
+
+    step: int
+    done: Callable[[], bool]
+    wait: Callable[[], None]
+
+
 class Run:
     """A run in progress on this rank. `train` has its loop.
 
@@ -178,10 +195,10 @@ class Run:
             self.decay_step = schedule.decay_step(stages, settings.lr_decay)
         self.worker = self.optimizer = None  # see build
         self.watch = None  # the screen and the log; see open_run
-        self.signals = []  # the numbers of those that this process has received
-        self.asked = [0, 0, 0]  # see questions
+        self.received = []  # the numbers of the signals that this process has received
+        self.asked = Asked()
         self.saved, self.save_by = None, math.inf  # step of the newest checkpoint; time of the next
-        self.writing = None  # (step, done, wait) of the checkpoint that is being written
+        self.writing: Writing | None = None
         self.sound = None  # step of the newest one whose weights have shown a sound loss
 
     @property
@@ -244,14 +261,12 @@ class Run:
             tokens, targets, micro, self.begin_asking, documents=documents
         )
         lr = learning_rate(self.stages, state.samples + B, s.min_lr, s.lr_decay)
-        loss, norm, *self.asked = update(
+        # The update sums numbers over all ranks; the questions go with them, at no extra wait.
+        loss, norm, *answers = update(
             self.worker, self.optimizer, s.clip, lr, nats, count, *self.questions()
         )
-
-        newest = self.writing[0] if self.writing else self.saved
-        if newest == state.step and self.is_sound(loss):  # its weights had this loss
-            self.sound = newest
-            self.remove_older_checkpoints()
+        self.asked = Asked(*answers)
+        self.note_sound(loss)
         flops = training_flops(self.stages, state.samples + B)
         flops -= training_flops(self.stages, state.samples)
         state.step, state.samples = state.step + 1, state.samples + B
@@ -273,22 +288,20 @@ class Run:
     # ----------------------------------------------------------------------------------------------
     # Between two steps
 
-    def questions(self) -> tuple[int, bool, bool]:
-        """Numbers of this rank, which all ranks add up: signals that it has received; on rank 0,
-        whether a checkpoint is due by its clock, and whether one has been written. The sums are
-        `asked`; the end of a step has them, with those of loss and norm."""
-        rank_0, signals = self.world.rank == 0, len(self.signals)
-        written = bool(self.writing) and self.writing[1]()
-        return signals, rank_0 and time.monotonic() > self.save_by, rank_0 and written
+    def questions(self) -> Asked:
+        """This rank's part of the sums in `asked`."""
+        rank_0, written = self.world.rank == 0, bool(self.writing) and self.writing.done()
+        due = time.monotonic() > self.save_by
+        return Asked(len(self.received), rank_0 and due, rank_0 and written)
 
     def ask(self):
-        """The same after what may have taken long."""
-        self.asked = self.world.sum(*self.questions())
+        """Ask all ranks again, after what may have taken long."""
+        self.asked = Asked(*self.world.sum(*self.questions()))
 
     def begin_asking(self) -> Callable[[], bool]:
         """Begin to ask all ranks whether one has received a signal. Returns a function that waits
         for the answer."""
-        signals = self.world.begin_sum(len(self.signals))
+        signals = self.world.begin_sum(len(self.received))
         return lambda: signals()[0] > 0
 
     def log(self, **values):
@@ -327,16 +340,16 @@ class Run:
             }
             tensors = checkpoint.training_tensors(self.worker.named, self.optimizer)
             written = checkpoint.write_in_background(self.checkpoint, tensors, info, self.world)
-            self.writing = step, *written
+            self.writing = Writing(step, *written)
         self.save_by = time.monotonic() + 60 * self.settings.save_minutes
 
     def finish_save(self):
         """Wait until the checkpoint that is being written, if there is one, is whole. Raises
         OSError, on all ranks, where it cannot be written."""
         if self.writing:
-            (step, _, wait), self.writing = self.writing, None
-            wait()
-            self.saved = step
+            writing, self.writing = self.writing, None
+            writing.wait()
+            self.saved = writing.step
             self.remove_older_checkpoints()
 
     def save_and_wait(self):
@@ -349,12 +362,20 @@ class Run:
         get other names."""
         if self.writing:
             with contextlib.suppress(OSError):
-                self.writing[2]()
+                self.writing.wait()
 
     def is_sound(self, loss: float) -> bool:
         """Whether weights with this loss are worth going back to: not if they are twice as bad as a
         blind guess. A run that diverges may go on for long before a number is not finite."""
         return loss < 2 * math.log(self.stage.config.vocab_size)
+
+    def note_sound(self, loss: float):
+        """The weights from before this step had this loss. If they are those of the newest
+        checkpoint, and it is sound, older ones may go."""
+        newest = self.writing.step if self.writing else self.saved
+        if newest == self.state.step and self.is_sound(loss):
+            self.sound = newest
+            self.remove_older_checkpoints()
 
     def remove_older_checkpoints(self):
         """Keep the newest checkpoints, if the newest of all is whole and sound."""
@@ -382,8 +403,9 @@ class Run:
         after = self.loss_of(grown)
         self.build(grown)
         self.world.on_rank_0(shutil.rmtree, grown)
-        record = {"grown": config.to_dict(), "loss_before": before, "loss_after": after}
-        self.log(stage=self.state.stage, **record)
+        self.log(
+            stage=self.state.stage, grown=config.to_dict(), loss_before=before, loss_after=after
+        )
         self.watch.say(
             f"step {self.state.step:>6}: grown to {describe_config(config)}; held-out loss "
             f"{before:.4f} before, {after:.4f} after, {after - before:+.4f}"
@@ -445,13 +467,12 @@ def read_state(source: str | None, resume: bool, stages: list[Stage]) -> tuple:
 
 
 def open_run(
-    settings: Settings, resume: bool, world: World, stack: contextlib.ExitStack, run_class: type
+    s: Settings, resume: bool, world: World, stack: contextlib.ExitStack, run_class: type
 ) -> Run:
     """A run, ready for its first step: settings, layout, machine, folder, corpus, model. All that
     can be refused is refused here. `stack` keeps the lock and the log."""
     begun = world.begun or time.perf_counter()
-    check_same_settings(world, settings, resume)
-    s = settings
+    check_same_settings(world, s, resume)
     world.on_rank_0(refuse_board, s)
     if resume:
         stages = world.raise_on_all_ranks(resumed_stages, s)
@@ -474,7 +495,7 @@ def open_run(
         text, s.tokenizer, s.tokenizer_file, stages[-1].config, world, s.document_mask
     )
     check_corpus(s, corpus, digest)
-    tell_repeats(corpus, stages[-1].end, s.teacher_fraction)
+    print_repeats(corpus, stages[-1].end, s.teacher_fraction)
     source = out if resume else s.init_from
     state, path, tokenizer = world.raise_on_all_ranks(read_state, source, resume, stages)
     if path:
@@ -501,7 +522,7 @@ def loop(run: Run, stop_at: int | None) -> tuple[dict, str | None]:
     """Train until the end of the run, a signal, the step `stop_at`, or a stage that asks for
     another layout. Returns (the last evaluation, that layout)."""
     s, state, result = run.settings, run.state, {}
-    while state.step < run.last_step and state.step != stop_at and not run.asked[0]:
+    while state.step < run.last_step and state.step != stop_at and not run.asked.signals:
         if run.growth_is_due():
             move = run.next_layout()
             if move:
@@ -517,10 +538,10 @@ def loop(run: Run, stop_at: int | None) -> tuple[dict, str | None]:
         if last or state.step % s.eval_every == 0:
             result = run.evaluate()
             run.ask()
-        if run.asked[2]:
+        if run.asked.written:
             run.finish_save()
         due = last or state.step % s.save_every == 0 or state.step == run.decay_step
-        if due or run.asked[1]:
+        if due or run.asked.due:
             run.save()
             run.ask()
     return result, None
@@ -544,7 +565,7 @@ def train(
     with contextlib.ExitStack() as stack:
         run = open_run(settings, resume, world, stack, run_class)
         state = run.state
-        stack.enter_context(console.receive_signals(run.signals))
+        stack.enter_context(console.receive_signals(run.received))
         try:
             result, move = loop(run, stop_at)
             finished = state.step == run.last_step
@@ -559,7 +580,7 @@ def train(
                     run.save_and_wait()
             go_on = resume_command(run.world, run.folder)
             raise OSError(f"{error}\nsaved at step {run.saved}; to go on: {go_on}") from error
-        signals = {} if finished else dict(enumerate(run.world.gather(run.signals[:1])))
+        signals = {} if finished else dict(enumerate(run.world.gather(run.received[:1])))
     return result | {
         "step": state.step,
         "samples": state.samples,
@@ -579,7 +600,7 @@ def main(argv=None, world: World = World(), run_class: type[Run] = Run) -> int:
     mode = next((name for name in MODES if name in given), None)
     value = given.pop(mode, None)
     if mode == "eval_only":
-        used = {field.name for field in FIELDS if mode in field.metadata.get("modes", ())}
+        used = {field.name for field in FIELDS if field.metadata.get("evaluate")}
         extra = ", ".join(map(flag, sorted(set(given) - used)))
         refuse([f"--eval-only makes no use of {extra}: leave it out"] if extra else [])
         eval_only(value, given, world)

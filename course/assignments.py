@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
+
+from console import did_you_mean
 
 # The checks register themselves when these are imported.
 from course.checks import data, growth, iq, model, mup, parallel  # noqa: F401
@@ -62,6 +63,5 @@ def find_assignment(name: str) -> Assignment:
     """The assignment of that name. Raises ValueError with the nearest names."""
     if name in ASSIGNMENTS:
         return ASSIGNMENTS[name]
-    near = difflib.get_close_matches(name, ASSIGNMENTS, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    hint = did_you_mean(name, ASSIGNMENTS)
     raise ValueError(f"unknown assignment {name!r}: {hint}there are {', '.join(ASSIGNMENTS)}")

@@ -22,7 +22,7 @@ from flm import count_parameters, forward_flops
 from launch import launch
 from machine import name_of, now, peak_memory, set_up
 from parallel import Worker, World
-from settings import FIELDS, Settings, add_option, check_same_settings, resolve
+from settings import FIELDS, LAYOUT, Settings, add_option, check_same_settings, resolve
 
 
 def timed(device: torch.device, action: Callable, *args) -> tuple[float, object]:
@@ -90,14 +90,19 @@ def benchmark(settings: Settings, world: World = World(), rounds: int = 5) -> di
     }
 
 
+# The options of train.py that change how fast a step is.
+USED = ("preset", "model", "mup", "seed", "batch_size", "micro_batch", *LAYOUT)
+USED += ("device", "threads", "dtype", "compile", "timeout_minutes")
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """The options of train.py that change how fast a step is."""
+    """The options of train.py in USED."""
     text = "Time training steps on random tokens. Prints one JSON object."
     parser = argparse.ArgumentParser(
         prog="lab.bench", description=text, argument_default=argparse.SUPPRESS
     )
     for field in FIELDS:
-        if "lab.bench" in field.metadata.get("modes", ()):
+        if field.name in USED:
             add_option(parser, field)
     return parser
 

@@ -51,7 +51,7 @@ from lab.collectives import Collectives, TracedRun, TracedStage, Watch
 from lab.timetable import SCHEDULES, closed_bubble, draw
 from launch import launch
 from parallel import Layout, LeanPipelineStage, Worker, World, local
-from settings import MODES, Settings, flag, option, plan_layout, resolve, with_file
+from settings import MODES, Settings, flag, layout_of, option, resolve, with_file
 
 GiB = 2**30
 
@@ -573,7 +573,7 @@ def make_parser() -> argparse.ArgumentParser:
 def job_of(given: dict) -> Job:
     """A training step in the last stage of the run that these options of train.py describe."""
     s, stages = resolve(Settings(**with_file(given)))
-    layout = plan_layout(s, stages[-1:], (s.dp or 1) * s.tp * s.pp)
+    layout = layout_of(s, stages[-1:], (s.dp or 1) * s.tp * s.pp)
     batch_size = stages[-1].batch_size
     return Job(
         stages[-1].config,

@@ -20,7 +20,6 @@ in iqeval.py. So a model gets the same score there.
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import json
 import logging
@@ -247,8 +246,7 @@ def find_tasks(names: list[str], include: str | None):
         matching = manager.match_tasks([name])
         found += matching
         if not matching:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            hint = console.did_you_mean(name, manager.all_tasks)
             hint = "put blanks, not commas, between names. " if "," in name else hint
             problems.append(f"no task is called {name!r}: {hint}lm_eval ls tasks lists them")
             problems += unreadable(include)

@@ -204,13 +204,13 @@ def check_folder(recipe: Recipe):
     )
 
 
-PATIENCE = 60  # seconds: a run whose recipe was killed saves its step and ends
+TIME_TO_SAVE = 60  # seconds: a run whose recipe was killed saves its step and ends
 
 
 def wait_for_runs(recipe: Recipe):
     """Wait until the runs of a recipe that was killed have saved. Raises ValueError where one goes
     on and on."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + TIME_TO_SAVE
     for lock in sorted(recipe.out.glob("*/*/lock")):
         while True:
             try:

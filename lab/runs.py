@@ -216,10 +216,8 @@ class MeasuredRun(train.Run):
         super().log(**values, cpu_seconds=cpu, wall_seconds=wall)
         try:
             self.report(self.offset + training_flops(self.stages, self.state.samples))
-        except (
-            BrokenPipeError
-        ):  # the study was killed: complete this step, and end as after SIGTERM
-            self.signals.append(signal.SIGTERM)
+        except BrokenPipeError:  # the study was killed: complete this step, end as after SIGTERM
+            self.received.append(signal.SIGTERM)
 
 
 def train_run(settings: Settings, stop_at: int | None = None) -> int:

@@ -84,7 +84,9 @@ def test_mistakes_are_those_of_train(words, message):
 
 
 def test_options_that_change_no_time_are_unknown(capsys):
-    """--steps or --lr change nothing that is measured: argparse does not know them."""
+    """--steps or --lr change nothing that is measured: argparse does not know them. All that it
+    knows are options of train.py."""
+    assert set(bench.USED) <= {field.name for field in bench.FIELDS}
     with pytest.raises(SystemExit) as caught:
         bench.main(["--steps", "7", "--lr", "1"])
     assert caught.value.code == 2

@@ -112,7 +112,9 @@ def test_a_rank_that_cannot_connect_tells_the_others(monkeypatch):
 
     with ThreadPoolExecutor(2) as pool:
         calls = [
-            pool.submit(parallel.do_together, lambda rank=rank: form(rank), store, rank, minute)
+            pool.submit(
+                parallel.run_with_timeout, lambda rank=rank: form(rank), store, rank, minute
+            )
             for rank in (0, 1)
         ]
         said = {str(call.exception()) for call in calls}
@@ -127,7 +129,7 @@ def test_connections_that_are_never_complete():
     """No rank fails, and none is done: TimeoutError, with what to look at."""
     forever, moment = threading.Event(), datetime.timedelta(seconds=0.01)
     with pytest.raises(TimeoutError, match="open all ports between the hosts"):
-        parallel.do_together(forever.wait, dist.HashStore(), 0, moment)
+        parallel.run_with_timeout(forever.wait, dist.HashStore(), 0, moment)
     forever.set()
 
 

@@ -18,6 +18,7 @@ import parallel
 from checkpoint import load_model
 from flm import FLM
 from parallel import PIPELINE_SCHEDULES, Layout
+from settings import Settings, check_settings
 
 UNTIED = CONFIG.replace(tie_embeddings=False)
 TELE = UNTIED.replace(
@@ -335,9 +336,8 @@ def test_resharding_without_a_use_is_refused(axes):
 @pytest.mark.quick
 def test_a_layout_names_every_axis_below_one_and_an_unknown_schedule():
     """No axis may be 0 or negative; a pipeline schedule that no run may use is refused, with those
-    that a run may use."""
-    layout = Layout(dp=0, tp=-1, schedule="ZBVZeroBubble")
-    found = parallel.check_layout(layout, CONFIG, 8)
+    that a run may use. (check_layout is only asked of layouts that pass this.)"""
+    found = check_settings(Settings(dp=0, tp=-1, schedule="ZBVZeroBubble"))
     assert found == [
         "--dp 0: must be at least 1",
         "--tp -1: must be at least 1",

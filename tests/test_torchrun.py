@@ -155,7 +155,7 @@ def test_ranks_that_differ_are_named(workshop, tmp_path):
     code, output = workshop.torchrun(2, tmp_path / "run", script=accident)
     assert code == 1  # torchrun's own
     assert output.count("different arguments") == 1
-    assert "--lr: None on 1 (rank 0), 0.5 on 1 (rank 1)" in output
+    assert "rank 1: started with different arguments than rank 0:\n  --lr 0.5, not None" in output
     assert not (tmp_path / "run").exists()
 
 

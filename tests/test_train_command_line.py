@@ -289,7 +289,7 @@ def test_bad_words(line, capsys, tmp_path):
 
 def test_every_option_is_on_the_command_line(capsys):
     """Every setting has a flag that gives it and a line of help, and the help names the presets
-    that there are. What else reads an option is a mode of train.py, or lab.bench."""
+    that there are."""
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -298,8 +298,6 @@ def test_every_option_is_on_the_command_line(capsys):
         assert "--" + field.name.replace("_", "-") in text and field.metadata["help"][:30] in text
     unbroken = text.replace("- ", "-")  # argparse breaks a line after a hyphen, too
     assert all(name in unbroken for name in PRESETS)
-    for field in dataclasses.fields(Settings):
-        assert set(field.metadata.get("modes", ())) <= {*train.MODES, "lab.bench"}
 
 
 def test_every_preset_has_a_recipe():

@@ -258,7 +258,7 @@ class PatientRun(train.Run):
     on how fast the disk is."""
 
     def train_step(self):
-        while self.writing and not self.writing[1]():
+        while self.writing and not self.writing.done():
             time.sleep(0.001)
         super().train_step()
 
