@@ -62,6 +62,6 @@ def find_assignment(name: str) -> Assignment:
     """The assignment of that name. Raises ValueError with the nearest names."""
     if name in ASSIGNMENTS:
         return ASSIGNMENTS[name]
-    near = difflib.get_close_matches(name, ASSIGNMENTS, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(name.lower(), ASSIGNMENTS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ValueError(f"unknown assignment {name!r}: {hint}there are {', '.join(ASSIGNMENTS)}")

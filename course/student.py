@@ -24,10 +24,11 @@ from pathlib import Path
 
 import torch
 
-from course.worker import LargestTensor, read, send
+from course.worker import REFUSED, LargestTensor, read, send
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("course", "lab", "tests", "benchmarks")
+SHOWN = 2**16  # bytes of what a file prints that are shown
 START = 120  # seconds in which a process must have imported PyTorch, on the slowest machine
 
 
@@ -41,6 +42,8 @@ class Raised(Wrong):
     def __init__(self, function: str, kind: str, text: str, line: int | None):
         self.kind = kind
         where = f" (line {line})" if line else ""
+        if kind == "ModuleNotFoundError":
+            text += ". Your file stands alone: it cannot import another file of yours"
         super().__init__(f"{function} raised {kind}{where}: {text}")
 
 
@@ -83,23 +86,27 @@ def forbidden_imports(source: str, more: tuple[str, ...] = ()) -> list[str]:
 
 
 class Process:
-    """One process that runs a student's file."""
+    """One process that runs a student's file. folder: where the file may write."""
 
-    def __init__(self, *rank_size_store: str):
+    def __init__(self, folder: str, *rank_size_store: str):
         paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         kept = [path for path in paths if path and Path(path).resolve() != ROOT]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(kept), "OMP_NUM_THREADS": "1"}
+        environment |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), folder)
         words = [sys.executable, "-P", str(ROOT / "course/worker.py"), str(ROOT)]
         words += [",".join(sorted(own_modules())), *rank_size_store]
         self.child = subprocess.Popen(
             words,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env=environment,
-            cwd=tempfile.gettempdir(),
+            cwd=folder,
         )
-        self.answers = queue.Queue()
+        self.answers, self.printed = queue.Queue(), 0
         threading.Thread(target=self.listen, daemon=True).start()
+        self.shows = threading.Thread(target=self.show, daemon=True)
+        self.shows.start()
 
     def listen(self):
         """Put the answers into the queue, and None at the end."""
@@ -108,7 +115,21 @@ class Process:
             message = read(self.child.stdout)
             self.answers.put(message)
 
+    def show(self):
+        """Show the first SHOWN bytes of what the file prints, and read the rest."""
+        while printed := self.child.stderr.read1(SHOWN):
+            on_stderr(printed[: max(0, SHOWN - self.printed)].decode(errors="replace"))
+            self.printed += len(printed)
+
+    def end_of_file(self):
+        """Say how much of what the file printed was not shown."""
+        if self.printed > SHOWN:
+            on_stderr(f"\n... {self.printed - SHOWN:,} more bytes\n")
+        self.printed = 0
+
     def send(self, message: dict):
+        if "load" in message:
+            self.end_of_file()
         try:
             send(self.child.stdin, message)
         except OSError:  # it has ended: receive will say so
@@ -123,6 +144,8 @@ class Process:
             raise Stopped(late) from None
         if message is None:
             raise Stopped("the process of the file ended (os._exit, or a crash)")
+        if message.startswith(REFUSED):
+            raise Refused(message[len(REFUSED) :].decode(errors="replace"))
         try:
             return torch.load(io.BytesIO(message), weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
@@ -134,6 +157,16 @@ class Process:
         self.child.kill()
         self.child.wait()
         self.child.stdin.close()
+        self.shows.join(1)  # a process that it started may hold its stderr open
+        self.end_of_file()
+
+
+def on_stderr(text: str):
+    """Write it to stderr, if anybody reads that."""
+    try:
+        print(text, end="", file=sys.stderr, flush=True)
+    except OSError:
+        pass
 
 
 class Local:
@@ -230,8 +263,6 @@ class Student:
             self.spent += time.monotonic() - start
             self.left -= time.monotonic() - start
         for answer in answers:
-            if answer["refused"]:
-                raise Refused("; ".join(dict.fromkeys(answer["refused"])))
             if answer.get("kind") == "NotImplementedError":
                 raise NotWritten(answer["text"])
             if "kind" in answer:
@@ -252,7 +283,7 @@ class Student:
         if size not in self.groups:
             store = os.path.join(self.folder.name, f"store-{size}-{time.monotonic_ns()}")
             words = [(str(rank), str(size), store) for rank in range(size)] if size > 1 else [()]
-            self.groups[size] = [Process(*each) for each in words]
+            self.groups[size] = [Process(self.folder.name, *each) for each in words]
             slow = f"PyTorch did not start within {START} seconds: the machine is busy; try again"
             try:
                 for process in self.groups[size]:

@@ -7,27 +7,54 @@ answers.
 
 What the student's code prints goes to standard error, where the student sees it.
 
-The file must not use this repository's own modules. A hook refuses to import them, to open a file
-of the repository, and to start another program. Python does not allow to remove such a hook. Every
-refusal is also reported with the next answer, so to catch the error is of no use.
+The file must not use this repository's own modules. A hook sees what Python reports: imports, files
+that are opened or changed, programs that are started. At the first thing that is not allowed it
+tells the grader the reason, and ends the process: there is no error that the file could catch. The
+hook does not see what Python does not report (course/README.md, "Not defended").
 
-With RANK SIZE STORE after ROOT, the process is one of SIZE ranks of a process group on gloo.
+With RANK SIZE STORE at the end, the process is one of SIZE ranks of a process group on gloo.
 """
 
 from __future__ import annotations
 
+import builtins
 import io
+import linecache
 import os
 import sys
 import types
+from collections.abc import Callable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-READS = ("open", "os.link", "os.rename", "os.symlink", "os.listdir", "os.scandir")
+# The functions below use this copy: a student's file can change the builtins of everybody.
+__builtins__ = dict(vars(builtins))
+
 LARGEST = 2**30  # bytes of a message
 MEMORY = 4 * 2**30  # bytes that this process may take, on Linux
-STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill")
+WRITTEN = 2**28  # bytes of a file that it may write, on Linux and macOS
+REFUSED = b"refused: "  # how a message begins that is no answer, but says what was not allowed
+
+READS = ("open", "os.listdir", "os.scandir")
+# os.open, which can open a folder, reports "open" too.
+CHANGES = (
+    *("os.chdir", "os.chmod", "os.chown", "os.mkdir", "os.remove", "os.rename", "os.rmdir"),
+    *("os.truncate", "os.utime"),
+)
+STARTS = (
+    *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile"),
+    *("os.fork", "os.forkpty", "pty.spawn", "os.kill", "os.killpg"),
+)
+REACHES = {  # event -> what the file does
+    "os.link": "it makes a link",
+    "os.symlink": "it makes a link",
+    "gc.get_objects": "it looks through all objects of the process",
+    "gc.get_referrers": "it looks through the objects of the process",
+    "gc.get_referents": "it looks through the objects of the process",
+    "cpython.PyInterpreterState_New": "it starts another interpreter",
+    **dict.fromkeys(STARTS, "it starts another program or stops one"),
+}
 
 
 class LargestTensor(TorchDispatchMode):
@@ -45,36 +72,79 @@ class LargestTensor(TorchDispatchMode):
         return made
 
 
-class Guard:
-    """The hook that keeps a student's file away from the repository. It does nothing until
-    `allowed` is set: the paths that may be read although they lie in the repository."""
+def own_realpath() -> Callable[[str], str]:
+    """os.path.realpath, from a copy of its module that nobody else has."""
+    with open(os.path.__file__, encoding="utf-8") as file:
+        code = compile(file.read(), os.path.__file__, "exec")
+    names = {"__builtins__": __builtins__, "__name__": "own_path"}
+    exec(code, names)
+    for module in ("os", "stat"):
+        names[module] = types.SimpleNamespace(**vars(names[module]))
+    return names["realpath"]
 
-    def __init__(self, root: str, modules: set[str]):
-        self.root, self.modules = os.path.realpath(root), modules
-        self.allowed: tuple[str, ...] | None = None
-        self.refused: list[str] = []
 
-    def __call__(self, event: str, args: tuple):
-        if self.allowed is None:
-            return
-        if event == "import" and args[0].partition(".")[0] in self.modules:
-            self.refuse(f"it imports {args[0]}, which is the repository's own")
-        elif event in READS and isinstance(args[0], (str, bytes, os.PathLike)):
-            path = os.path.realpath(os.fsdecode(args[0]))
-            inside = path == self.root or path.startswith(self.root + os.sep)
-            if inside and not path.startswith(self.allowed):
-                self.refuse(f"it reads {os.path.relpath(path, self.root)} of the repository")
-        elif event in STARTS:
-            self.refuse(f"it starts another program or stops one ({event})")
+def guard(root: str, folder: str, modules: set[str], refuse: Callable[[str], None]) -> Callable:
+    """The hook that keeps a student's file away from the repository. It has no state that could be
+    changed, and calls nothing of Python's that others can reach.
 
-    def find_spec(self, name: str, path=None, target=None):
-        """As the first of sys.meta_path: importlib.import_module makes no event of its own."""
-        if self.allowed is not None and name.partition(".")[0] in self.modules:
-            self.refuse(f"it imports {name}, which is the repository's own")
+    root: of the repository; what is installed in it may be read. folder: where the file may write.
+    modules: the names of the repository's modules. refuse: called with a reason."""
+    realpath, status, separator = own_realpath(), os.stat, os.sep
+    reads, changes, reaches, text = READS, CHANGES, REACHES, (str, bytes)
+    root, folder, null = realpath(root), realpath(folder), realpath(os.devnull)
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    installed = tuple(realpath(path) for path in (*sys.path, sys.prefix) if path)
+    installed = tuple(path for path in installed if path.startswith(root + separator))
 
-    def refuse(self, reason: str):
-        self.refused.append(reason)
-        raise PermissionError(f"the grader does not allow this: {reason}")
+    def look_at(path, change: bool, opens: bool):
+        """Refuse a path. opens: by os.open, which can open a folder."""
+        if not issubclass(type(path), text):
+            return refuse("it names a file by an object that is no text")
+        if issubclass(type(path), bytes):
+            path = bytes.decode(path, "utf-8", "surrogateescape")
+        path = realpath(str.__str__(path))  # str.__str__: of a subclass, too, the text itself
+        if path == folder or path.startswith(folder + separator) or path == null:
+            pass
+        elif path == root or path.startswith(root + separator):
+            if change or not path.startswith(installed):
+                verb, name = "changes" if change else "reads", path[len(root) + 1 :]
+                refuse(f"it {verb} {name or 'the folder'} of the repository")
+        elif change:
+            refuse(f"it changes {path}; it may write in its current folder only")
+        if opens and not change:
+            try:
+                kind = status(path).st_mode & 0o170000
+            except OSError:  # there is nothing of that name
+                return
+            if kind == 0o040000:
+                refuse(f"it opens the folder {path}")
+
+    def hook(event: str, args: tuple):
+        if event == "import" and str.partition(args[0], ".")[0] in modules:
+            refuse(f"it imports {args[0]}, which is the repository's own")
+        elif event in reaches:
+            refuse(f"{reaches[event]} ({event})")
+        elif event.startswith("ctypes."):
+            refuse(f"it calls C ({event})")
+        elif event in reads or event in changes:
+            change = event in changes or event == "open" and args[2] & writing
+            for path in args[: 2 if event == "os.rename" else 1]:
+                if path is not None and not issubclass(type(path), int):
+                    look_at(path, change, event == "open" and args[1] is None)
+
+    return hook
+
+
+def refusal(pipe: int) -> Callable[[str], None]:
+    """A function that tells the grader a reason, and ends the process."""
+    write, leave, start = os.write, os._exit, REFUSED
+
+    def refuse(reason: str):
+        message = start + str.encode(reason[:1000], "utf-8", "replace")
+        write(pipe, len(message).to_bytes(8, "little") + message)
+        leave(0)
+
+    return refuse
 
 
 def send(stream, message: dict):
@@ -135,46 +205,66 @@ def call(functions: dict, name: str, args: tuple, measure: bool) -> dict:
     return {"value": plain(value), "largest": largest.numbers}
 
 
-def serve(requests, answers, guard: Guard):
-    """Answer the grader's requests, (file, None, ...) to load a file, until there are no more."""
+def load(file: str, source: str) -> dict:
+    """Run a student's file. Returns the names that it defines."""
+    module = types.ModuleType("student")
+    sys.modules["student"] = module  # dataclasses look their module up
+    # For a traceback: the hook allows nobody to read the file where it lies in the repository.
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+    exec(compile(source, file, "exec"), vars(module))
+    return vars(module)
+
+
+def serve(requests, answers):
+    """Answer the grader's requests, to load a file or to call its functions, until there are no
+    more."""
     functions, file = {}, ""
-    installed = [os.path.realpath(path) for path in (*sys.path, sys.prefix) if path]
-    installed = [path for path in installed if path.startswith(guard.root + os.sep)]
     while (message := read(requests)) is not None:
         request = torch.load(io.BytesIO(message), weights_only=True)
         try:
             if "load" in request:
-                file = request["load"]
-                guard.refused.clear()
-                guard.allowed = (os.path.realpath(file), *installed)
-                module = types.ModuleType("student")
-                sys.modules["student"] = module  # dataclasses look their module up
-                functions = vars(module)
-                exec(compile(request["source"], file, "exec"), functions)
+                functions, file = {}, request["load"]
+                functions = load(file, request["source"])
                 answer = {"value": None}
             else:
                 with torch.no_grad():
                     answer = call(functions, **request)
         except BaseException as error:  # SystemExit too: the process goes on
             answer = failure(error, file)
-        send(answers, answer | {"refused": guard.refused})
+        send(answers, answer)
 
 
-def limit_memory():
-    """From here on more memory than MEMORY is a MemoryError in the student's code. Without that a
-    list of a billion rows takes all memory of the grader's machine. Linux only."""
-    if sys.platform == "linux":
+def set_limits():
+    """From here on more memory than MEMORY is a MemoryError in the student's code, on Linux, and a
+    file of more than WRITTEN bytes an OSError, on Linux and macOS. Without that a list of a billion
+    rows takes all memory of the grader's machine."""
+    if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (WRITTEN, WRITTEN))
+        if sys.platform == "linux":
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+
+
+def watch(root: str, modules: str, pipe: int):
+    """Start the hook, in the current folder. pipe: where the grader reads."""
+    if "_posixsubprocess" in sys.modules:  # it starts programs, and reports nothing
+        sys.modules["_posixsubprocess"].fork_exec = lambda *args: sys.audit("os.fork")
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.dont_write_bytecode = True  # else a library that is imported changes files
+    sys.addaudithook(guard(root, os.getcwd(), set(modules.split(",")), refusal(pipe)))
 
 
 def main(root: str, modules: str, *rank_size_store: str):
-    """The program. modules: the names of the repository's modules, with commas between."""
+    """The program, started in the folder in which the student's file may write.
+
+    modules: the names of the repository's modules, with commas between."""
     torch.set_num_threads(1)
-    limit_memory()
-    requests, answers = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
+    set_limits()
+    requests, pipe = os.fdopen(os.dup(0), "rb"), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # input() finds an end
     os.dup2(2, 1)  # prints go to standard error
+    sys.stdout.reconfigure(line_buffering=True)  # at once: the process is killed at its end
     if rank_size_store:
         import torch.distributed as dist
 
@@ -184,11 +274,10 @@ def main(root: str, modules: str, *rank_size_store: str):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         meeting = dist.FileStore(store, int(size))
         dist.init_process_group("gloo", store=meeting, rank=int(rank), world_size=int(size))
-    guard = Guard(root, set(modules.split(",")))
-    sys.addaudithook(guard)
-    sys.meta_path.insert(0, guard)
-    send(answers, {"value": "ready", "refused": []})
-    serve(requests, answers, guard)
+    answers = os.fdopen(pipe, "wb")
+    watch(root, modules, pipe)
+    send(answers, {"value": "ready"})
+    serve(requests, answers)
     os._exit(0)  # gloo's threads may abort a normal end
 
 

@@ -4,16 +4,19 @@ have, ours have too. Each property is written once, in course/checks/.
 An adapter below gives one of our functions the form that the assignment asks for."""
 
 import dataclasses
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from helpers import tiny
+from torch.distributed.tensor import Replicate, Shard
 
 import course.assignments  # noqa: F401 (its checks register themselves)
 import data
 import grow
 import muP
+import parallel
 from course.checking import CHECKS, first_failure
 from course.student import Local
 from flm import (
@@ -160,6 +163,30 @@ def our_order(rank, ranks, micro_batches):
     return [(kind, micro) for kind, _, micro in work]
 
 
+def our_square_share(pieces, mesh):
+    """parallel.Worker.grad_square, of a rank whose parameters say how they are cut."""
+    parameters = []
+    for piece, cut in pieces:
+        placements = [Shard(0) if cut[axis] == "shard" else Replicate() for axis in mesh]
+        device_mesh = SimpleNamespace(shape=tuple(mesh.values()))
+        described = SimpleNamespace(grad=piece, device_mesh=device_mesh, placements=placements)
+        parameters.append(("", described))
+    world = SimpleNamespace(layout=None, last=True)
+    rank = SimpleNamespace(world=world, named=parameters, tied_end=None, ddp=None)
+    with mock.patch.object(parallel, "DTensor", SimpleNamespace):
+        return parallel.Worker.grad_square(rank)
+
+
+def our_clipped(pieces, square, max_norm):
+    """What train.update does with the gradients once it has the sum of all squares."""
+    parameters = [torch.zeros_like(piece) for piece, _ in pieces]
+    for parameter, (piece, _) in zip(parameters, pieces):
+        parameter.grad = piece.clone()
+    norm = torch.tensor(square, dtype=torch.float64).sqrt()
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return [parameter.grad for parameter in parameters]
+
+
 OUR_QKV = "layers.0.attn.qkv.weight"
 
 
@@ -184,8 +211,8 @@ def our_speed_up(scratch, flops, loss):
     return growth.speed_up(dict(scratch), flops, loss)
 
 
-# What tensor_parallel, grad_norm and iq_task ask for has no counterpart of the same form here: the
-# trainer leaves it to PyTorch's engine (tests/test_parallel.py), and the task is new.
+# What tensor_parallel and iq_task ask for has no counterpart of the same form here: the trainer
+# leaves it to PyTorch's engine (tests/test_parallel.py), and the task is new.
 OURS = {
     "xpos": Local(rotate=our_rotate),
     "attention": Local(attend=our_attend),
@@ -199,6 +226,7 @@ OURS = {
     "mup": Local(initial_std=our_initial_std, adamw_group=our_adamw_group),
     "loss_law": Local(fit_law=our_fit_law),
     "one_f_one_b": Local(order=our_order),
+    "grad_norm": Local(square_share=our_square_share, clipped=our_clipped),
     "published_qkv": Local(read_qkv=our_read_qkv, write_qkv=our_write_qkv),
     "speed_up": Local(speed_up=our_speed_up),
 }
