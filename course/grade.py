@@ -42,6 +42,7 @@ from course.student import (
 STARTERS = ROOT / "course/starters"
 NO_FILE = "there is no such file"
 NOT_REACHED = "not reached"
+LONGEST = 10_000  # characters of a text that a student's file can make long
 
 # --------------------------------------------------------------------------------------------------
 # 1. One assignment of one submission
@@ -109,15 +110,23 @@ def grade(student: Student, assignment: Assignment, file: Path, seed: int) -> Gr
         for check in checks:
             result.verdicts.append(judge(student, check, seed))
         if assignment.name in PICTURES:
-            result.picture = draw(student, assignment)
+            result.picture = cut(draw(student, assignment))
     except Refused as refused:
         result.verdicts = [Verdict("the file keeps to the rules", "failed", str(refused))]
     except (Stopped, NotWritten, Wrong) as ended:
         result.verdicts.append(Verdict("the file answers", "failed", str(ended)))
     left = checks[len(result.verdicts) :]
     result.verdicts += [Verdict(c.says, "failed", NOT_REACHED) for c in left]
+    for verdict in result.verdicts:
+        verdict.text = cut(verdict.text)
     result.seconds = student.spent
     return result
+
+
+def cut(text: str) -> str:
+    """The text, and of a very long one the beginning."""
+    more = len(text) - LONGEST
+    return text if more <= 0 else f"{text[:LONGEST]} ... {more:,} more characters"
 
 
 def read_source(file: Path, assignment: Assignment) -> str:

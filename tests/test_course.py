@@ -206,6 +206,7 @@ def test_the_smallest_counterexample_is_told(graded):
         ("1 / 0", "ZeroDivisionError (line 2)"),
         ("missing", "NameError (line 2)"),
         ("input()", "EOFError (line 2)"),
+        ("{}['x' * 10**5]", "more characters"),
         ("__import__('helper')", "Your file stands alone"),
         ("rotate(q, k, start, origin, theta, scale_base)", "RecursionError"),
     ],
@@ -431,6 +432,11 @@ HOSTILE = {
             def __eq__(self, other): return True
         def rotate(q, k, *rest):
             return q.as_subclass(Equal), k.as_subclass(Equal)
+        """,
+    "an answer without a value": """
+        import torch
+        save = torch.save
+        torch.save = lambda value, buffer: save({}, buffer)
         """,
     "bytes into every pipe": """
         import os
