@@ -7,10 +7,7 @@ answers.
 
 What the student's code prints goes to standard error, where the student sees it.
 
-The file must not use this repository's own modules. A hook sees what Python reports: imports, files
-that are opened or changed, programs that are started. At the first thing that is not allowed it
-tells the grader the reason, and ends the process: there is no error that the file could catch. The
-hook does not see what Python does not report (course/README.md, "Not defended").
+The file must not use this repository's own modules. A hook (course/guard.py) sees to that.
 
 With RANK SIZE STORE at the end, the process is one of SIZE ranks of a process group on gloo.
 """
@@ -23,38 +20,14 @@ import linecache
 import os
 import sys
 import types
-from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# The functions below use this copy: a student's file can change the builtins of everybody.
-__builtins__ = dict(vars(builtins))
-
 LARGEST = 2**30  # bytes of a message
 MEMORY = 4 * 2**30  # bytes that this process may take, on Linux
 WRITTEN = 2**28  # bytes of a file that it may write, on Linux and macOS
-REFUSED = b"refused: "  # how a message begins that is no answer, but says what was not allowed
-
-READS = ("open", "os.listdir", "os.scandir")
-# os.open, which can open a folder, reports "open" too.
-CHANGES = (
-    *("os.chdir", "os.chmod", "os.chown", "os.mkdir", "os.remove", "os.rename", "os.rmdir"),
-    *("os.truncate", "os.utime"),
-)
-STARTS = (
-    *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile"),
-    *("os.fork", "os.forkpty", "pty.spawn", "os.kill", "os.killpg"),
-)
-REACHES = {  # event -> what the file does
-    "os.link": "it makes a link",
-    "os.symlink": "it makes a link",
-    "gc.get_objects": "it looks through all objects of the process",
-    "gc.get_referrers": "it looks through the objects of the process",
-    "gc.get_referents": "it looks through the objects of the process",
-    "cpython.PyInterpreterState_New": "it starts another interpreter",
-    **dict.fromkeys(STARTS, "it starts another program or stops one"),
-}
 
 
 class LargestTensor(TorchDispatchMode):
@@ -70,97 +43,6 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.numbers = max(self.numbers, tensor.numel())
         return made
-
-
-def own_realpath() -> Callable[[str], str]:
-    """os.path.realpath, from a copy of its module that nobody else has."""
-    with open(os.path.__file__, encoding="utf-8") as file:
-        code = compile(file.read(), os.path.__file__, "exec")
-    names = {"__builtins__": __builtins__, "__name__": "own_path"}
-    exec(code, names)
-    for module in ("os", "stat"):
-        names[module] = types.SimpleNamespace(**vars(names[module]))
-    return names["realpath"]
-
-
-def guard(root: str, folder: str, modules: set[str], refuse: Callable[[str], None]) -> Callable:
-    """The hook that keeps a student's file away from the repository. It has no state that could be
-    changed, and calls nothing of Python's that others can reach.
-
-    root: of the repository; what is installed in it may be read. folder: where the file may write.
-    modules: the names of the repository's modules. refuse: called with a reason."""
-    realpath, status, separator = own_realpath(), os.stat, os.sep
-    reads, changes, reaches, text = READS, CHANGES, REACHES, (str, bytes)
-    root, folder, null = realpath(root), realpath(folder), realpath(os.devnull)
-    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    installed = tuple(realpath(path) for path in (*sys.path, sys.prefix) if path)
-    installed = tuple(path for path in installed if path.startswith(root + separator))
-
-    def look_at(path, change: bool, opens: bool):
-        """Refuse a path. opens: by os.open, which can open a folder."""
-        if not issubclass(type(path), text):
-            return refuse("it names a file by an object that is no text")
-        if issubclass(type(path), bytes):
-            path = bytes.decode(path, "utf-8", "surrogateescape")
-        path = realpath(str.__str__(path))  # str.__str__: of a subclass, too, the text itself
-        if path == folder or path.startswith(folder + separator) or path == null:
-            pass
-        elif path == root or path.startswith(root + separator):
-            if change or not path.startswith(installed):
-                verb, name = "changes" if change else "reads", path[len(root) + 1 :]
-                refuse(f"it {verb} {name or 'the folder'} of the repository")
-        elif change:
-            refuse(f"it changes {path}; it may write in its current folder only")
-        if opens and not change:
-            try:
-                kind = status(path).st_mode & 0o170000
-            except OSError:  # there is nothing of that name
-                return
-            if kind == 0o040000:
-                refuse(f"it opens the folder {path}")
-
-    def judge(event: str, args: tuple):
-        if event == "import" and str.partition(args[0], ".")[0] in modules:
-            refuse(f"it imports {args[0]}, which is the repository's own")
-        elif event in reaches:
-            refuse(f"{reaches[event]} ({event})")
-        elif event.startswith("ctypes."):
-            refuse(f"it calls C ({event})")
-        elif event in reads or event in changes:
-            change = event in changes or event == "open" and args[2] & writing
-            for path in args[: 2 if event == "os.rename" else 1]:
-                if path is not None and not issubclass(type(path), int):
-                    look_at(path, change, event == "open" and args[1] is None)
-
-    return without_errors(judge, refuse)
-
-
-def without_errors(judge: Callable, refuse: Callable[[str], None]) -> Callable:
-    """The hook that calls `judge`. An error never leaves it: the stack frames would go with it."""
-
-    def hook(event: str, args: tuple):
-        try:
-            judge(event, args)
-        except BaseException:
-            while True:  # if the stack is full no call works, and the grader's time ends this
-                try:
-                    refuse("it calls the grader's hook in a wrong way, or with a full stack")
-                except BaseException:
-                    continue
-
-    return hook
-
-
-def refusal(pipe: int) -> Callable[[str], None]:
-    """A function that tells the grader a reason, and ends the process."""
-    write, leave, start = os.write, os._exit, REFUSED
-
-    def refuse(reason: str):
-        message = start + str.encode(reason[:1000], "utf-8", "replace")
-        write(pipe, len(message).to_bytes(8, "little") + message)
-        leave(0)
-
-    return refuse
 
 
 def send(stream, message: dict):
@@ -262,13 +144,26 @@ def set_limits():
             resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
 
 
+def alone(file: str | Path) -> dict:
+    """The names that a file of Python defines, in a namespace and with builtins of its own: a
+    student's file has no reference to them."""
+    names = {"__builtins__": dict(vars(builtins)), "__name__": "alone"}
+    exec(compile(Path(file).read_text(encoding="utf-8"), file, "exec"), names)
+    return names
+
+
 def watch(root: str, modules: str, pipe: int):
-    """Start the hook, in the current folder. pipe: where the grader reads."""
+    """Start the hook. The file may write in the current folder. pipe: where the grader reads."""
+    path, guard = alone(os.path.__file__), alone(Path(__file__).with_name("guard.py"))
+    for module in ("os", "stat"):
+        path[module] = types.SimpleNamespace(**vars(path[module]))
+    refuse = guard["refusal"](pipe)
+    hook = guard["guard"](path["realpath"], root, os.getcwd(), set(modules.split(",")), refuse)
     if "_posixsubprocess" in sys.modules:  # it starts programs, and reports nothing
         sys.modules["_posixsubprocess"].fork_exec = lambda *args: sys.audit("os.fork")
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.dont_write_bytecode = True  # else a library that is imported changes files
-    sys.addaudithook(guard(root, os.getcwd(), set(modules.split(",")), refusal(pipe)))
+    sys.addaudithook(hook)
 
 
 def main(root: str, modules: str, *rank_size_store: str):

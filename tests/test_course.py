@@ -14,7 +14,7 @@ import pytest
 from helpers import ROOT, error, run_command
 
 from course import grade as grader
-from course import worker
+from course import guard, worker
 from course.assignments import ASSIGNMENTS
 from course.checking import CHECKS, first_failure
 from course.grade import Grade, Verdict, details, grade
@@ -293,7 +293,10 @@ TRICKS = {
     "the main module": "vars(sys.modules['__main__']).update(READS=()); open(ROOT + '/flm.py')",
     "a text of another class": "open(type('S', (str,), {'startswith': any})(ROOT + '/flm.py'))",
     "an object that is a path": "import io; io.FileIO(Path(ROOT, 'flm.py'))",
-    "the frames above": "sys._getframe(1).f_globals.update(READS=()); open(ROOT + '/flm.py')",
+    "the frames above": "f = sys._getframe(1); f.f_globals.update(READS=(), CHANGES=());"
+    "f.f_builtins.update(issubclass=None, str=None); open(ROOT + '/flm.py')",
+    "a report of its own": "sys.audit('open', ROOT, None, type('', (), {'__and__': print})())",
+    "a name of its own": "__import__(type('S', (str,), {'__format__': print})('flm'))",
     "an error of the hook": "sys.audit('open', 5)",
     "C": "import ctypes; ctypes.CDLL(None).getpid()",
     "another interpreter": "import _xxsubinterpreters as x; x.create()",
@@ -333,7 +336,7 @@ def refused(line: str, folder) -> str:
     with open(ours, "rb") as stream:
         message = worker.read(stream) or b""
     os.waitpid(process, 0)
-    return message.removeprefix(worker.REFUSED).decode()
+    return message.removeprefix(guard.REFUSED).decode()
 
 
 @pytest.mark.parametrize("trick", TRICKS)
