@@ -28,6 +28,9 @@ from course.worker import LargestTensor, read, send
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("course", "lab", "tests", "benchmarks")
+# Where libraries write of their own accord: the hook allows one folder.
+CACHES = ("TMPDIR", "TEMP", "TMP", "XDG_CACHE_HOME", "MPLCONFIGDIR")
+CACHES += ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 SHOWN = 2**16  # bytes of what a file prints that are shown
 START = 120  # seconds in which a process must have imported PyTorch, on the slowest machine
 
@@ -92,7 +95,7 @@ class Process:
         paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         kept = [path for path in paths if path and Path(path).resolve() != ROOT]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(kept), "OMP_NUM_THREADS": "1"}
-        environment |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), folder)
+        environment |= dict.fromkeys(CACHES, folder)
         words = [sys.executable, "-P", str(ROOT / "course/worker.py"), str(ROOT)]
         words += [",".join(sorted(own_modules())), *rank_size_store]
         self.child = subprocess.Popen(
