@@ -63,5 +63,5 @@ def find_assignment(name: str) -> Assignment:
     """The assignment of that name. Raises ValueError with the nearest names."""
     if name in ASSIGNMENTS:
         return ASSIGNMENTS[name]
-    hint = did_you_mean(name, ASSIGNMENTS)
+    hint = did_you_mean(name.lower(), ASSIGNMENTS)
     raise ValueError(f"unknown assignment {name!r}: {hint}there are {', '.join(ASSIGNMENTS)}")

@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import ast
 import glob
+import hashlib
+import importlib.machinery
 import json
 import random
 import sys
@@ -39,6 +41,8 @@ from course.student import (
 
 STARTERS = ROOT / "course/starters"
 NO_FILE = "there is no such file"
+NOT_REACHED = "not reached"
+LONGEST = 10_000  # characters of a text that a student's file can make long
 
 # --------------------------------------------------------------------------------------------------
 # 1. One assignment of one submission
@@ -106,13 +110,23 @@ def grade(student: Student, assignment: Assignment, file: Path, seed: int) -> Gr
         for check in checks:
             result.verdicts.append(judge(student, check, seed))
         if assignment.name in PICTURES:
-            result.picture = draw(student, assignment)
+            result.picture = cut(draw(student, assignment))
     except Refused as refused:
         result.verdicts = [Verdict("the file keeps to the rules", "failed", str(refused))]
     except (Stopped, NotWritten, Wrong) as ended:
         result.verdicts.append(Verdict("the file answers", "failed", str(ended)))
+    left = checks[len(result.verdicts) :]
+    result.verdicts += [Verdict(c.says, "failed", NOT_REACHED) for c in left]
+    for verdict in result.verdicts:
+        verdict.text = cut(verdict.text)
     result.seconds = student.spent
     return result
+
+
+def cut(text: str) -> str:
+    """The text, and of a very long one the beginning."""
+    more = len(text) - LONGEST
+    return text if more <= 0 else f"{text[:LONGEST]} ... {more:,} more characters"
 
 
 def read_source(file: Path, assignment: Assignment) -> str:
@@ -159,6 +173,36 @@ def draw(student: Student, assignment: Assignment) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # 2. Submissions: which file is graded as what
+
+
+def is_submission(path: Path) -> bool:
+    """Whether it is a .py file, or a folder with one. A path where nothing is counts as one: it is
+    a mistake that `assigned` names."""
+    return path.suffix == ".py" or not path.exists() or any(path.glob("*.py"))
+
+
+def own_files(graded: set[Path]) -> dict[Path, str]:
+    """A hash of every file from which a later run of the grader may take its code, without the
+    starter files and those that are graded."""
+    code = tuple(importlib.machinery.all_suffixes())
+    found = [*ROOT.iterdir(), *ROOT.glob("*/__init__.*"), *ROOT.glob("__pycache__/*")]
+    found += [*ROOT.glob("lab/**/*"), *ROOT.glob("course/**/*")]
+    kept = [p for p in found if p.name.endswith(code) and STARTERS not in p.parents]
+    return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in {*kept} - graded if p.is_file()}
+
+
+def refuse_changes(before: dict[Path, str], after: dict[Path, str], submission: str):
+    """Raise ValueError where files of the grader changed while a submission was graded. (Python may
+    write a new .pyc file at any time.)"""
+    changed = [p for p in {*before, *after} if before.get(p) != after.get(p)]
+    changed = sorted(p for p in changed if p in before or p.suffix != ".pyc")
+    if changed:
+        names = "\n".join(f"  {path.relative_to(ROOT)}" for path in changed)
+        raise ValueError(
+            f"files of the grader changed while {submission} was graded:\n{names}\n"
+            "If you changed them yourself, grade again. If not, the submission did: read it, bring "
+            "the files back (git status; git checkout FILE), and grade without it"
+        )
 
 
 def functions_in(file: Path) -> set[str]:
@@ -221,13 +265,15 @@ def details(g: Grade) -> str:
     """What failed, with the smallest input that was found, and a puzzle's picture."""
     lines = []
     for verdict in g.verdicts:
-        if verdict.result == "failed":
+        if verdict.result == "failed" and verdict.text != NOT_REACHED:
             lines += [f"\n{g.assignment.name} FAILED: {verdict.says}"]
             if verdict.counterexample:
                 lines.append(f"  smallest input: {verdict.counterexample}")
             if verdict.call:
                 lines.append(f"  last call: {verdict.call}")
             lines += [f"  {line}" for line in verdict.text.splitlines()]
+    left = sum(verdict.text == NOT_REACHED for verdict in g.verdicts)
+    lines += [f"  checks that were not reached, and count as failed: {left}"] * (left > 0)
     missing = {v.text: 1 for v in g.verdicts if v.result == "not written" and v.text != NO_FILE}
     lines += [f"\n{g.assignment.name} not written: {text}" for text in missing if text]
     if g.picture:
@@ -260,7 +306,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         epilog=f"assignments: {', '.join(ASSIGNMENTS)}",
     )
     add = parser.add_argument
-    add("name", nargs="?", metavar="NAME", help="one assignment (default: all)")
+    add("name", nargs="*", metavar="NAME", help="one assignment (default: all)")
     files = "your file, or a folder with a file NAME.py for each assignment; several for a class"
     add("--file", nargs="+", metavar="PATH", help=f"{files} (default: course/starters)")
     seed = "of the random inputs: the same seed gives the same inputs (default: a new one)"
@@ -269,30 +315,54 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def one_name(names: list[str]) -> str | None:
+    """The assignment that the command names, if it names one. Raises ValueError for what is none,
+    and for several."""
+    for name in names:
+        if Path(name).suffix == ".py":
+            raise ValueError(f"{name}: a file goes after --file, as in --file {name}")
+        find_assignment(name)
+    if len(names) > 1:
+        raise ValueError(f"{' '.join(names)}: give one name, or none for all assignments")
+    return names[0] if names else None
+
+
+def work_of(words: list[str], name: str | None) -> dict[str, list[tuple[Assignment, Path]]]:
+    """The submissions that --file names, each with its assignments. Raises ValueError with all
+    mistakes. Says on stderr what is no submission."""
+    # PowerShell hands submissions/* on as it is.
+    paths = [Path(path) for word in words for path in sorted(glob.glob(word)) or [word]]
+    work, problems = {}, []
+    no_submissions = [str(path) for path in paths if not is_submission(path)]
+    for path in filter(is_submission, paths):
+        try:
+            work[str(path)] = assigned(path, name)
+        except ValueError as error:
+            problems.append(str(error))
+    text = f"neither a .py file nor a folder with one: {', '.join(no_submissions)}"
+    if no_submissions and not work:
+        problems.append(f"--file: {text}")
+    console.refuse(problems)
+    if no_submissions:
+        print(f"left out, {text}", file=sys.stderr)
+    return work
+
+
 def main(argv: list[str] | None = None) -> int:
     """`python -m course.grade`; returns the exit code."""
     args = parse_args(argv)
     torch.set_num_threads(1)
     seed = random.randrange(10**6) if args.seed is None else args.seed
-    if args.name and Path(args.name).suffix == ".py":
-        raise ValueError(f"{args.name}: a file goes after --file, as in --file {args.name}")
-    if args.name:
-        find_assignment(args.name)
-    # PowerShell hands submissions/* on as it is.
-    words = args.file or [str(STARTERS)]
-    paths = [Path(path) for word in words for path in sorted(glob.glob(word)) or [word]]
-    work, problems, submissions = {}, [], {}
-    for path in paths:
-        try:
-            work[str(path)] = assigned(path, args.name)
-        except ValueError as error:
-            problems.append(str(error))
-    console.refuse(problems)
+    name = one_name(args.name)
+    work, submissions = work_of(args.file or [str(STARTERS)], name), {}
+    graded = {file.resolve() for pairs in work.values() for _, file in pairs}
+    before = own_files(graded)
     for path, pairs in work.items():
         if len(work) > 1:
             print(f"grading {path}", file=sys.stderr)
         with Student() as student:  # processes of its own: no submission reaches another
             submissions[path] = [grade(student, *pair, seed) for pair in pairs]
+        refuse_changes(before, own_files(graded), path)
     passed = all(g.result == "passed" for grades in submissions.values() for g in grades)
     if args.json:
         found = [

@@ -12,7 +12,6 @@ import ast
 import functools
 import io
 import os
-import pickle
 import queue
 import subprocess
 import sys
@@ -24,10 +23,15 @@ from pathlib import Path
 
 import torch
 
+from course.guard import REFUSED
 from course.worker import LargestTensor, read, send
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("course", "lab", "tests", "benchmarks")
+# Where libraries write of their own accord: the hook allows one folder.
+CACHES = ("TMPDIR", "TEMP", "TMP", "XDG_CACHE_HOME", "MPLCONFIGDIR")
+CACHES += ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+SHOWN = 2**16  # bytes of what a file prints that are shown
 START = 120  # seconds in which a process must have imported PyTorch, on the slowest machine
 
 
@@ -41,6 +45,8 @@ class Raised(Wrong):
     def __init__(self, function: str, kind: str, text: str, line: int | None):
         self.kind = kind
         where = f" (line {line})" if line else ""
+        if kind == "ModuleNotFoundError":
+            text += ". Your file stands alone: it cannot import another file of yours"
         super().__init__(f"{function} raised {kind}{where}: {text}")
 
 
@@ -83,23 +89,27 @@ def forbidden_imports(source: str, more: tuple[str, ...] = ()) -> list[str]:
 
 
 class Process:
-    """One process that runs a student's file."""
+    """One process that runs a student's file. folder: where the file may write."""
 
-    def __init__(self, *rank_size_store: str):
+    def __init__(self, folder: str, *rank_size_store: str):
         paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         kept = [path for path in paths if path and Path(path).resolve() != ROOT]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(kept), "OMP_NUM_THREADS": "1"}
+        environment |= dict.fromkeys(CACHES, folder)
         words = [sys.executable, "-P", str(ROOT / "course/worker.py"), str(ROOT)]
         words += [",".join(sorted(own_modules())), *rank_size_store]
         self.child = subprocess.Popen(
             words,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env=environment,
-            cwd=tempfile.gettempdir(),
+            cwd=folder,
         )
-        self.answers = queue.Queue()
+        self.answers, self.printed = queue.Queue(), 0
         threading.Thread(target=self.listen, daemon=True).start()
+        self.shows = threading.Thread(target=self.show, daemon=True)
+        self.shows.start()
 
     def listen(self):
         """Put the answers into the queue, and None at the end."""
@@ -108,7 +118,21 @@ class Process:
             message = read(self.child.stdout)
             self.answers.put(message)
 
+    def show(self):
+        """Show the first SHOWN bytes of what the file prints, and read the rest."""
+        while printed := self.child.stderr.read1(SHOWN):
+            on_stderr(printed[: max(0, SHOWN - self.printed)].decode(errors="replace"))
+            self.printed += len(printed)
+
+    def end_of_file(self):
+        """Say how much of what the file printed was not shown."""
+        if self.printed > SHOWN:
+            on_stderr(f"\n... {self.printed - SHOWN:,} more bytes\n")
+        self.printed = 0
+
     def send(self, message: dict):
+        if "load" in message:
+            self.end_of_file()
         try:
             send(self.child.stdin, message)
         except OSError:  # it has ended: receive will say so
@@ -123,9 +147,11 @@ class Process:
             raise Stopped(late) from None
         if message is None:
             raise Stopped("the process of the file ended (os._exit, or a crash)")
+        if message.startswith(REFUSED):
+            raise Refused(message[len(REFUSED) :].decode(errors="replace"))
         try:
-            return torch.load(io.BytesIO(message), weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+            return dict(torch.load(io.BytesIO(message), weights_only=True))
+        except Exception as error:  # whatever bytes the file sent
             text = f"an answer that cannot be read ({type(error).__name__})"
             raise Stopped(text) from None
 
@@ -134,6 +160,16 @@ class Process:
         self.child.kill()
         self.child.wait()
         self.child.stdin.close()
+        self.shows.join(1)  # a process that it started may hold its stderr open
+        self.end_of_file()
+
+
+def on_stderr(text: str):
+    """Write it to stderr, if anybody reads that."""
+    try:
+        print(text, end="", file=sys.stderr, flush=True)
+    except OSError:
+        pass
 
 
 class Local:
@@ -171,7 +207,7 @@ class Student:
         self.left, self.spent, self.ranks, self.measure, self.largest = 0.0, 0.0, 1, False, 0
         self.seconds = 0.0
         self.last = ("", (), None)  # the last call: its function, arguments and answer
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 
     def __enter__(self):
         return self
@@ -230,12 +266,11 @@ class Student:
             self.spent += time.monotonic() - start
             self.left -= time.monotonic() - start
         for answer in answers:
-            if answer["refused"]:
-                raise Refused("; ".join(dict.fromkeys(answer["refused"])))
-            if answer.get("kind") == "NotImplementedError":
-                raise NotWritten(answer["text"])
-            if "kind" in answer:
-                raise Raised(name, answer["kind"], answer["text"], answer["line"])
+            kind, text = str(answer.get("kind")), str(answer.get("text"))
+            if kind == "NotImplementedError":
+                raise NotWritten(text)
+            if "value" not in answer:
+                raise Raised(name, kind, text, answer.get("line"))
             self.largest = answer.get("largest", 0)
         return [answer["value"] for answer in answers]
 
@@ -252,7 +287,7 @@ class Student:
         if size not in self.groups:
             store = os.path.join(self.folder.name, f"store-{size}-{time.monotonic_ns()}")
             words = [(str(rank), str(size), store) for rank in range(size)] if size > 1 else [()]
-            self.groups[size] = [Process(*each) for each in words]
+            self.groups[size] = [Process(self.folder.name, *each) for each in words]
             slow = f"PyTorch did not start within {START} seconds: the machine is busy; try again"
             try:
                 for process in self.groups[size]:

@@ -7,27 +7,27 @@ answers.
 
 What the student's code prints goes to standard error, where the student sees it.
 
-The file must not use this repository's own modules. A hook refuses to import them, to open a file
-of the repository, and to start another program. Python does not allow to remove such a hook. Every
-refusal is also reported with the next answer, so to catch the error is of no use.
+The file must not use this repository's own modules. A hook (course/guard.py) sees to that.
 
-With RANK SIZE STORE after ROOT, the process is one of SIZE ranks of a process group on gloo.
+With RANK SIZE STORE at the end, the process is one of SIZE ranks of a process group on gloo.
 """
 
 from __future__ import annotations
 
+import builtins
 import io
+import linecache
 import os
 import sys
 import types
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-READS = ("open", "os.link", "os.rename", "os.symlink", "os.listdir", "os.scandir")
 LARGEST = 2**30  # bytes of a message
 MEMORY = 4 * 2**30  # bytes that this process may take, on Linux
-STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.kill")
+WRITTEN = 2**28  # bytes of a file that it may write, on Linux and macOS
 
 
 class LargestTensor(TorchDispatchMode):
@@ -43,38 +43,6 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.numbers = max(self.numbers, tensor.numel())
         return made
-
-
-class Guard:
-    """The hook that keeps a student's file away from the repository. It does nothing until
-    `allowed` is set: the paths that may be read although they lie in the repository."""
-
-    def __init__(self, root: str, modules: set[str]):
-        self.root, self.modules = os.path.realpath(root), modules
-        self.allowed: tuple[str, ...] | None = None
-        self.refused: list[str] = []
-
-    def __call__(self, event: str, args: tuple):
-        if self.allowed is None:
-            return
-        if event == "import" and args[0].partition(".")[0] in self.modules:
-            self.refuse(f"it imports {args[0]}, which is the repository's own")
-        elif event in READS and isinstance(args[0], (str, bytes, os.PathLike)):
-            path = os.path.realpath(os.fsdecode(args[0]))
-            inside = path == self.root or path.startswith(self.root + os.sep)
-            if inside and not path.startswith(self.allowed):
-                self.refuse(f"it reads {os.path.relpath(path, self.root)} of the repository")
-        elif event in STARTS:
-            self.refuse(f"it starts another program or stops one ({event})")
-
-    def find_spec(self, name: str, path=None, target=None):
-        """As the first of sys.meta_path: importlib.import_module makes no event of its own."""
-        if self.allowed is not None and name.partition(".")[0] in self.modules:
-            self.refuse(f"it imports {name}, which is the repository's own")
-
-    def refuse(self, reason: str):
-        self.refused.append(reason)
-        raise PermissionError(f"the grader does not allow this: {reason}")
 
 
 def send(stream, message: dict):
@@ -135,46 +103,79 @@ def call(functions: dict, name: str, args: tuple, measure: bool) -> dict:
     return {"value": plain(value), "largest": largest.numbers}
 
 
-def serve(requests, answers, guard: Guard):
-    """Answer the grader's requests, (file, None, ...) to load a file, until there are no more."""
+def load(file: str, source: str) -> dict:
+    """Run a student's file. Returns the names that it defines."""
+    module = types.ModuleType("student")
+    sys.modules["student"] = module  # dataclasses look their module up
+    # For a traceback: the hook allows nobody to read the file where it lies in the repository.
+    linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
+    exec(compile(source, file, "exec"), vars(module))
+    return vars(module)
+
+
+def serve(requests, answers):
+    """Answer the grader's requests, to load a file or to call its functions, until there are no
+    more."""
     functions, file = {}, ""
-    installed = [os.path.realpath(path) for path in (*sys.path, sys.prefix) if path]
-    installed = [path for path in installed if path.startswith(guard.root + os.sep)]
     while (message := read(requests)) is not None:
         request = torch.load(io.BytesIO(message), weights_only=True)
         try:
             if "load" in request:
-                file = request["load"]
-                guard.refused.clear()
-                guard.allowed = (os.path.realpath(file), *installed)
-                module = types.ModuleType("student")
-                sys.modules["student"] = module  # dataclasses look their module up
-                functions = vars(module)
-                exec(compile(request["source"], file, "exec"), functions)
+                functions, file = {}, request["load"]
+                functions = load(file, request["source"])
                 answer = {"value": None}
             else:
                 with torch.no_grad():
                     answer = call(functions, **request)
         except BaseException as error:  # SystemExit too: the process goes on
             answer = failure(error, file)
-        send(answers, answer | {"refused": guard.refused})
+        send(answers, answer)
 
 
-def limit_memory():
-    """From here on more memory than MEMORY is a MemoryError in the student's code. Without that a
-    list of a billion rows takes all memory of the grader's machine. Linux only."""
-    if sys.platform == "linux":
+def set_limits():
+    """From here on more memory than MEMORY is a MemoryError in the student's code, on Linux, and a
+    file of more than WRITTEN bytes an OSError, on Linux and macOS. Without that a list of a billion
+    rows takes all memory of the grader's machine."""
+    if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (WRITTEN, WRITTEN))
+        if sys.platform == "linux":
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+
+
+def alone(file: str | Path) -> dict:
+    """The names that a file of Python defines, in a namespace and with builtins of its own: a
+    student's file has no reference to them."""
+    names = {"__builtins__": dict(vars(builtins)), "__name__": "alone"}
+    exec(compile(Path(file).read_text(encoding="utf-8"), file, "exec"), names)
+    return names
+
+
+def watch(root: str, modules: str, pipe: int):
+    """Start the hook. The file may write in the current folder. pipe: where the grader reads."""
+    path, guard = alone(os.path.__file__), alone(Path(__file__).with_name("guard.py"))
+    for module in ("os", "stat"):
+        path[module] = types.SimpleNamespace(**vars(path[module]))
+    refuse = guard["refusal"](pipe)
+    hook = guard["guard"](path["realpath"], root, os.getcwd(), set(modules.split(",")), refuse)
+    if "_posixsubprocess" in sys.modules:  # it starts programs, and reports nothing
+        sys.modules["_posixsubprocess"].fork_exec = lambda *args: sys.audit("os.fork")
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.dont_write_bytecode = True  # else a library that is imported changes files
+    sys.addaudithook(hook)
 
 
 def main(root: str, modules: str, *rank_size_store: str):
-    """The program. modules: the names of the repository's modules, with commas between."""
+    """The program, started in the folder in which the student's file may write.
+
+    modules: the names of the repository's modules, with commas between."""
     torch.set_num_threads(1)
-    limit_memory()
-    requests, answers = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
+    set_limits()
+    requests, pipe = os.fdopen(os.dup(0), "rb"), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # input() finds an end
     os.dup2(2, 1)  # prints go to standard error
+    sys.stdout.reconfigure(line_buffering=True)  # at once: the process is killed at its end
     if rank_size_store:
         import torch.distributed as dist
 
@@ -184,11 +185,10 @@ def main(root: str, modules: str, *rank_size_store: str):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         meeting = dist.FileStore(store, int(size))
         dist.init_process_group("gloo", store=meeting, rank=int(rank), world_size=int(size))
-    guard = Guard(root, set(modules.split(",")))
-    sys.addaudithook(guard)
-    sys.meta_path.insert(0, guard)
-    send(answers, {"value": "ready", "refused": []})
-    serve(requests, answers, guard)
+    answers = os.fdopen(pipe, "wb")
+    watch(root, modules, pipe)
+    send(answers, {"value": "ready"})
+    serve(requests, answers)
     os._exit(0)  # gloo's threads may abort a normal end
 
 

@@ -1,17 +1,24 @@
 """The grader: what it says of files that are empty, half done, forbidden, endless or hostile."""
 
 import dataclasses
+import io
 import json
+import os
+import sys
+import tempfile
 import textwrap
+import types
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, error, run_command
 
 from course import grade as grader
+from course import guard, worker
 from course.assignments import ASSIGNMENTS
 from course.checking import CHECKS, first_failure
 from course.grade import Grade, Verdict, details, grade
-from course.student import Local, Student, forbidden_imports
+from course.student import SHOWN, Local, Process, Student, forbidden_imports, own_modules
 
 SOLUTIONS = ROOT / "tests/course_solutions"
 RIGHT = (SOLUTIONS / "xpos.py").read_text()
@@ -57,9 +64,10 @@ def test_an_untouched_checkout_is_not_written(capsys):
         assert a["result"] == "not written" and len(a["checks"]) == len(CHECKS[a["assignment"]])
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch):
     """In a process of its own: exit code 0 when all passes, and what the student prints is not in
     the JSON."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     file = tmp_path / "mine.py"
     file.write_text("print('hello')\n" + RIGHT)
     code, out, err = run_command("course.grade", "xpos", "--file", file, "--json", cwd=ROOT)
@@ -84,6 +92,8 @@ def test_mistakes_of_use(tmp_path):
     """An unknown name, a file that is not there, or has the functions of no assignment, is named:
     ValueError, for which console.run exits with 2."""
     assert "unknown assignment 'xpoz': did you mean xpos?" in error(grader.main, ["xpoz"])
+    assert "did you mean xpos " in error(grader.main, ["XPOS"])
+    assert "give one name, or none" in error(grader.main, ["xpos", "attention"])
     assert "no such file or folder" in error(grader.main, ["--file", str(tmp_path / "none")])
     (tmp_path / "mine.py").write_text("def something(): pass\n")
     message = error(grader.main, ["--file", str(tmp_path / "mine.py")])
@@ -94,6 +104,22 @@ def test_mistakes_of_use(tmp_path):
     (tmp_path / "mine.py").write_text("def plan(: pass\n")
     assert "line 1" in error(grader.main, ["--file", str(tmp_path / "mine.py")])
     assert "--file mine.py" in error(grader.main, ["mine.py"])
+
+
+def test_what_is_no_submission_is_left_out(tmp_path, capsys):
+    """Of submissions/* a photo and a folder without a .py file are named, and not graded. Alone
+    they are a mistake."""
+    (tmp_path / "photo.pdf").write_bytes(b"\x00")
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "anna").mkdir()
+    for name in ("anna/xpos.py", "bob.py"):
+        (tmp_path / name).touch()
+    assert {*grader.work_of([f"{tmp_path}/*"], "xpos")} == {
+        f"{tmp_path}/{n}" for n in ("anna", "bob.py")
+    }
+    said = capsys.readouterr().err
+    assert "photo.pdf" in said and "__pycache__" in said and "anna" not in said
+    assert "neither a .py file" in error(grader.work_of, [f"{tmp_path}/photo.pdf"], "xpos")
 
 
 def wrong_norm(change):
@@ -179,6 +205,9 @@ def test_the_smallest_counterexample_is_told(graded):
         ("(q + float('nan'), k)", "nan"),
         ("1 / 0", "ZeroDivisionError (line 2)"),
         ("missing", "NameError (line 2)"),
+        ("input()", "EOFError (line 2)"),
+        ("{}['x' * 10**5]", "more characters"),
+        ("__import__('helper')", "Your file stands alone"),
         ("rotate(q, k, start, origin, theta, scale_base)", "RecursionError"),
     ],
 )
@@ -187,6 +216,27 @@ def test_an_answer_of_another_kind_is_wrong(graded, answer, said):
     source = f"def rotate(q, k, start, origin, theta, scale_base):\n    return {answer}\n"
     found = graded(source)
     assert found.result == "failed" and said in reasons(found)
+
+
+def test_a_file_that_ends_early_has_all_its_checks(graded):
+    """The checks after the one in which the process ended, or did not answer, count as failed."""
+    source = (SOLUTIONS / "mup.py").read_text()
+    found = graded(source + "\ndef adamw_group(*given):\n    __import__('os')._exit(0)\n", "mup")
+    assert (found.passed, len(found.verdicts)) == (1, len(CHECKS["mup"]))
+    text = details(found)
+    assert text.count("FAILED") == 1 and "not reached, and count as failed: 3" in text
+
+
+def test_much_that_is_printed_is_cut(capsys):
+    """The first 64 KB of each file are shown, and then how many more bytes there were."""
+    process = Process.__new__(Process)
+    process.printed = 0
+    for _ in range(2):
+        printed = io.BufferedReader(io.BytesIO(b"x" * (SHOWN + 100_000)))
+        process.child = types.SimpleNamespace(stderr=printed)
+        process.show()
+        process.end_of_file()
+        assert capsys.readouterr().err == "x" * SHOWN + "\n... 100,000 more bytes\n"
 
 
 def test_a_file_that_is_no_python(graded):
@@ -219,32 +269,132 @@ def test_other_modules_are_allowed():
 
 
 TRICKS = {
-    "importlib": "import sys, importlib; sys.path.insert(0, ROOT); importlib.import_module('flm')",
-    "a text that is run": "import sys; sys.path.insert(0, ROOT); exec('import ' + 'flm')",
-    "our source": "from pathlib import Path; exec(Path(ROOT, 'flm.py').read_text())",
+    "importlib": "import importlib; sys.path.insert(0, ROOT); importlib.import_module('flm')",
+    "a text that is run": "sys.path.insert(0, ROOT); exec('import ' + 'flm')",
+    "our source": "exec(Path(ROOT, 'flm.py').read_text())",
+    "a name that is bytes": "open(os.fsencode(ROOT) + b'/flm.py')",
     "a solution": "open(ROOT + '/tests/course_solutions/xpos.py').read()",
-    "a link": "import os; os.symlink(ROOT + '/flm.py', __import__('tempfile').mkdtemp() + '/x.py')",
+    "a link to our source": "os.symlink(ROOT + '/flm.py', 'x.py')",
+    "a link through the system": "open('/proc/self/root' + ROOT + '/flm.py')",
+    "a check that is replaced": "os.replace('x.py', ROOT + '/course/checks/iq.py')",
+    "a check that is removed": "os.remove(ROOT + '/course/checks/none.py')",
+    "a check that is cut": "os.truncate(ROOT + '/course/checks/none.py', 0)",
+    "the rights of a folder": "os.chmod(ROOT, 0o755)",
+    "a new folder": "os.mkdir(ROOT + '/course')",
+    "a folder that is removed": "os.rmdir(ROOT + '/course')",
+    "a file of PyTorch": "open(os.path.dirname(os.__file__) + '/none/x.py', 'w')",
+    "a folder that is opened": "os.open(os.path.dirname(ROOT), os.O_RDONLY)",
+    "another current folder": "os.chdir('/')",
+    "the hook's object": "sys.meta_path[0].allowed = None; import flm",
+    "all objects": "import gc; gc.get_objects()",
+    "other builtins": "import builtins; builtins.issubclass = lambda *a: 0; open(ROOT + '/flm.py')",
+    "another realpath": "os.path._joinrealpath = lambda *a: ('/', 1); open(ROOT + '/flm.py')",
+    "another lstat": "os.lstat = os.readlink = None; open('/proc/self/root' + ROOT + '/flm.py')",
+    "the main module": "vars(sys.modules['__main__']).update(READS=()); open(ROOT + '/flm.py')",
+    "a text of another class": "open(type('S', (str,), {'startswith': any})(ROOT + '/flm.py'))",
+    "an object that is a path": "import io; io.FileIO(Path(ROOT, 'flm.py'))",
+    "the frames above": "f = sys._getframe(1); f.f_globals.update(READS=(), CHANGES=());"
+    "f.f_builtins.update(issubclass=None, str=None); open(ROOT + '/flm.py')",
+    "a report of its own": "sys.audit('open', ROOT, None, type('', (), {'__and__': print})())",
+    "a name of its own": "__import__(type('S', (str,), {'__format__': print})('flm'))",
+    "an error of the hook": "sys.audit('open', 5)",
+    "C": "import ctypes; ctypes.CDLL(None).getpid()",
+    "another interpreter": "import _xxsubinterpreters as x; x.create()",
     "another program": "import subprocess; subprocess.run(['true'])",
-    "a shell": "import os; os.system('true')",
-    "the grader": "import os; os.kill(os.getppid(), 0)",
+    "multiprocessing": "import multiprocessing.util as m; m.spawnv_passfds(b'true', [b'true'], [])",
+    "a shell": "os.system('true')",
+    "the grader": "os.kill(os.getppid(), 0)",
+}
+ALLOWED = {
+    "a file of its own": "Path('x.txt').write_text('1'); os.rename('x.txt', 'y'); os.remove('y')",
+    "a temporary file": "import tempfile as t; t.TemporaryFile(); t.NamedTemporaryFile().close()",
+    "nowhere": "open(os.devnull, 'w').write('1')",
+    "a library": "import importlib; importlib.import_module('colorsys')",
+    "another folder": "os.listdir('/'); open(os.__file__).read()",
+    "PyTorch's files": "import torch; torch.save(torch.ones(2), 'x.pt'); torch.load('x.pt')",
 }
 
 
+def refused(line: str, folder) -> str:
+    """What the hook says of a line of Python that catches every error; empty if it allows it. The
+    process of the line is a copy of this one."""
+    ours, theirs = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            os.chdir(folder)
+            tempfile.tempdir = str(folder)
+            sys.path[:] = [path for path in sys.path if not path.startswith(str(ROOT))]
+            modules = own_modules()
+            for name in [name for name in sys.modules if name.partition(".")[0] in modules]:
+                del sys.modules[name]
+            worker.watch(str(ROOT), ",".join(modules), theirs)
+            exec(line, {"ROOT": str(ROOT), "Path": Path, "os": os, "sys": sys})
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    with open(ours, "rb") as stream:
+        message = worker.read(stream) or b""
+    os.waitpid(process, 0)
+    return message.removeprefix(guard.REFUSED).decode()
+
+
 @pytest.mark.parametrize("trick", TRICKS)
+def test_our_files_are_refused_at_run_time(trick, tmp_path):
+    """To read, import or change our files by another way, to start a program, or to look for the
+    hook, is refused and told."""
+    assert refused(TRICKS[trick], tmp_path).startswith("it ")
+
+
+@pytest.mark.parametrize("line", ALLOWED)
+def test_other_files_are_allowed(line, tmp_path):
+    """A file may write in its own folder, and read what is installed."""
+    assert not refused(ALLOWED[line], tmp_path)
+
+
 @pytest.mark.parametrize("inside", [False, True], ids=["at the start", "in a call"])
-def test_our_modules_are_refused_at_run_time(graded, trick, inside):
-    """To read or import our files by another way, or to start a program, is refused and told, also
-    where the file catches the error and goes on with a right answer."""
-    lines = [f"    ROOT = {str(ROOT)!r}", "    try:", f"        {TRICKS[trick]}"]
-    lines += ["    except Exception:", "        pass"]
-    body = "\n".join(lines)
+def test_what_is_refused_fails(graded, inside):
+    """Also where the file catches the error, hides what it sends and goes on with a right
+    answer."""
+    lines = ["import torch", "    torch.save = None", "    try:"]
+    lines += [f"        open({str(ROOT / 'flm.py')!r})", "    except BaseException:"]
+    body = "\n".join([f"    {lines[0]}", *lines[1:], "        pass"])
     if inside:
         source = RIGHT.replace("    T, D = q.shape\n", f"{body}\n    T, D = q.shape\n")
     else:
         source = f"def look():\n{body}\n\n\nlook()\n{RIGHT}"
     found = graded(source)
     assert found.result == "failed" and not found.passed
-    assert any(word in reasons(found) for word in ("it reads", "it imports", "it starts"))
+    assert len(found.verdicts) == len(CHECKS["xpos"])
+    assert "it reads flm.py of the repository" in reasons(found)
+
+
+def test_a_change_of_the_grader_stops_it(tmp_path, monkeypatch):
+    """If a file changes what a later run of the grader would load, by a way that the hook does not
+    see, the grader names the submission and the files."""
+    checks = tmp_path / "course/checks"
+    checks.mkdir(parents=True)
+    submission = tmp_path / "anna.py"
+    for file in (submission, checks / "iq.py", checks / "iq.pyc"):
+        file.write_text("1")
+    monkeypatch.setattr(grader, "ROOT", tmp_path)
+
+    def after(*changed: str) -> str:
+        def graded(student, assignment, file, seed):
+            for name in changed:
+                (tmp_path / name).write_text(str(changed))
+            return Grade(assignment, str(file), [Verdict("", "passed")])
+
+        monkeypatch.setattr(grader, "grade", graded)
+        words = ["xpos", "--file", str(submission)]
+        return error(grader.main, words) if changed[0] in CODE else str(grader.main(words))
+
+    for name in CODE:
+        assert f"while {submission} was graded:\n  {name}\n" in after(name)
+    assert after("anna.py", "course/checks/new.pyc", "marks.json") == "0"
+
+
+CODE = ("course/checks/iq.py", "course/checks/iq.pyc", "course/checks/new.py", "torch.py")
 
 
 def test_a_loop_without_end_is_stopped(graded):
@@ -285,6 +435,11 @@ HOSTILE = {
             def __eq__(self, other): return True
         def rotate(q, k, *rest):
             return q.as_subclass(Equal), k.as_subclass(Equal)
+        """,
+    "an answer without a value": """
+        import torch
+        save = torch.save
+        torch.save = lambda value, buffer: save({}, buffer)
         """,
     "bytes into every pipe": """
         import os

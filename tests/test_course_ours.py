@@ -4,7 +4,6 @@ have, ours have too. Each property is written once, in course/checks/.
 An adapter below gives one of our functions the form that the assignment asks for."""
 
 import dataclasses
-import math
 from types import SimpleNamespace
 from unittest import mock
 
@@ -164,6 +163,30 @@ def our_order(rank, ranks, micro_batches):
     return [(kind, micro) for kind, _, micro in work]
 
 
+def our_square_share(pieces, mesh):
+    """parallel.Worker.grad_square, of a rank whose parameters say how they are cut."""
+    parameters = []
+    for piece, cut in pieces:
+        placements = [Shard(0) if cut[axis] == "shard" else Replicate() for axis in mesh]
+        device_mesh = SimpleNamespace(shape=tuple(mesh.values()))
+        described = SimpleNamespace(grad=piece, device_mesh=device_mesh, placements=placements)
+        parameters.append(("", described))
+    world = SimpleNamespace(layout=None, last=True)
+    rank = SimpleNamespace(world=world, named=parameters, tied_end=None, ddp=None)
+    with mock.patch.object(parallel, "DTensor", SimpleNamespace):
+        return parallel.Worker.grad_square(rank)
+
+
+def our_clipped(pieces, square, max_norm):
+    """What train.update does with the gradients once it has the sum of all squares."""
+    parameters = [torch.zeros_like(piece) for piece, _ in pieces]
+    for parameter, (piece, _) in zip(parameters, pieces):
+        parameter.grad = piece.clone()
+    norm = torch.tensor(square, dtype=torch.float64).sqrt()
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return [parameter.grad for parameter in parameters]
+
+
 OUR_QKV = "layers.0.attn.qkv.weight"
 
 
@@ -186,34 +209,6 @@ def our_write_qkv(ours, heads):
 def our_speed_up(scratch, flops, loss):
     """lab.growth.speed_up."""
     return growth.speed_up(dict(scratch), flops, loss)
-
-
-class Cut:
-    """In place of a DTensor: what a rank has of a gradient, and how the ranks share it."""
-
-    def __init__(self, piece, placement, mesh):
-        kinds = {"shard": Shard(0), "replicate": Replicate()}
-        self.grad, self.device_mesh = piece, SimpleNamespace(shape=tuple(mesh.values()))
-        self.placements = [kinds[placement[axis]] for axis in mesh]
-
-
-def our_square_share(pieces, mesh):
-    """parallel.Worker.grad_square of a rank with these parameters."""
-    named = [("", Cut(piece, placement, mesh)) for piece, placement in pieces]
-    world = SimpleNamespace(layout=parallel.Layout(**mesh))
-    worker = SimpleNamespace(named=named, ddp=None, tied_end=None, world=world)
-    with mock.patch.object(parallel, "DTensor", Cut):
-        return parallel.Worker.grad_square(worker)
-
-
-def our_clipped(pieces, square, max_norm):
-    """What train.update calls with the norm of the whole gradient."""
-    parameters = [torch.zeros_like(piece, requires_grad=True) for piece, _ in pieces]
-    for parameter, (piece, _) in zip(parameters, pieces):
-        parameter.grad = piece.clone()
-    norm = torch.tensor(math.sqrt(square), dtype=torch.float64)
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return [parameter.grad for parameter in parameters]
 
 
 # What tensor_parallel and iq_task ask for has no counterpart of the same form here: the trainer
