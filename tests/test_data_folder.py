@@ -189,9 +189,9 @@ def test_other_work_is_not_thrown_away(text, tmp_path, monkeypatch, small_pieces
     with stopping(monkeypatch, 5, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         prepare({"s": [text]}, out, BYTES, workers=1, progress=False)
     before = contents(out / "unfinished")
-    for change in ({"val_fraction": 0.2}, {"field": "content"}, {"val": {"v": [text]}}):
+    for change in ({"val_fraction": 0.2}, {"field": "content"}, {"sources": {"t": [text]}}):
         with pytest.raises(ValueError, match="unfinished work of another command"):
-            prepare({"s": [text]}, out, BYTES, progress=False, **change)
+            prepare(**{"sources": {"s": [text]}, "out": out, "tokenizer": BYTES} | change)
     text.write_text("other text\n" * 9000)
     with pytest.raises(ValueError, match=f"or remove it with rm -r {out}"):
         prepare({"s": [text]}, out, BYTES, progress=False)

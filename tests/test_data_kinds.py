@@ -127,19 +127,28 @@ def test_parquet_columns_that_are_no_text(tmp_path):
     assert details == ["row 2: it is NoneType", "row 1: it is int", "row 2: it is int"]
     assert [detail for _, detail in skipped["an empty text"]] == ["row 3"]
     details = [detail for _, detail in skipped["a file that cannot be read to its end"]]
-    assert "there is no column 'text'; there are title, body" in details[0] and len(details) == 2
+    assert "the column 'text' is missing; there are title, body" in details[0] and len(details) == 2
 
 
-def test_packages_that_are_not_installed(tmp_path, monkeypatch):
-    """Where an optional package is missing, the error names the files' number and what installs
-    the package, before the work."""
+def test_packages_that_cannot_be_imported(tmp_path, monkeypatch):
+    """Where an optional package is missing, or is there and broken, the error names the files'
+    number, what installs the package and what the import says, before the work."""
     for name in ("a.jsonl.zst", "b.jsonl.zst", "c.parquet", "d.txt"):
         (tmp_path / name).write_text("x")
-    monkeypatch.setattr(textfiles.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
+    monkeypatch.delitem(sys.modules, "pyarrow", raising=False)
+    stub = tmp_path / "stub" / "pyarrow.py"
+    stub.parent.mkdir()
+    stub.write_text("raise ImportError('libarrow.so is of another version')")
+    monkeypatch.syspath_prepend(stub.parent)
     with pytest.raises(ValueError) as error:
         prepare({"s": [tmp_path]}, tmp_path / "out", BYTES, progress=False)
     assert "2 .zst files need a package: pip install zstandard" in str(error.value)
-    assert "1 .parquet files need a package: pip install pyarrow" in str(error.value)
+    assert (
+        "1 .parquet files need a package: pip install pyarrow "
+        "(libarrow.so is of another version)" in str(error.value)
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -264,7 +273,7 @@ def test_unpacking_zstd_is_bounded_and_whole():
     went in."""
     raw = bytes(30_000_000)
     packed = pack_zst(raw)
-    file = io.BufferedReader(textfiles.Zstandard(io.BytesIO(packed)), textfiles.BLOCK)
+    file = textfiles.unpack(Path("a.zst"), io.BytesIO(packed))
     assert len(packed) < 4_000 and file.read() == raw
 
 

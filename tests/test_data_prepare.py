@@ -99,7 +99,8 @@ def test_a_small_corpus_has_a_held_out_document(tmp_path):
     for number, documents in enumerate([[], ["one"], ["same"] * 3]):
         folder = tmp_path / f"few-{number}"
         folder.mkdir()
-        with pytest.raises(ValueError, match=f"two different documents.* got {len(documents)}"):
+        message = f"two different documents.* got {len(documents)}" if number else "no document"
+        with pytest.raises(ValueError, match=message):
             make(folder, {"s": documents})
         assert not (folder / "out").exists()
 
@@ -218,7 +219,8 @@ def test_bad_lines_are_told(tmp_path):
     assert found[label] == (4, ["line 3: it is 2", "line 4: it is true", 'line 7: it is "1"'])
     assert found["the field 'text' must be text"] == (1, ["line 8: it is 5"])
     proposition = found["the field 'proposition' must be text"]
-    assert proposition == (2, ["line 6: it is missing", 'line 10: it is "\\ud83d"'])
+    details = ["line 6: it is missing; there are text, label", 'line 10: it is "\\ud83d"']
+    assert proposition == (2, details)
     assert found["a line that is no JSON object"] == (1, ["line 9: [1, 2]"])
     assert found["broken JSON"][0] == 2 and len(found) == 5
     assert meta["teacher"]["train"]["documents"] + meta["teacher"]["val"]["documents"] == 2
