@@ -216,6 +216,22 @@ def test_a_long_line(tmp_path, monkeypatch, length, at_end):
         assert parts[-1].end[0] == path.stat().st_size
 
 
+def peak_of_reading(path):
+    """(unpacked bytes or rows, MiB at the peak beyond those of Python at its start)."""
+    program = """if True:
+        import pathlib, resource, sys, textfiles
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        before, size = peak(), 0
+        for part in textfiles.read_parts(pathlib.Path(sys.argv[1]), "text"):
+            size += part.end[0] - size
+            for found in textfiles.documents(part, "text"):
+                pass
+        print(size, peak() - before)"""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-c", program, str(path)]
+    return map(int, subprocess.check_output(command, env=environment).split())
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".jsonl.gz", ".txt.zst"])
 def test_memory_does_not_depend_on_the_line(tmp_path, suffix):
     """A file with one line of 200 MB is read in less than 100 MB more than Python has at its
@@ -230,19 +246,45 @@ def test_memory_does_not_depend_on_the_line(tmp_path, suffix):
     else:
         with gzip.open(path, "wb", 1) if suffix.endswith(".gz") else open(path, "wb") as file:
             file.writelines(block for _ in range(n))
-    program = """if True:
-        import pathlib, resource, sys, textfiles
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        before, size = peak(), 0
-        for part in textfiles.read_parts(pathlib.Path(sys.argv[1]), "text"):
-            size += part.end[0] - size
-            for found in textfiles.documents(part, "text"):
-                pass
-        print(size, peak() - before)"""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-c", program, str(path)]
-    size, peak = map(int, subprocess.check_output(command, env=environment).split())
+    size, peak = peak_of_reading(path)
     assert size == n * len(block) and peak < 100
+
+
+def test_memory_does_not_depend_on_the_rows(tmp_path):
+    """A parquet file with 12 rows of 10 MB, each in a page of its own, is read in less memory than
+    four rows of text and all of pyarrow take."""
+    rows = [chr(97 + i) * 10_000_000 for i in range(12)]
+    options = {"use_dictionary": False, "write_batch_size": 1}
+    path = write_parquet(tmp_path / "large.parquet", {"text": rows}, **options)
+    size, peak = peak_of_reading(path)
+    assert size == 12 and peak < 160
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("behind", ["garbage", "one that is cut off"])
+def test_what_comes_before_the_damage_is_kept(tmp_path, suffix, behind):
+    """Of a whole packed file with something else behind it, all documents are read, though they are
+    less than a part; of the rest the damage is told. Zeros behind it are no damage."""
+    raw = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    other = PACK[suffix](os.urandom(10_000))[:5_000] if behind != "garbage" else b"garbage"
+    path = tmp_path / f"a.jsonl{suffix}"
+    for rest, is_damage in ((other, True), (bytes(600), False)):
+        path.write_bytes(PACK[suffix](raw) + rest)
+        found = [one for part in read_parts(path, "text") for one in documents(part, "text")]
+        assert [one.text for one in found if isinstance(one, Document)] == TEXTS
+        told = [one.detail for one in found if isinstance(one, Skipped)]
+        assert any("after " in detail for detail in told) == is_damage
+
+
+def test_a_text_that_is_cut_off_is_read_up_to_there(tmp_path):
+    """Of a .gz that is cut off nearly all of its text is read, not only whole parts of it."""
+    text = "".join(f"{os.urandom(20).hex()}\n" for _ in range(20_000))
+    packed = gzip.compress(text.encode())
+    (tmp_path / "a.txt.gz").write_bytes(packed[: len(packed) * 9 // 10])
+    parts = list(read_parts(tmp_path / "a.txt.gz", "text"))
+    assert [part.kind for part in parts] == ["text", "damage"]
+    assert 0.85 * len(text) < parts[0].size < 0.95 * len(text)
+    assert text.encode().startswith(parts[0].contents)
 
 
 def test_a_resumed_file_begins_where_it_was(tmp_path):
