@@ -88,7 +88,7 @@ def has_fields(path: Path) -> bool:
 
 def is_read(path: Path) -> bool:
     """Whether a file that is found in a folder is read."""
-    is_named = unpacked(path).suffix.lower() in SUFFIXES or path.suffix.lower() == PARQUET
+    is_named = unpacked(path).suffix.lower() in SUFFIXES or has_fields(path)
     return is_named and path.name[0] != "." and path.is_file() and not why_refused(path)
 
 
