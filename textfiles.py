@@ -37,10 +37,7 @@ SHOWN = 10  # examples of a kind that are shown
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", *JSON_LINES)
-PACKED = {
-    ".gz": "gzip -dc",
-    ".zst": "zstd -dc",
-}  # each of the above may have one of these behind it
+PACKED = {".gz": "gzip -dc", ".zst": "zstd -dc"}  # may stand behind each of the above
 PARQUET = ".parquet"
 TAKEN = f"{' '.join(SUFFIXES)}, each also with {' or '.join(PACKED)}, and {PARQUET}"  # in a folder
 PACKAGES = {".zst": "zstandard", PARQUET: "pyarrow.parquet"}  # what reads them; both are optional
@@ -130,10 +127,8 @@ def describe_left_out(folder: Path) -> str:
     for path in sorted(filterfalse(is_read, walk(folder, set()))):
         kind = path.suffix.lower() or "without suffix" if path.is_file() else "no regular files"
         kinds.setdefault("hidden" if path.name.startswith(".") else kind, []).append(path)
-    lines = [
-        f"{folder}: not read are the files below. Give one as an INPUT, and it is read as text,"
-    ]
-    lines.append("or you are told what to do with it.")
+    lines = [f"{folder}: not read are the files below. One that you give as an INPUT is read as"]
+    lines += ["text, or you are told what to do with it."]
     for kind, paths in sorted(kinds.items()):
         shown = ", ".join(map(str, paths[:SHOWN]))
         lines.append(f"  {len(paths):,} {kind}: {shown}")
@@ -144,13 +139,12 @@ def describe_left_out(folder: Path) -> str:
 def check_packages(files: Iterable[Path]) -> list[str]:
     """Problems: the optional packages that these files need and that cannot be imported."""
     problems, suffixes = [], [path.suffix.lower() for path in files]
-    for suffix in PACKAGES.keys() & suffixes:
-        package, n = PACKAGES[suffix].split(".")[0], suffixes.count(suffix)
+    for suffix in filter(suffixes.count, PACKAGES):
         try:
             importlib.import_module(PACKAGES[suffix])
         except Exception as error:  # whatever is wrong with the package
-            needed = f"{n:,} {suffix} files need a package: pip install {package}"
-            problems.append(f"{needed} ({error})")
+            needed = f"{suffixes.count(suffix):,} {suffix} files need a package: pip install"
+            problems.append(f"{needed} {PACKAGES[suffix].split('.')[0]} ({error})")
     return problems
 
 
@@ -339,7 +333,7 @@ def read_rows(path: Path, field: str, at: tuple[int, int]) -> Iterator[Part]:
 
 CUT, CUT_AT_LAST = 16 * 1024, 64 * 1024  # characters
 LINE_END_THEN_LETTER = re.compile(r"\n(?=[^\W\d_])")
-MISSING = "missing; there are"
+MISSING = "missing; there are"  # of a field
 NOT_TEXT, EMPTY = "not UTF-8 text", "an empty text"
 TOO_LONG = f"{LONGEST:,} bytes or more in one line"
 
@@ -456,7 +450,8 @@ def parse_line(line: bytes, field: str, teacher: bool = False) -> tuple[dict, st
         value, allowed = row.get(name), "0 or 1" if teacher and name == "label" else "text"
         good = type(value) is int and value in EMOJI if allowed == "0 or 1" else is_text(value)
         if not good:
-            found = json.dumps(value)[:60] if name in row else f"{MISSING} {', '.join(row)}"
+            there = ", ".join(row).encode(errors="backslashreplace").decode()
+            found = json.dumps(value)[:60] if name in row else f"{MISSING} {there[:200]}"
             wrong.append((f"the field {name!r} must be {allowed}", f"it is {found}"))
     if wrong:
         reasons, details = zip(*wrong)
