@@ -47,8 +47,7 @@ from prepare import (
 )
 from textfiles import (
     BLOCK,
-    PARQUET,
-    SUFFIXES,
+    TAKEN,
     describe_left_out,
     stdlib_files,
     unpacked,
@@ -484,11 +483,11 @@ def tell(out: str, meta: dict):
 PREPARE_HELP = f"""\
 An INPUT is one of these:
     a text file (UTF-8), which is cut at line ends into documents of 16 KiB or a little more
-    a .jsonl or .ndjson file, whose lines are objects with the field "text" (or --field)
+    a .jsonl, .ndjson or .json file, whose lines are objects with the field "text" (or --field)
     either of them as .gz, or as .zst (needs pip install zstandard)
     a .parquet file with a column "text" (or --field; needs pip install pyarrow)
-    a folder: its files {" ".join(SUFFIXES)}, also
-    with .gz or .zst behind it, and {PARQUET}. Hidden files are not taken, links are followed
+    a folder: its files {TAKEN}.
+    Hidden files are not taken, links are followed
     the word stdlib: the source of Python's standard library on this machine
 NAME=INPUT names a source; without NAME it is called like the file, less its suffixes. Inputs of one
 name are one source. What cannot be read is left out, counted, and told at the end: text that is not

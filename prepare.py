@@ -31,7 +31,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import accumulate, chain
+from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
 from signal import SIG_IGN, SIGINT
 from signal import signal as handle_signal
@@ -43,17 +43,20 @@ from tiktoken import Encoding
 import console
 from console import refuse, replace_file
 from textfiles import (
+    MISSING,
     PIECE,
     SHOWN,
-    SUFFIXES,
+    TAKEN,
     Part,
     Skipped,
     check_packages,
     documents,
     find_files,
+    has_fields,
     is_json_lines,
     is_text,
     read_parts,
+    why_refused,
 )
 from tokenizer import encode, token_type
 
@@ -156,6 +159,7 @@ class Job(NamedTuple):
     tokenizer: Encoding
     workers: int
     progress: bool
+    about: str  # another text where an unfinished preparation must not go on
     signal: str = "language"  # or teacher
     limit: int = 0  # a document whose hash is below it is held out
 
@@ -178,12 +182,13 @@ class Piece(NamedTuple):
     held_out: bool  # whatever the hashes
     parts: list[Part]
     next: tuple  # (number of a file, where in it): where the next piece begins
+    files: str  # the fingerprint of all files up to its end
     on_disk: int  # bytes of all files on the disk up to its end
 
     def file(self, job: Job, suffix: str) -> Path:
         """Where its tokens are (.tokens), and what is known of them, by which both are whole
         (.json)."""
-        return job.out / UNFINISHED / f"{job.signal}-{job.limit:x}-{self.number}{suffix}"
+        return job.out / UNFINISHED / f"{self.files}-{job.limit:x}-{self.number}{suffix}"
 
 
 def hash64(text: bytes) -> int:
@@ -260,24 +265,36 @@ class Input(NamedTuple):
     changed: int  # when, in nanoseconds
 
 
-def cut_pieces(inputs: list[Input], field: str, state: dict) -> Iterator[Piece]:
+def fingerprints(job: Job, inputs: list[Input]) -> list[str]:
+    """For the first 0, 1, 2, ... files of a signal a text that is another one where they, or what
+    is done with them, are not the same."""
+
+    def digest(*texts):
+        return hashlib.sha256("".join(texts).encode()).hexdigest()
+
+    places = [json.dumps(one._replace(path=os.path.abspath(one.path))) for one in inputs]
+    return [*accumulate(places, digest, initial=digest(job.signal, job.about))]
+
+
+def cut_pieces(job: Job, inputs: list[Input], state: dict) -> Iterator[Piece]:
     """The pieces of a signal that come after those of `state`. Small files make a piece together;
     a piece has one source."""
     first, *at = state["next"]
-    number, parts, size = state["pieces"], [], 0
+    number, parts, size, marks = state["pieces"], [], 0, fingerprints(job, inputs)
     before = [0, *accumulate(one.size for one in inputs)]  # bytes of the files before each
     for index in range(first, len(inputs)):
         source, path, held_out, *_ = inputs[index]
-        for part in read_parts(path, field, tuple(at)):
+        for part in read_parts(path, job.field, tuple(at)):
             parts.append(part)
             size += part.size
             if size >= PIECE:
-                place = (index, *part.end), before[index] + part.on_disk
+                place = (index, *part.end), marks[index + 1], before[index] + part.on_disk
                 yield Piece(number, source, held_out, parts, *place)
                 number, parts, size = number + 1, [], 0
         at, following = (0, 0), inputs[index + 1 : index + 2]
         if parts and [(one.source, one.held_out) for one in following] != [(source, held_out)]:
-            yield Piece(number, source, held_out, parts, (index + 1, 0, 0), before[index + 1])
+            place = (index + 1, 0, 0), marks[index + 1], before[index + 1]
+            yield Piece(number, source, held_out, parts, *place)
             number, parts, size = number + 1, [], 0
 
 
@@ -323,30 +340,54 @@ def tokenize_all(job: Job, pieces: Iterable[Piece], workers: int) -> Iterator[tu
         pool.shutdown(cancel_futures=True)
 
 
-def write_signal(job: Job, inputs: list[Input], entries: dict) -> dict:
-    """Tokenize the inputs of a signal behind what its shards hold; the state at the end.
+def tokenize_signal(job: Job, inputs: list[Input], entries: dict) -> dict:
+    """Tokenize the inputs of a signal behind what its shards hold, and once more where the limit
+    has moved. The state at the end; its limit is None where there are no two different documents.
 
     entries: {source: {split: {"shard": name of the file} and counts}}. Goes on where a killed
     process stopped: the state says how many pieces the shards have, and later pieces that are
     whole are found by `tokenize`."""
-    state = {"limit": job.limit, "next": (0, 0, 0), "pieces": 0, "on_disk": 0, "skipped": {}}
-    state |= {"hashes": (1 << 64, -1), "entries": copy.deepcopy(entries)}
+    new = {"limit": job.limit, "next": (0, 0, 0), "pieces": 0, "on_disk": 0, "skipped": {}}
+    new |= {"hashes": (1 << 64, -1), "entries": entries}
+    state, is_given = copy.deepcopy(new), any(one.held_out for one in inputs)
     if job.state_file.is_file():
         state = json.loads(job.state_file.read_text(encoding="utf-8"))
-        job = job._replace(limit=state["limit"])
+        known, fresh = state["entries"], copy.deepcopy(entries)
+        state["entries"] = {name: known.get(name, entry) for name, entry in fresh.items()}
     total = sum(one.size for one in inputs)
     options = {"unit": "B", "unit_scale": True, "disable": not job.progress, "total": total}
     options |= {"initial": state["on_disk"], "desc": f"tokenizing ({job.signal})"}
-    workers = min(job.workers, 1 + total // MANY)
     with console.progress(delay=0, **options) as bar:
-        for piece, result in tokenize_all(job, cut_pieces(inputs, job.field, state), workers):
+        while True:
+            job = job._replace(limit=state["limit"])
+            for on_disk in write_signal(job, inputs, state, min(job.workers, 1 + total // MANY)):
+                bar.update(on_disk - bar.n)
+            limit = settle_limit(state, is_given)
+            if limit in (None, state["limit"]):
+                bar.update(total - bar.n)
+                return state | {"limit": limit}
+            job.state_file.unlink(missing_ok=True)
+            state = copy.deepcopy(new) | {"limit": limit}
+
+
+def write_signal(job: Job, inputs: list[Input], state: dict, workers: int) -> Iterator[int]:
+    """Tokenize what comes after the state; yields the bytes of files up to the end of each piece.
+
+    The state is saved when the source of the piece has what it needs. So a source that turns out
+    to be empty may change, and the work goes on where it begins. ValueError at its end."""
+    pieces = tokenize_all(job, cut_pieces(job, inputs, state), workers)
+    for source, group in groupby(pieces, lambda pair: pair[0].source):
+        entry = state["entries"][source]
+        for piece, result in group:
             append_piece(job, piece, result, state)
-            replace_file(job.state_file, as_json(state))
+            if entry[SPLITS[piece.held_out]]["documents"]:
+                replace_file(job.state_file, as_json(state))
             for suffix in (".json", ".tokens"):
                 piece.file(job, suffix).unlink()
-            bar.update(piece.on_disk - bar.n)
-        bar.update(total - bar.n)
-    return state
+            yield piece.on_disk
+        if not any(entry[split]["documents"] for split in SPLITS):
+            problem = f"source {source!r} has no document: give it text"
+            refuse([problem, describe_skipped(state["skipped"])])
 
 
 def append_piece(job: Job, piece: Piece, result: dict, state: dict):
@@ -360,6 +401,7 @@ def append_piece(job: Job, piece: Piece, result: dict, state: dict):
     state["hashes"] = min(smallest, hashes[0]), max(largest, hashes[1])
     add_skipped(state["skipped"], result["skipped"])
     state |= {"next": piece.next, "pieces": piece.number + 1, "on_disk": piece.on_disk}
+    state["files"] = piece.files
 
 
 def settle_limit(state: dict, is_given: bool) -> int | None:
@@ -374,17 +416,6 @@ def settle_limit(state: dict, is_given: bool) -> int | None:
     if all(counts) or is_given and largest < 0:
         return limit
     return min(max(limit, smallest + 1), largest) if smallest < largest or is_given else None
-
-
-def tokenize_signal(job: Job, inputs: list[Input], entries: dict, is_given: bool) -> dict:
-    """write_signal, and once more where the limit has moved. The state at the end; its limit is
-    None where there are no two different documents."""
-    state = write_signal(job, inputs, entries)
-    limit = settle_limit(state, is_given)
-    if limit not in (None, state["limit"]):
-        job.state_file.unlink()
-        return write_signal(job._replace(limit=limit), inputs, entries)
-    return state | {"limit": limit}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -435,21 +466,23 @@ def prepare(
     problems += check_weights(weights, [*trained(old), *sources])
     inputs = {"language": find_inputs(sources, val, problems)}
     inputs["teacher"] = find_inputs({"teacher": teacher}, {}, problems)
-    problems += check_packages(one.path for one in chain(*inputs.values()))
+    missing = check_packages(one.path for one in chain(*inputs.values()))
+    for signal, files in inputs.items():
+        problems += missing or check_fields(files, field, signal == "teacher")
     refuse(problems + check_place(out, old))
-    job = Job(out, field, tokenizer, workers, progress)
-    with building(out, fingerprint(job, inputs, val_fraction, old), old):
-        tokenized, problems = tokenize_request(job, inputs, old, val_fraction, bool(val))
+    about = json.dumps([VERSION, tokenizer.name, field, val_fraction, old])
+    job = Job(out, field, tokenizer, workers, progress, about)
+    with building(job, inputs, old):
+        tokenized, problems = tokenize_request(job, inputs, old, val_fraction)
         problems += check_sources(tokenized["entries"]["language"], sources, val)
         if problems:
-            remove_made(out, old)
             refuse([*problems, describe_skipped(tokenized["skipped"])])
         about = {"name": tokenizer.name, "n_vocab": tokenizer.n_vocab}
         return write_meta(out, about, val_fraction, weights, **tokenized)
 
 
 def tokenize_request(
-    job: Job, inputs: dict, old: dict | None, val_fraction: float, is_given: bool
+    job: Job, inputs: dict[str, list[Input]], old: dict | None, val_fraction: float
 ) -> tuple[dict, list[str]]:
     """Tokenize all signals of a request -> {"entries", "limits", "skipped"}, as write_meta takes
     them, and what is wrong with the text."""
@@ -460,8 +493,8 @@ def tokenize_request(
         for name in dict.fromkeys(one.source for one in inputs[signal]):
             entries[signal].setdefault(name, new_entry(signal, len(entries[signal])))
         limit = limits.get(signal, int(val_fraction * 2**64))
-        of_signal, is_set = job._replace(signal=signal, limit=limit), signal == "language"
-        state = tokenize_signal(of_signal, inputs[signal], entries[signal], is_set and is_given)
+        of_signal = job._replace(signal=signal, limit=limit)
+        state = tokenize_signal(of_signal, inputs[signal], entries[signal])
         entries[signal], limits[signal] = state["entries"], state["limit"]
         add_skipped(skipped, state["skipped"])
         if state["limit"] is None:
@@ -490,7 +523,8 @@ def find_inputs(sources: Sources, val: Sources, problems: list[str]) -> list[Inp
         for held_out, paths in enumerate((sources.get(name, ()), val.get(name, ()))):
             for path in paths:
                 files = find_files(path)
-                kinds = f"which must be a file, or a folder with files {' '.join(SUFFIXES)}"
+                kinds = f"which must be a file, or a folder with files {TAKEN}"
+                problems += filter(None, map(why_refused, files))
                 if not files:
                     problems.append(f"source {name!r}: nothing to read at {str(path)!r}, {kinds}")
                 for file in files:
@@ -516,17 +550,6 @@ def entries_of(meta: dict | None) -> dict:
 def trained(meta: dict | None) -> list[str]:
     """The sources of a prepared folder, or of none, that have text to train on."""
     return [one["name"] for one in meta["sources"] if one["weight"]] if meta else []
-
-
-def fingerprint(job: Job, inputs: dict, val_fraction: float, old: dict | None) -> str:
-    """A text that is another one where an unfinished preparation must not go on."""
-    about = [VERSION, job.tokenizer.name, job.field, val_fraction, old]
-    digest = hashlib.sha256(json.dumps(about).encode())
-    for signal, files in inputs.items():
-        for one in files:
-            place = one._replace(path=os.path.abspath(one.path))
-            digest.update(json.dumps([signal, *place]).encode())
-    return digest.hexdigest()
 
 
 def check_request(
@@ -561,6 +584,29 @@ def check_request(
     return problems
 
 
+def check_fields(inputs: list[Input], field: str, teacher: bool) -> list[str]:
+    """Problems: the sources that have no document at the beginning of their first ten files of
+    objects or rows, but objects or rows without the field."""
+    problems = []
+    for source, files in groupby(inputs, lambda one: one.source):
+        paths = islice((one.path for one in files if has_fields(one.path)), SHOWN)
+        parts = (next(read_parts(path, field)) for path in paths)
+        found = (islice(documents(part, field, teacher), SHOWN) for part in parts)
+        why = [
+            f"{one.path}: {one.reason}: {one.detail}" if isinstance(one, Skipped) else ""
+            for one in chain.from_iterable(found)
+        ]
+        missing = [line for line in why if MISSING in line]
+        if missing and all(why):
+            problems.append(f"source {source!r}: {missing[0]}")
+    if problems and not teacher:
+        problems.append(
+            "To read a field of another name, type --field NAME. (It holds for all files of a "
+            "command: add those where the name is another one by a second command, with --append)"
+        )
+    return problems
+
+
 def check_weights(weights: dict[str, float], names: Iterable[str]) -> list[str]:
     """What is wrong with the weights of these sources."""
     problems = []
@@ -582,13 +628,12 @@ def check_sources(
     empty = (name for name in val if not entries[name]["val"]["documents"])
     problems = [f"the validation set {name!r} has no document: give it text" for name in empty]
     for source in sources:
-        entry = entries[source]
-        if not entry["train"]["documents"]:
-            n = entry["val"]["documents"]
-            why = f"all its {n} are held out, for so their hashes say" if n else "it is empty"
+        n = entries[source]["val"]["documents"]
+        if not entries[source]["train"]["documents"]:
             problems.append(
-                f"source {source!r} has no document to train on: {why}. Give the source more text, "
-                "or make one source of several inputs: all=INPUT all=INPUT"
+                f"source {source!r} has no document to train on: all its {n} are held out, for so "
+                "their hashes say. Give the source more text, or make one source of several "
+                "inputs: all=INPUT all=INPUT"
             )
     return problems
 
@@ -662,32 +707,37 @@ def check_place(out: Path, old: dict | None) -> list[str]:
 
 
 @contextlib.contextmanager
-def building(out: Path, request: str, old: dict | None) -> Iterator[None]:
+def building(job: Job, inputs: dict[str, list[Input]], old: dict | None) -> Iterator[None]:
     """Hold the folder for this process while its shards are written. ValueError where it holds the
-    unfinished work of another request. After an error what is done stays, for the same request to
-    go on with."""
+    unfinished work of other files. After an error what is done stays, for the same request to go on
+    with; but of little text nothing stays after a ValueError."""
+    out = job.out
+    unfinished, what = out / UNFINISHED, out / UNFINISHED if old else out
     with locked(out):
         refuse(check_place(out, old))  # again: another process may have held it until now
-        unfinished = out / UNFINISHED
-        mark, what = unfinished / "request.json", unfinished if old else out
-        if mark.is_file() and json.loads(mark.read_text()) != request:
-            raise ValueError(
-                f"{out} holds the unfinished work of another command, or files have changed since: "
-                f"repeat that command, or remove it with rm -r {shlex.quote(str(what))}"
-            )
+        for signal, files in inputs.items():
+            this = job._replace(signal=signal)
+            state = json.loads(this.state_file.read_text()) if this.state_file.is_file() else {}
+            if state and state.get("files") not in fingerprints(this, files):
+                raise ValueError(
+                    f"{out} holds the unfinished work of another command, or files have changed "
+                    f"since: repeat that command, or remove it with rm -r {shlex.quote(str(what))}"
+                )
         try:
-            if unfinished.is_dir() and not mark.is_file():
-                shutil.rmtree(unfinished)  # of work that was finished, or given up
             unfinished.mkdir(exist_ok=True)
-            replace_file(mark, as_json(request))
             yield
-            mark.unlink()  # first: without it the rest means nothing
             shutil.rmtree(unfinished)
         except OSError as error:
             raise OSError(
                 f"{out} is not finished: {error}. What is done is kept, and the same command goes "
                 f"on with it. To give up: rm -r {shlex.quote(str(what))}"
             ) from error
+        except ValueError as error:
+            if sum(one.size for one in chain(*inputs.values())) >= MANY:
+                kept = "What is done before it is kept: mend this, and repeat the command"
+                raise ValueError(f"{error}\n{kept}") from error
+            remove_made(out, old)
+            raise
 
 
 @contextlib.contextmanager

@@ -11,8 +11,7 @@ Text and .jsonl files may be packed: .gz, or .zst with the package zstandard. Pa
 package pyarrow. Both packages are optional.
 """
 
-import gzip
-import importlib.util
+import importlib
 import io
 import json
 import re
@@ -20,7 +19,8 @@ import shlex
 import sysconfig
 import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import filterfalse
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -35,11 +35,13 @@ SHOWN = 10  # examples of a kind that are shown
 # --------------------------------------------------------------------------------------------------
 # 1. Finding files
 
-JSON_LINES = (".jsonl", ".ndjson")
-SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", *JSON_LINES)  # what is taken from a folder
-PACKED = (".gz", ".zst")  # each of the above may have one of these behind it
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", *JSON_LINES)
+PACKED = {".gz": "gzip -dc", ".zst": "zstd -dc"}  # may stand behind each of the above
 PARQUET = ".parquet"
-PACKAGES = {".zst": "zstandard", PARQUET: "pyarrow"}  # what reads them; both are optional
+TAKEN = f"{' '.join(SUFFIXES)}, each also with {' or '.join(PACKED)}, and {PARQUET}"  # in a folder
+PACKAGES = {".zst": "zstandard", PARQUET: "pyarrow.parquet"}  # what reads them; both are optional
+TAR = re.compile(r"\.(tar|tar\.\w*z\w*|tgz)$", re.IGNORECASE)
 
 
 def stdlib_files() -> list[Path]:
@@ -76,10 +78,39 @@ def is_json_lines(path: Path) -> bool:
     return unpacked(path).suffix.lower() in JSON_LINES
 
 
+def has_fields(path: Path) -> bool:
+    """Whether the documents of a file are fields of objects or rows."""
+    return is_json_lines(path) or path.suffix.lower() == PARQUET
+
+
 def is_read(path: Path) -> bool:
     """Whether a file that is found in a folder is read."""
-    is_named = unpacked(path).suffix.lower() in SUFFIXES or path.suffix.lower() == PARQUET
-    return is_named and not path.name.startswith(".") and path.is_file()
+    is_named = unpacked(path).suffix.lower() in SUFFIXES or has_fields(path)
+    return is_named and path.name[0] != "." and path.is_file() and not why_refused(path)
+
+
+def why_refused(path: Path) -> str:
+    """Why a file is not even tried, and what to type; nothing for any other file."""
+    old = shlex.quote(str(path))
+    if TAR.search(path.name):
+        return f"{path} is an archive: unpack it with tar xf {old}, and give the files as INPUT"
+    if unpacked(path).suffix.lower() != ".json":
+        return ""
+    try:
+        with open(path, "rb") as packed:
+            file = unpack(path, packed)
+            while (line := file.readline(LONGEST)).isspace():
+                pass
+    except (ImportError, OSError):  # is told later
+        return ""
+    if not line or parse_line(line, "")[0]:
+        return ""
+    new = shlex.quote(str(path.with_name(f"{unpacked(path).stem}.jsonl")))
+    program = PACKED.get(path.suffix.lower(), "cat")
+    return (
+        f"{path}: a .json file must have an object a line, but its first line is none. Make such a "
+        f"file: {program} {old} | jq -c 'if type == \"array\" then .[] else . end' > {new}"
+    )
 
 
 def find_files(path: str | Path) -> list[Path]:
@@ -96,7 +127,8 @@ def describe_left_out(folder: Path) -> str:
     for path in sorted(filterfalse(is_read, walk(folder, set()))):
         kind = path.suffix.lower() or "without suffix" if path.is_file() else "no regular files"
         kinds.setdefault("hidden" if path.name.startswith(".") else kind, []).append(path)
-    lines = [f"{folder}: not read are the files below. To read one as text, give it as an INPUT."]
+    lines = [f"{folder}: not read are the files below. One that you give as an INPUT is read as"]
+    lines += ["text, or you are told what to do with it."]
     for kind, paths in sorted(kinds.items()):
         shown = ", ".join(map(str, paths[:SHOWN]))
         lines.append(f"  {len(paths):,} {kind}: {shown}")
@@ -105,12 +137,14 @@ def describe_left_out(folder: Path) -> str:
 
 
 def check_packages(files: Iterable[Path]) -> list[str]:
-    """Problems: the optional packages that these files need and that are not installed."""
+    """Problems: the optional packages that these files need and that cannot be imported."""
     problems, suffixes = [], [path.suffix.lower() for path in files]
-    for suffix, package in PACKAGES.items():
-        n = suffixes.count(suffix)
-        if n and importlib.util.find_spec(package) is None:
-            problems.append(f"{n:,} {suffix} files need a package: pip install {package}")
+    for suffix in filter(suffixes.count, PACKAGES):
+        try:
+            importlib.import_module(PACKAGES[suffix])
+        except Exception as error:  # whatever is wrong with the package
+            needed = f"{suffixes.count(suffix):,} {suffix} files need a package: pip install"
+            problems.append(f"{needed} {PACKAGES[suffix].split('.')[0]} ({error})")
     return problems
 
 
@@ -148,8 +182,8 @@ def read_parts(path: Path, field: str, at: tuple[int, int] = (0, 0)) -> Iterator
             yield part
             end, on_disk = part.end, part.on_disk
         problem = None if end[0] else ("an empty file", "")
-    except (OSError, EOFError, zlib.error) as error:
-        why = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        why = error.strerror or str(error)
         problem = "a file that cannot be read to its end", f"after {end[0]:,} bytes or rows: {why}"
     if problem:
         yield Part(path, "damage", problem, end[1], end, on_disk)
@@ -171,46 +205,56 @@ def read_bytes(path: Path, at: tuple[int, int]) -> Iterator[Part]:
             kind = "json" if json_lines else "text"
             yield Part(path, kind, contents, before, end, packed.tell())
             before = end[1]
+        if file is not packed and file.raw.error:
+            raise OSError(str(file.raw.error))
 
 
 def unpack(path: Path, file: BinaryIO) -> BinaryIO:
     """A file's unpacked bytes; the file itself where it is not packed."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
-        return gzip.GzipFile(fileobj=file)
-    return io.BufferedReader(Zstandard(file), BLOCK) if suffix == ".zst" else file
-
-
-class Zstandard(io.RawIOBase):
-    """The unpacked bytes of a .zst file. EOFError where it is cut off: the package's own reader
-    takes a file that is cut off for a whole one."""
-
-    def __init__(self, packed: BinaryIO):
+        new, error = partial(zlib.decompressobj, 16 + zlib.MAX_WBITS), zlib.error
+    elif suffix == ".zst":
         import zstandard
 
-        self.packed, self.errors = packed, zstandard.ZstdError
         # 2 GiB is the largest window that a frame may ask for (zstd --long=31).
-        self.unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self.frame, self.rest, self.ready = None, b"", b""
+        new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        error = zstandard.ZstdError
+    else:
+        return file
+    return io.BufferedReader(Unpacked(unpacked_blocks(file, new), error), BLOCK)
+
+
+def unpacked_blocks(packed: BinaryIO, new_unpacker: Callable) -> Iterator[bytes]:
+    """The unpacked bytes of a file, whose parts (.gz: members, .zst: frames) are packed each by
+    itself; there may be zeros between them. EOFError where it is cut off."""
+    unpacker = None
+    while rest := packed.read(1 << 12):  # 4 KiB unpack to 128 MiB at most
+        while rest := rest if unpacker else rest.lstrip(b"\0"):
+            unpacker = unpacker or new_unpacker()
+            yield unpacker.decompress(rest)
+            rest, unpacker = unpacker.unused_data, None if unpacker.eof else unpacker
+    if unpacker:
+        raise EOFError("it is cut off")
+
+
+class Unpacked(io.RawIOBase):
+    """Blocks as a file. It ends where they are damaged, and then `error` says why: so what stands
+    before the damage can be read."""
+
+    def __init__(self, blocks: Iterator[bytes], error: type[Exception]):
+        self.blocks, self.errors = blocks, (OSError, EOFError, error)
+        self.ready, self.error = memoryview(b""), None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, room: memoryview) -> int:
-        while not self.ready:
-            # 4 KiB unpack to 128 MiB at most.
-            self.rest = self.rest or self.packed.read(1 << 12)
-            if not self.rest and self.frame:
-                raise EOFError("the .zst file is cut off")
-            if not self.rest:
-                return 0
-            self.frame = self.frame or self.unpacker.decompressobj()
-            try:
-                self.ready = memoryview(self.frame.decompress(self.rest))
-            except self.errors as error:
-                raise OSError(str(error)) from error
-            self.rest = self.frame.unused_data if self.frame.eof else b""
-            self.frame = None if self.frame.eof else self.frame
+        try:
+            while not self.ready and (block := next(self.blocks, None)) is not None:
+                self.ready = memoryview(block)
+        except self.errors as error:
+            self.error = error
         n = min(len(room), len(self.ready))
         room[:n], self.ready = self.ready[:n], self.ready[n:]
         return n
@@ -258,7 +302,7 @@ def place_to_cut(contents: bytes) -> int:
 
 
 def read_rows(path: Path, field: str, at: tuple[int, int]) -> Iterator[Part]:
-    """The parts of a parquet file: 64 rows of the column `field` at a time."""
+    """The parts of a parquet file: 64 rows of the column `field` at a time, or fewer large ones."""
     from pyarrow import ArrowException, parquet
 
     size, before, first = path.stat().st_size, at[0], 0
@@ -266,11 +310,13 @@ def read_rows(path: Path, field: str, at: tuple[int, int]) -> Iterator[Part]:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK) as file:
             names, total = file.schema_arrow.names, file.metadata.num_rows
             if field not in names:
-                raise OSError(f"there is no column {field!r}; there are {', '.join(names)}")
+                raise OSError(f"the column {field!r} is {MISSING} {', '.join(names)}")
             for group in range(file.num_row_groups):
-                last = first + file.metadata.row_group(group).num_rows
+                about = file.metadata.row_group(group)
+                last, n_bytes = first + about.num_rows, about.total_byte_size
+                rows = max(1, min(64, PIECE * about.num_rows // max(1, n_bytes)))
                 options = {"row_groups": [group], "columns": [field], "use_threads": False}
-                for batch in file.iter_batches(64, **options) if last > before else ():
+                for batch in file.iter_batches(rows, **options) if last > before else ():
                     values = batch.column(0).to_pylist()
                     first += len(values)
                     if first > before:
@@ -287,6 +333,7 @@ def read_rows(path: Path, field: str, at: tuple[int, int]) -> Iterator[Part]:
 
 CUT, CUT_AT_LAST = 16 * 1024, 64 * 1024  # characters
 LINE_END_THEN_LETTER = re.compile(r"\n(?=[^\W\d_])")
+MISSING = "missing; there are"  # of a field
 NOT_TEXT, EMPTY = "not UTF-8 text", "an empty text"
 TOO_LONG = f"{LONGEST:,} bytes or more in one line"
 
@@ -386,7 +433,7 @@ def documents_of_lines(part: Part, field: str, teacher: bool) -> Iterator[Docume
             yield Document(row[field], row[field])
 
 
-def parse_line(line: bytes, field: str, teacher: bool) -> tuple[dict, str, str]:
+def parse_line(line: bytes, field: str, teacher: bool = False) -> tuple[dict, str, str]:
     """A line of a .jsonl file -> its object, why it is no document (nothing: ""), and details."""
     if len(line) >= LONGEST:
         return {}, TOO_LONG, ""
@@ -403,7 +450,8 @@ def parse_line(line: bytes, field: str, teacher: bool) -> tuple[dict, str, str]:
         value, allowed = row.get(name), "0 or 1" if teacher and name == "label" else "text"
         good = type(value) is int and value in EMOJI if allowed == "0 or 1" else is_text(value)
         if not good:
-            found = json.dumps(value)[:60] if name in row else "missing"
+            there = ", ".join(row).encode(errors="backslashreplace").decode()
+            found = json.dumps(value)[:60] if name in row else f"{MISSING} {there[:200]}"
             wrong.append((f"the field {name!r} must be {allowed}", f"it is {found}"))
     if wrong:
         reasons, details = zip(*wrong)

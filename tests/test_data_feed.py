@@ -100,7 +100,7 @@ def test_an_append_that_fails_changes_nothing(tmp_path, three, monkeypatch):
 @pytest.mark.parametrize("mark_alone", [False, True])
 def test_a_given_up_append_leaves_no_trace(tmp_path, three, monkeypatch, mark_alone):
     """After rm -r of the unfinished work, as advised, the next append begins behind the text; also
-    where a kill has left that work without its mark."""
+    where rm was stopped behind the state."""
     out = tmp_path / "out"
     prepare({"s": [three["a"]]}, out, BYTES, progress=False)
     with monkeypatch.context() as patch:
@@ -110,7 +110,7 @@ def test_a_given_up_append_leaves_no_trace(tmp_path, three, monkeypatch, mark_al
         with pytest.raises(OSError):
             prepare({"s": [three["b"]]}, out, BYTES, append=True, progress=False)
     if mark_alone:
-        (out / "unfinished" / "request.json").unlink()
+        (out / "unfinished" / "language.json").unlink()
     else:
         subprocess.run(["rm", "-r", out / "unfinished"], check=True)
     prepare({"s": [three["c"]]}, out, BYTES, append=True, progress=False)
@@ -279,7 +279,7 @@ def test_a_validation_set_without_a_document(tmp_path, three):
     """It is refused by its name: nothing else is held out in its place."""
     (broken := tmp_path / "exam.jsonl").write_text('{"text": 7}\n')
     options = {"val": {"exam": [broken]}, "val_fraction": 0, "progress": False}
-    with pytest.raises(ValueError, match="the validation set 'exam' has no document"):
+    with pytest.raises(ValueError, match="source 'exam' has no document"):
         prepare({"s": [three["a"]]}, tmp_path / "out", BYTES, **options)
     assert not (tmp_path / "out").exists()
 

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import json
 import lzma
 import shlex
 import sysconfig
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 import data
 import textfiles
-from prepare import prepare
+from prepare import prepare, read_meta
 from textfiles import Skipped, documents, find_files, read_parts
 
 
@@ -114,6 +115,46 @@ def test_ndjson_is_read_as_json_lines(tmp_path):
         found = [documents_in(out, meta, split)["s"] for split in ("train", "val")]
         assert sorted(found[0] + found[1]) == ["text 0", "text 1", "text 2"]
         (out / "meta.json").unlink()
+
+
+def test_json_files_with_an_object_a_line(tmp_path, capsys, monkeypatch):
+    """A .json file is a .jsonl file, also packed, if its first line is a whole object. Another one
+    is left out of a folder, and refused as an INPUT, with the command that makes .jsonl of it."""
+    monkeypatch.chdir(tmp_path)
+    Path("c4").mkdir()
+    rows = [json.dumps({"text": f"text {i}"}) + "\n" for i in range(40)]
+    Path("c4", "a.json").write_text("\n" + "".join(rows[:20]))
+    Path("c4", "b.json.gz").write_bytes(gzip.compress("".join(rows[20:]).encode()))
+    others = {"it's.json": json.dumps(["x"]), "d.json.gz": '{\n "text": "x"\n}'}
+    Path("c4", "it's.json").write_text(others["it's.json"])
+    Path("c4", "d.json.gz").write_bytes(gzip.compress(others["d.json.gz"].encode()))
+    for words in (["c4"], ["c4=c4/a.json", "c4=c4/b.json.gz"]):
+        data.main(["prepare", *words, "--out", f"o{len(words)}"])
+        sources = read_meta(Path(f"o{len(words)}"))["sources"]
+        assert sum(sources[0][split]["documents"] for split in ("train", "val")) == 40
+    printed = capsys.readouterr().out
+    assert "1 .json: c4/it's.json\n" in printed and "1 .gz: c4/d.json.gz\n" in printed
+    with pytest.raises(ValueError) as error:
+        data.main(["prepare", *(f"c4/{name}" for name in others), "--out", "o3"])
+    commands = [shlex.split(line.split("file: ")[1]) for line in str(error.value).splitlines()]
+    assert [words[0] for words in commands] == ["cat", "gzip"]
+    assert [words[-1] for words in commands] == ["c4/it's.jsonl", "c4/d.jsonl"]
+    assert all("then .[] else . end" in " ".join(words) for words in commands)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "b.tar.gz", "c.TGZ", "d.tar.zst"])
+def test_archives_are_refused(tmp_path, name):
+    """An archive is refused before the work, with the command that unpacks it; a folder's archives
+    are left out."""
+    path = tmp_path / name
+    path.write_bytes(b"x")
+    with pytest.raises(ValueError, match=f"tar xf {path}"):
+        prepare({"s": [path]}, tmp_path / "out", BYTES, progress=False)
+    assert not find_files(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"\.ndjson \.json, each also with \.gz or \.zst, and \.parquet"
+    ):
+        prepare({"s": [tmp_path]}, tmp_path / "out", BYTES, progress=False)
 
 
 TEXTS = {

@@ -189,9 +189,9 @@ def test_other_work_is_not_thrown_away(text, tmp_path, monkeypatch, small_pieces
     with stopping(monkeypatch, 5, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         prepare({"s": [text]}, out, BYTES, workers=1, progress=False)
     before = contents(out / "unfinished")
-    for change in ({"val_fraction": 0.2}, {"field": "content"}, {"val": {"v": [text]}}):
+    for change in ({"val_fraction": 0.2}, {"field": "content"}, {"sources": {"t": [text]}}):
         with pytest.raises(ValueError, match="unfinished work of another command"):
-            prepare({"s": [text]}, out, BYTES, progress=False, **change)
+            prepare(**{"sources": {"s": [text]}, "out": out, "tokenizer": BYTES} | change)
     text.write_text("other text\n" * 9000)
     with pytest.raises(ValueError, match=f"or remove it with rm -r {out}"):
         prepare({"s": [text]}, out, BYTES, progress=False)
@@ -199,6 +199,64 @@ def test_other_work_is_not_thrown_away(text, tmp_path, monkeypatch, small_pieces
     subprocess.run(["rm", "-r", out], check=True)
     text.write_text("".join(f"other text {i}\n" for i in range(9000)))
     prepare({"s": [text]}, out, BYTES, progress=False)
+
+
+@pytest.mark.parametrize("mended", ["b", "teacher"])
+def test_an_empty_source_keeps_the_work_of_the_others(text, tmp_path, monkeypatch, mended):
+    """Where only the text shows that a source, or the teacher signal, has nothing, what is done is
+    kept. The same call after the mistake is mended goes on with it, and writes what one call
+    writes."""
+    monkeypatch.setattr(preparing, "MANY", 1)  # of less text nothing is kept
+    items = [{"text": t, "proposition": "So.", "label": 0} for t in words(40)]
+    good = {"b": [{"text": t} for t in words(60)], "teacher": items}
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", good[name]) for name in good}
+    bad = [row | {"text": 7} for row in good[mended]]
+    write_rows(files[mended], bad)
+    sources, out, whole = {"a": [text], "b": [files["b"]], "c": [text]}, tmp_path / "out", []
+    options = {"teacher": [files["teacher"]], "workers": 1, "progress": False}
+    append_piece = preparing.append_piece
+
+    def record(job, piece, *rest):
+        whole.append(piece.source)
+        append_piece(job, piece, *rest)
+
+    monkeypatch.setattr(preparing, "append_piece", record)
+    for _ in range(2):  # nothing changes by repeating it
+        with pytest.raises(
+            ValueError, match=f"'{mended}' has no document(?s:.)*is kept: mend this"
+        ):
+            prepare(sources, out, BYTES, **options)
+    done = set(whole) - {mended}
+    assert done == ({"a"} if mended == "b" else {"a", "b", "c"})
+    write_rows(files[mended], good[mended])
+    whole.clear()
+    prepare(sources, out, BYTES, **options)
+    assert whole == (["b", "c", "teacher"] if mended == "b" else ["teacher"])
+    prepare(sources, tmp_path / "at-once", BYTES, **options)
+    assert contents(out) == contents(tmp_path / "at-once")
+
+
+def test_pieces_of_other_text_are_not_taken(text, tmp_path, monkeypatch, small_pieces):
+    """A kill leaves pieces that are tokenized and not in the shards. Where their file has changed
+    since, they are not used."""
+    good, other = ([{"text": t} for t in words(900, seed)] for seed in (0, 1))
+    file = write_rows(tmp_path / "b.jsonl", other)
+    sources, out = {"a": [text], "b": [file]}, tmp_path / "out"
+    append_piece = preparing.append_piece
+
+    def stop(job, piece, *rest):
+        if piece.source == "b":
+            raise KeyboardInterrupt
+        append_piece(job, piece, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(preparing, "append_piece", stop)
+        prepare(sources, out, BYTES, workers=1, progress=False)
+    assert len(list((out / "unfinished").glob("*.tokens"))) == 1
+    write_rows(file, good)
+    for folder in (out, tmp_path / "at-once"):
+        prepare(sources, folder, BYTES, workers=1, progress=False)
+    assert contents(out) == contents(tmp_path / "at-once")
 
 
 # --------------------------------------------------------------------------------------------------

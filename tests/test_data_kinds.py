@@ -127,19 +127,28 @@ def test_parquet_columns_that_are_no_text(tmp_path):
     assert details == ["row 2: it is NoneType", "row 1: it is int", "row 2: it is int"]
     assert [detail for _, detail in skipped["an empty text"]] == ["row 3"]
     details = [detail for _, detail in skipped["a file that cannot be read to its end"]]
-    assert "there is no column 'text'; there are title, body" in details[0] and len(details) == 2
+    assert "the column 'text' is missing; there are title, body" in details[0] and len(details) == 2
 
 
-def test_packages_that_are_not_installed(tmp_path, monkeypatch):
-    """Where an optional package is missing, the error names the files' number and what installs
-    the package, before the work."""
+def test_packages_that_cannot_be_imported(tmp_path, monkeypatch):
+    """Where an optional package is missing, or is there and broken, the error names the files'
+    number, what installs the package and what the import says, before the work."""
     for name in ("a.jsonl.zst", "b.jsonl.zst", "c.parquet", "d.txt"):
         (tmp_path / name).write_text("x")
-    monkeypatch.setattr(textfiles.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    monkeypatch.delitem(sys.modules, "pyarrow.parquet", raising=False)
+    monkeypatch.delitem(sys.modules, "pyarrow", raising=False)
+    stub = tmp_path / "stub" / "pyarrow.py"
+    stub.parent.mkdir()
+    stub.write_text("raise ImportError('libarrow.so is of another version')")
+    monkeypatch.syspath_prepend(stub.parent)
     with pytest.raises(ValueError) as error:
         prepare({"s": [tmp_path]}, tmp_path / "out", BYTES, progress=False)
     assert "2 .zst files need a package: pip install zstandard" in str(error.value)
-    assert "1 .parquet files need a package: pip install pyarrow" in str(error.value)
+    assert (
+        "1 .parquet files need a package: pip install pyarrow "
+        "(libarrow.so is of another version)" in str(error.value)
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -207,6 +216,24 @@ def test_a_long_line(tmp_path, monkeypatch, length, at_end):
         assert parts[-1].end[0] == path.stat().st_size
 
 
+def peak_of_reading(path):
+    """(unpacked bytes or rows, MiB at the peak beyond those of Python at its start)."""
+    program = """if True:
+        import pathlib, sys, textfiles
+        # ru_maxrss would begin at what the process that starts this one has
+        status = pathlib.Path("/proc/self/status")
+        peak = lambda: int(status.read_text().split("VmHWM:")[1].split()[0]) >> 10
+        before, size = peak(), 0
+        for part in textfiles.read_parts(pathlib.Path(sys.argv[1]), "text"):
+            size += part.end[0] - size
+            for found in textfiles.documents(part, "text"):
+                pass
+        print(size, peak() - before)"""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-c", program, str(path)]
+    return map(int, subprocess.check_output(command, env=environment).split())
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".jsonl.gz", ".txt.zst"])
 def test_memory_does_not_depend_on_the_line(tmp_path, suffix):
     """A file with one line of 200 MB is read in less than 100 MB more than Python has at its
@@ -221,19 +248,45 @@ def test_memory_does_not_depend_on_the_line(tmp_path, suffix):
     else:
         with gzip.open(path, "wb", 1) if suffix.endswith(".gz") else open(path, "wb") as file:
             file.writelines(block for _ in range(n))
-    program = """if True:
-        import pathlib, resource, sys, textfiles
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        before, size = peak(), 0
-        for part in textfiles.read_parts(pathlib.Path(sys.argv[1]), "text"):
-            size += part.end[0] - size
-            for found in textfiles.documents(part, "text"):
-                pass
-        print(size, peak() - before)"""
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-c", program, str(path)]
-    size, peak = map(int, subprocess.check_output(command, env=environment).split())
+    size, peak = peak_of_reading(path)
     assert size == n * len(block) and peak < 100
+
+
+def test_memory_does_not_depend_on_the_rows(tmp_path):
+    """A parquet file with 12 rows of 10 MB, each in a page of its own, is read in less memory than
+    all of them take at once, twice (as pyarrow's, and as Python's)."""
+    rows = [chr(97 + i) * 10_000_000 for i in range(12)]
+    options = {"use_dictionary": False, "write_batch_size": 1}
+    path = write_parquet(tmp_path / "large.parquet", {"text": rows}, **options)
+    size, peak = peak_of_reading(path)
+    assert size == 12 and peak < 200
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("behind", ["garbage", "one that is cut off"])
+def test_what_comes_before_the_damage_is_kept(tmp_path, suffix, behind):
+    """Of a whole packed file with something else behind it, all documents are read, though they are
+    less than a part; of the rest the damage is told. Zeros behind it are no damage."""
+    raw = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+    other = PACK[suffix](os.urandom(10_000))[:5_000] if behind != "garbage" else b"garbage"
+    path = tmp_path / f"a.jsonl{suffix}"
+    for rest, is_damage in ((other, True), (bytes(600), False)):
+        path.write_bytes(PACK[suffix](raw) + rest)
+        found = [one for part in read_parts(path, "text") for one in documents(part, "text")]
+        assert [one.text for one in found if isinstance(one, Document)] == TEXTS
+        told = [one.detail for one in found if isinstance(one, Skipped)]
+        assert any("after " in detail for detail in told) == is_damage
+
+
+def test_a_text_that_is_cut_off_is_read_up_to_there(tmp_path):
+    """Of a .gz that is cut off nearly all of its text is read, not only whole parts of it."""
+    text = "".join(f"{os.urandom(20).hex()}\n" for _ in range(20_000))
+    packed = gzip.compress(text.encode())
+    (tmp_path / "a.txt.gz").write_bytes(packed[: len(packed) * 9 // 10])
+    parts = list(read_parts(tmp_path / "a.txt.gz", "text"))
+    assert [part.kind for part in parts] == ["text", "damage"]
+    assert 0.85 * len(text) < parts[0].size < 0.95 * len(text)
+    assert text.encode().startswith(parts[0].contents)
 
 
 def test_a_resumed_file_begins_where_it_was(tmp_path):
@@ -264,7 +317,7 @@ def test_unpacking_zstd_is_bounded_and_whole():
     went in."""
     raw = bytes(30_000_000)
     packed = pack_zst(raw)
-    file = io.BufferedReader(textfiles.Zstandard(io.BytesIO(packed)), textfiles.BLOCK)
+    file = textfiles.unpack(Path("a.zst"), io.BytesIO(packed))
     assert len(packed) < 4_000 and file.read() == raw
 
 

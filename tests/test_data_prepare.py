@@ -99,7 +99,8 @@ def test_a_small_corpus_has_a_held_out_document(tmp_path):
     for number, documents in enumerate([[], ["one"], ["same"] * 3]):
         folder = tmp_path / f"few-{number}"
         folder.mkdir()
-        with pytest.raises(ValueError, match=f"two different documents.* got {len(documents)}"):
+        message = f"two different documents.* got {len(documents)}" if number else "no document"
+        with pytest.raises(ValueError, match=message):
             make(folder, {"s": documents})
         assert not (folder / "out").exists()
 
@@ -218,7 +219,8 @@ def test_bad_lines_are_told(tmp_path):
     assert found[label] == (4, ["line 3: it is 2", "line 4: it is true", 'line 7: it is "1"'])
     assert found["the field 'text' must be text"] == (1, ["line 8: it is 5"])
     proposition = found["the field 'proposition' must be text"]
-    assert proposition == (2, ["line 6: it is missing", 'line 10: it is "\\ud83d"'])
+    details = ["line 6: it is missing; there are text, label", 'line 10: it is "\\ud83d"']
+    assert proposition == (2, details)
     assert found["a line that is no JSON object"] == (1, ["line 9: [1, 2]"])
     assert found["broken JSON"][0] == 2 and len(found) == 5
     assert meta["teacher"]["train"]["documents"] + meta["teacher"]["val"]["documents"] == 2
@@ -229,15 +231,34 @@ def test_bad_lines_are_told(tmp_path):
 def test_only_bad_lines_are_an_error(tmp_path):
     """Where nothing is left to train on, the error says what was left out, and nothing is made."""
     rows = tmp_path / "rows.jsonl"
-    rows.write_bytes(b'{"content": "a"}\n{"text": "\xff"}\n')
+    rows.write_bytes(b'{"text": 7}\n{"text": "\xff"}\n')
     with pytest.raises(ValueError) as error:
         prepare({"s": [rows]}, tmp_path / "out", BYTES, progress=False)
-    assert "line 1: it is missing" in str(error.value)
+    assert "source 's' has no document" in str(error.value)
+    assert "line 1: it is 7" in str(error.value)
     assert "line 2: its byte 10 fits no character" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
-    rows.write_bytes(b"".join(b'{"content": "%d"}\n' % i for i in range(9)))
-    meta = prepare({"s": [rows]}, tmp_path / "out", BYTES, field="content", progress=False)
-    assert sum(meta["sources"][0][split]["documents"] for split in ("train", "val")) == 9
+
+
+def test_a_wrong_field_is_told_before_the_work(tmp_path, monkeypatch):
+    """A source whose objects or rows have no such field is told before any text is tokenized, with
+    the fields that are there and what to type; what is advised works. A line without the field,
+    before others that have it, does not matter."""
+    monkeypatch.chdir(tmp_path)
+    write_rows("en.jsonl", [{"about": 1}, *({"text": text} for text in words(50))])
+    write_rows("zh.jsonl", [{"url": "u", "content": text} for text in words(50, 1)])
+    write_rows("t.jsonl", [{"text": "a", "label": 1}])
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "tokenize", lambda *_: pytest.fail("has begun"))
+        with pytest.raises(ValueError) as error:
+            data.main("prepare en=en.jsonl zh=zh.jsonl --teacher t.jsonl --out o".split())
+    told = str(error.value)
+    assert "source 'zh': zh.jsonl" in told and "missing; there are url, content" in told
+    assert "type --field NAME" in told and "'en'" not in told and not Path("o").exists()
+    assert "source 'teacher': t.jsonl: the field 'proposition'" in told
+    data.main("prepare en=en.jsonl --out o".split())
+    data.main("prepare zh=zh.jsonl --field content --append --out o".split())
+    assert [one["name"] for one in preparing.read_meta(Path("o"))["sources"]] == ["en", "zh"]
 
 
 def test_a_source_left_without_training_text(tmp_path):
@@ -333,6 +354,9 @@ def test_the_bar_shows_every_byte(tmp_path, monkeypatch):
     sizes = [(tmp_path / name).stat().st_size for name in ("a.jsonl", "b.txt", "t.jsonl")]
     assert [bar.total for bar in bars] == [bar.n for bar in bars] == [sum(sizes[:2]), sizes[2]]
     assert bars[0].steps > 10
+    write_rows(tmp_path / "few.jsonl", [{"text": text} for text in words(3)])
+    prepare({"s": [tmp_path / "few.jsonl"]}, tmp_path / "few", BYTES, val_fraction=1e-9)
+    assert len(bars) == 3 and bars[2].n == bars[2].total  # one, though the limit has moved
 
 
 def test_the_advice_for_small_files_works(tmp_path, monkeypatch):
