@@ -664,6 +664,9 @@ def read_recipe(args: argparse.Namespace) -> Recipe:
     return Recipe(Path(args.out), size, args.seed, args.device, args.control, jobs)
 
 
+STOPPED = "stopped; the same command goes on"
+
+
 def main(argv: list[str] | None = None):
     """`python -m lab.recipe`."""
     recipe = read_recipe(make_parser().parse_args(argv))
@@ -674,4 +677,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    console.run(main, "stopped; the same command goes on")
+    console.run(main, STOPPED)

@@ -6,6 +6,7 @@ one of the commands of chapter 8, which CI runs."""
 
 import dataclasses
 import html
+import itertools
 import json
 import statistics
 import sys
@@ -16,6 +17,7 @@ import pytest
 import recipe_runs
 from helpers import ROOT, error
 
+import iqeval
 from flm import count_parameters
 from lab import recipe, recipe_page, runs
 from lab.recipe import GPU, LAPTOP, QUICK, Recipe, scaled
@@ -99,6 +101,67 @@ def test_the_report_has_the_numbers_of_the_runs(quick):
     assert at_growth == pytest.approx(growths[0][0], abs=1e-6)
 
 
+def test_the_report_has_what_the_search_measured(quick):
+    """The means of each value, how large luck is and by how much the winner leads, from the logs of
+    the grid; computed here without the code of the search."""
+    out, numbers = quick
+    found, grid = numbers["search"], list(itertools.product(*QUICK.axes.values()))
+    loss = {}
+    for seed in range(QUICK.search_seeds):
+        for values in grid:
+            cell = "-".join(f"{key}{value:g}" for key, value in zip(QUICK.axes, values))
+            run = runs.read_finished(out / "search" / f"{cell}-seed{seed}")
+            loss[values, seed] = run and run.loss
+    for place, (axis, values) in enumerate(QUICK.axes.items()):
+        for value in values:
+            mean = statistics.fmean(loss[cell, 0] for cell in grid if cell[place] == value)
+            assert found["means"][axis][f"{value}"] == pytest.approx(mean)
+    finalists = sorted(grid, key=lambda cell: loss[cell, 0])[: QUICK.finalists]
+    pairs = [[loss[cell, seed] for seed in range(QUICK.search_seeds)] for cell in finalists]
+    best, second = sorted(map(statistics.fmean, pairs))[:2]
+    assert found["lead"] == pytest.approx(second - best)
+    luck = statistics.fmean(map(statistics.variance, pairs)) ** 0.5
+    assert found["luck"] == pytest.approx(luck)
+
+
+def test_the_report_has_the_scores_of_the_last_stage(quick):
+    """Asked again, its checkpoint answers as many items rightly."""
+    out, numbers = quick
+    last = max((out / "train" / "grown").glob("step-*"))
+    suite = {name: task.generate(QUICK.items, 0) for name, task in iqeval.TASKS.items()}
+    again = iqeval.evaluate(iqeval.CheckpointModel(last), suite)
+    told = numbers["evaluation"]["stage-3"]["tasks"]
+    assert {k: v["accuracy"] for k, v in again.items()} == {
+        k: v["accuracy"] for k, v in told.items()
+    }
+
+
+def test_the_report_has_what_it_took(quick):
+    """The tokens and FLOPs of each stage, the processor seconds in the logs of each part, and the
+    seconds of every part of the recipe."""
+    out, numbers = quick
+    _, stages = read_run(out / "train" / "grown")
+    for row, stage in zip(numbers["runs"]["grown"]["stages_cost"], stages, strict=True):
+        alone = dataclasses.replace(stage, start=0, end=stage.end - stage.start)
+        assert row["tokens"] == alone.end * QUICK.context
+        assert row["tflop"] == pytest.approx(training_flops([alone]) / 1e12)
+    for part, row in numbers["costs"].items():
+        pattern = f"{part}/*" if part in ("search", "narrow") else f"train/{part}"
+        lines = [line for folder in out.glob(pattern) for line in read_log_of(folder)]
+        assert row["cpu_seconds"] == pytest.approx(sum(line["cpu_seconds"] for line in lines))
+    shown = sum(row["tflop"] for row in numbers["costs"].values()) * 1e12
+    asked = Recipe(out, QUICK, 0, "cpu", True, 2)
+    models = len(QUICK.layers) + 1
+    assert shown + models * recipe.evaluation_flops(asked) == pytest.approx(recipe.all_flops(asked))
+    assert numbers["seconds"] == json.loads((out / "seconds.json").read_text())
+    assert tuple(numbers["seconds"]) == recipe.PARTS
+
+
+def read_log_of(folder: Path) -> list[dict]:
+    """The log of a run; nothing for what is no run's folder."""
+    return read_log(folder) if folder.is_dir() else []
+
+
 def test_the_prediction_is_there_before_the_model(quick):
     """Its file is older than the first file of the run that it is about. It holds no outcome."""
     out, _ = quick
@@ -118,14 +181,22 @@ def test_the_page_shows_what_the_json_holds(quick):
 
 
 def test_the_bar_ends_full(quick):
-    """The FLOPs that were promised are those that were done."""
+    """The FLOPs that were promised are those that were done. It moves within an evaluation."""
     out, _ = quick
     shown = (out.parent.parent / "log").read_text().replace("\r", "\n")
     assert "5 of 5, report: 100%" in shown
 
 
+def test_the_command_ends_with_the_commands_for_a_cluster(quick):
+    """Each in a line of its own, to be copied, after what was found."""
+    out, numbers = quick
+    lines = (out.parent.parent / "log").read_text().splitlines()
+    at = [lines.index(f"  {command}") for command in numbers["cluster"]]
+    assert at and at == sorted(at)
+
+
 def test_killed_at_five_places(both, quick):
-    """kill -9 in each part, and the same command again: every log and every number is the one of
+    """kill -9 in each part, Ctrl-C, and the same command again: every log and every number is the one of
     the undisturbed recipe, and no finished run was touched again."""
     done = json.loads((both / "killed/done.json").read_text())
     assert len(done) > 10
