@@ -195,7 +195,7 @@ def table_of_iq(reports: list[dict]) -> list[str]:
     """The last stage of each recipe in percent, beside chance: a line of Markdown for each task
     that fits, and one for the teacher's labels."""
     last = [numbers["evaluation"]["stage-3"] for numbers in reports]
-    head = ["in percent", "chance", "lazy", *(f"seed {n['asked']['seed']}" for n in reports)]
+    head = ["in percent", "chance", "lazy", *map(seed_name, reports)]
     rows = []
     for name, first in last[0]["tasks"].items():
         scores = [result["tasks"][name]["accuracy"] for result in last]
@@ -205,6 +205,35 @@ def table_of_iq(reports: list[dict]) -> list[str]:
     labels = [result["held_out"]["teacher_accuracy"] for result in last]
     rows.append(["teacher's labels", "50.0", "-", *(f"{100 * share:.1f}" for share in labels)])
     return markdown(head, rows)
+
+
+def table_of_costs(reports: list[dict]) -> list[str]:
+    """What the recipes took, in minutes: a line of Markdown for the processor time of each part's
+    runs, and one for the time that passed in each part."""
+    busy, passed = ([n[name] for n in reports] for name in ("costs", "seconds"))
+    rows = []
+    for name in dict.fromkeys(name for costs in busy for name in costs):
+        tflop = next(costs[name]["tflop"] for costs in busy if name in costs)
+        found = [numbers.get(name) for numbers in map(minutes, reports)]
+        rows.append([f"processor: {name}", f"{tflop:.1f}", *map(one_decimal, found)])
+    rows.append(["processor: all", "", *(f"{sum(minutes(n).values()):.1f}" for n in reports)])
+    for name in passed[0]:
+        rows.append([f"passed: {name}", "", *(f"{n[name] / 60:.1f}" for n in passed)])
+    rows.append(["passed: all", "", *(f"{sum(n.values()) / 60:.1f}" for n in passed)])
+    return markdown(["minutes", "TFLOP", *map(seed_name, reports)], rows)
+
+
+def one_decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def seed_name(numbers: dict) -> str:
+    return f"seed {numbers['asked']['seed']}"
+
+
+def tables(reports: list[dict]) -> list[list[str]]:
+    """The three tables of some recipes."""
+    return [table_of_recipes(reports), table_of_iq(reports), table_of_costs(reports)]
 
 
 def markdown(head: list, rows: list[list]) -> list[str]:
@@ -315,7 +344,8 @@ def read_report(file: str) -> dict:
     """The numbers of a recipe. Raises ValueError for another file."""
     try:
         numbers = json.loads(Path(file).read_text())
-        summary(numbers), table_of_recipes([numbers]), table_of_iq([numbers])
+        summary(numbers)
+        tables([numbers])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no report.json of lab.recipe: {error!r}") from error
     return numbers
@@ -330,7 +360,8 @@ def main(files: list[str] | None = None):
         print(f"{file}:")
         print_summary(numbers)
     if len(reports) > 1:
-        print("", *table_of_recipes(reports), "", *table_of_iq(reports), sep="\n")
+        for lines in tables(reports):
+            print("", *lines, sep="\n")
 
 
 if __name__ == "__main__":
