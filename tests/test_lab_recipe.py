@@ -11,10 +11,13 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import processes
 import pytest
 import recipe_runs
+import torch
 from helpers import ROOT, error
 
 import iqeval
@@ -131,9 +134,10 @@ def test_the_report_has_the_scores_of_the_last_stage(quick):
     suite = {name: task.generate(QUICK.items, 0) for name, task in iqeval.TASKS.items()}
     again = iqeval.evaluate(iqeval.CheckpointModel(last), suite)
     told = numbers["evaluation"]["stage-3"]["tasks"]
-    assert {k: v["accuracy"] for k, v in again.items()} == {
-        k: v["accuracy"] for k, v in told.items()
-    }
+    assert sum(row["n"] for row in again.values()) > 0
+    assert {k: v["right"] for k, v in again.items()} == {k: told[k]["right"] for k in again}
+    for row in told.values():
+        assert row["accuracy"] == (row["right"] / row["n"] if row["n"] else None)
 
 
 def test_the_report_has_what_it_took(quick):
@@ -181,7 +185,7 @@ def test_the_page_shows_what_the_json_holds(quick):
 
 
 def test_the_bar_ends_full(quick):
-    """The FLOPs that were promised are those that were done. It moves within an evaluation."""
+    """The FLOPs that were promised are those that were done."""
     out, _ = quick
     shown = (out.parent.parent / "log").read_text().replace("\r", "\n")
     assert "5 of 5, report: 100%" in shown
@@ -223,6 +227,28 @@ def test_chapter_8_has_the_numbers():
 
 
 @pytest.mark.quick
+def test_chapter_8_has_the_tables():
+    """Each line of the three tables, and in section 8.3 how far the widths agree about a seed and
+    how large a run's own luck is, both computed here from the narrow losses."""
+    files = sorted(ROOT.glob("tutorials/measurements/recipe-seed*.json"))
+    reports = [json.loads(file.read_text()) for file in files]
+    wanted = [line for lines in recipe_page.tables(reports) for line in lines]
+    assert len(reports) == 3 and [line for line in wanted if line not in CHAPTER] == []
+    shared, own = [], []
+    for numbers in reports:
+        losses = np.array([list(row.values()) for row in numbers["prediction"]["losses"].values()])
+        pairs = np.corrcoef(losses)[np.triu_indices(len(losses), 1)]
+        shared.append(f"{pairs.mean():.2f}")
+        rest = losses - losses.mean(0) - losses.mean(1, keepdims=True) + losses.mean()
+        own.append(
+            f"{np.sqrt(np.square(rest).sum() / (len(losses) - 1) / (losses.shape[1] - 1)):.4f}"
+        )
+    text = CHAPTER.replace("\n", " ")
+    for numbers in (shared, own):
+        assert f"{numbers[0]}, {numbers[1]} and {numbers[2]}" in text
+
+
+@pytest.mark.quick
 def test_chapter_8_has_the_sizes():
     """The table of the stages is that of the laptop's recipe, and so are the narrow widths."""
     asked = Recipe(Path("nowhere"), LAPTOP, 0, "cpu", False, 2)
@@ -258,6 +284,7 @@ def test_the_narrow_runs_share_the_first_stage(tmp_path, size):
     """Up to the end of the first stage a narrow run has the learning rate of the run that grows, at
     every step; it ends one step later."""
     asked = Recipe(tmp_path, size, 0, "cpu", False, 2)
+    recipe.write_stages(asked, BEST)
     grown, stages = resolve(recipe.grown_settings(asked, BEST))
     narrow, short = resolve(recipe.narrow_settings(asked, BEST)[0])
     end, B = stages[0].end, size.batch_size
@@ -273,6 +300,7 @@ def test_what_the_search_found_is_what_is_trained(tmp_path, size):
     """Every stage of every run after the search has its values. A narrow model and the first
     stage's differ in nothing but the width; the first narrow seed is that of the large runs."""
     asked = Recipe(tmp_path, size, 5, "cpu", True, 2)
+    recipe.write_stages(asked, BEST)
     narrow, large = recipe.narrow_settings(asked, BEST), recipe.big_settings(asked, BEST)
     for settings in [*narrow, *large]:
         assert settings.lr == BEST["lr"]
@@ -289,6 +317,7 @@ def test_what_the_search_found_is_what_is_trained(tmp_path, size):
 def test_the_control_has_the_same_flops(tmp_path):
     """Up to half a step of the large model."""
     asked = Recipe(tmp_path, LAPTOP, 0, "cpu", True, 2)
+    recipe.write_stages(asked, BEST)
     grown, scratch = recipe.big_settings(asked, BEST)
     _, stages = resolve(scratch)
     step = training_flops(stages, scratch.batch_size)
@@ -337,6 +366,48 @@ def test_what_the_command_line_refuses(tmp_path):
     message = error(recipe.read_recipe, recipe.make_parser().parse_args(words))
     for part in ("--quick and --minutes", "--seed -1", "--jobs 0", "is a file"):
         assert part in message
+
+
+@pytest.mark.quick
+def test_how_many_runs_at_a_time():
+    """As many as the processor has threads; one on a GPU, which all runs would share; or --jobs."""
+    asked = {"": torch.get_num_threads(), "--device cuda": 1, "--device cuda --jobs 3": 3}
+    for words, jobs in asked.items():
+        args = recipe.make_parser().parse_args(words.split())
+        assert recipe.read_recipe(args).jobs == jobs
+
+
+@pytest.mark.quick
+def test_only_write_stages_writes(tmp_path):
+    """What a recipe takes is counted without a file, and is what its runs take once there is one.
+    The stages in the files are those that were counted."""
+    asked = small(tmp_path)
+    promised = recipe.all_flops(asked)
+    settings = recipe.narrow_settings(asked, BEST) + recipe.big_settings(asked, BEST)
+    assert list(tmp_path.iterdir()) == []
+    recipe.write_stages(asked, BEST)
+    cells = 2 + QUICK.finalists  # one more seed of each finalist
+    cell = recipe.flops_of(recipe.cell_settings(asked, tuple(BEST.values()), 0))
+    runs_take = cells * cell + sum(map(recipe.flops_of, settings))
+    assert promised == runs_take + 4 * recipe.evaluation_flops(asked)
+
+
+@pytest.mark.quick
+def test_the_summary_says_that_there_was_no_control():
+    """Without --control nothing says what growth saved, so a line names the option."""
+    file = ROOT / "tutorials/measurements/recipe-seed1.json"
+    assert "no control: --control" in recipe_page.summary(json.loads(file.read_text()))[-1]
+
+
+@pytest.mark.quick
+def test_the_bar_moves_within_an_evaluation():
+    """Once after each task."""
+    model = mock.Mock(context=1000, encode=lambda text: [0] * len(text))
+    model.complete = lambda prompts, new: ["x"] * len(prompts)
+    suite = {name: iqeval.TASKS[name].generate(1, 0) for name in ("counting-en", "head-tail")}
+    calls = []
+    iqeval.evaluate(model, suite, after=lambda: calls.append(1))
+    assert len(calls) == len(suite)
 
 
 def test_a_stage_ends_with_its_checkpoint(quick):
