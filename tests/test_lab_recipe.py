@@ -200,8 +200,8 @@ def test_the_command_ends_with_the_commands_for_a_cluster(quick):
 
 
 def test_killed_at_five_places(both, quick):
-    """kill -9 in each part, Ctrl-C, and the same command again: every log and every number is the one of
-    the undisturbed recipe, and no finished run was touched again."""
+    """kill -9 in each part, Ctrl-C, and the same command again: every log and every number is the
+    one of the undisturbed recipe, and no finished run was touched again."""
     done = json.loads((both / "killed/done.json").read_text())
     assert len(done) > 10
     assert {config: Path(config).stat().st_mtime_ns for config in done} == done
