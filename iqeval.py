@@ -959,15 +959,21 @@ def answer_all(
     return answers, need
 
 
-def evaluate(model, suite: dict[str, list[Item]], batch_size: int = BATCH) -> dict[str, dict]:
-    """The scores of a model on every list of items.
+def evaluate(
+    model,
+    suite: dict[str, list[Item]],
+    batch_size: int = BATCH,
+    after: Callable[[], object] | None = None,
+) -> dict[str, dict]:
+    """The scores of a model on every list of items. after: called after each list, in place of the
+    bar that is shown otherwise.
 
     {name: {"kind", "paper", "chance", "lazy", "n", "right", "accuracy", "interval", "left_out",
     "shortest", "longest", "items"}}. n: items that fit the context. shortest, longest: tokens that
     an item needs. accuracy and interval: None where no item fits. ValueError: no item of any task
     fits the context."""
-    results = {}
-    for name, items in console.progress(suite.items(), desc="answering", unit="tasks"):
+    results, lists = {}, suite.items()
+    for name, items in lists if after else console.progress(lists, desc="answering", unit="tasks"):
         task = items[0].task
         answers, need = answer_all(model, items, batch_size)
         rows = [
@@ -989,6 +995,8 @@ def evaluate(model, suite: dict[str, list[Item]], batch_size: int = BATCH) -> di
             "longest": max(need),
             "items": rows,
         }
+        if after:
+            after()
     if not any(result["n"] for result in results.values()):
         problems = [
             f"{name}: the shortest needs {r['shortest']} tokens" for name, r in results.items()

@@ -51,7 +51,7 @@ from machine import pick_device
 from muP import at_widths
 from prepare import prepare
 from run_folder import lock_folder
-from schedule import cosine, in_samples, total_steps, training_flops
+from schedule import Stage, cosine, fit_stages, in_samples, total_steps, training_flops
 from settings import Settings, resolve
 from textfiles import stdlib_files
 from tokenizer import get_tokenizer
@@ -152,9 +152,13 @@ class Recipe:
         given |= {"head_dim": size.head_dim, "mup_base_width": base}
         return at_widths(preset("iq-demo").replace(**given), [width])[width]
 
+    def warmup(self, steps: int) -> int:
+        """Samples of the warm-up of a run of so many steps."""
+        return min(2000, round(WARMUP * steps * self.size.batch_size))
+
     def settings(self, config: FLMConfig, steps: int, **more) -> Settings:
         """A run of that model. All runs of a recipe share text, signals and arithmetic."""
-        size, samples = self.size, steps * self.size.batch_size
+        size = self.size
         fixed = {
             "model": tuple(f"{k}={v}" for k, v in config.to_dict().items()),
             "data": str(self.out / "corpus"),
@@ -162,7 +166,7 @@ class Recipe:
             "steps": steps,
             "eval_every": steps,
             "batch_size": size.batch_size,
-            "warmup": min(2000, round(WARMUP * samples)),
+            "warmup": self.warmup(steps),
             "eval_rows": size.eval_rows,
             "stages": "none",
             "threads": 1,
@@ -345,15 +349,49 @@ def grown_shares(recipe: Recipe, best: dict) -> list[dict]:
     return stages
 
 
+def stage_files(recipe: Recipe, best: dict) -> dict[str, list[dict]]:
+    """{name: the stages that a file in the recipe's folder has for --stages}: of the run that
+    grows, and of each narrow width.
+
+    The first stage ends in the middle of a cosine. So the narrow runs grow, too, by a layer, in
+    their last step: a growth logs the loss before it, and from the learning rate there the cosine
+    of a shorter run is the same one."""
+    size = recipe.size
+    shares = grown_shares(recipe, best)
+    given = in_samples(shares, size.steps * size.batch_size)
+    stages = fit(recipe, given, size.steps, best)
+    end = stages[0].end
+    lr = cosine(stages, end, recipe.settings(stages[-1].config, size.steps).min_lr)
+    files = {"stages.json": given}
+    for width in size.narrow:
+        config = with_best(recipe.model(width), best)
+        last = {"config": {"n_layers": config.n_layers + 1}, "start": end, "lr": lr}
+        files[f"stages-{width}.json"] = [{"config": config.to_dict()}, last]
+    return files
+
+
+def write_stages(recipe: Recipe, best: dict):
+    """Write these files."""
+    for name, given in stage_files(recipe, best).items():
+        replace_file(recipe.out / name, json.dumps(given, indent=1) + "\n")
+
+
+def fit(recipe: Recipe, given: list[dict], steps: int, best: dict) -> list[Stage]:
+    """The stages of the run that grows or of a narrow one, as its settings give them, but without
+    its file."""
+    size = recipe.size
+    config = FLMConfig.from_dict(given[0]["config"])
+    numbers = {"lr": best["lr"], "warmup": recipe.warmup(size.steps)}
+    return fit_stages(given, config, steps=steps, batch_size=size.batch_size, **numbers)
+
+
 def grown_settings(recipe: Recipe, best: dict) -> Settings:
-    """The run that grows, with the values of the search. Writes the file of its stages."""
-    size, file = recipe.size, recipe.out / "stages.json"
-    samples = size.steps * size.batch_size
-    replace_file(file, json.dumps(in_samples(grown_shares(recipe, best), samples), indent=1) + "\n")
+    """The run that grows, with the values of the search."""
+    size = recipe.size
     config = recipe.model(size.widths[-1], size.layers[-1])
     watch = {"eval_every": max(1, size.steps // 16), "save_every": max(1, size.steps // 8)}
     watch |= {"keep": 100, "out": str(recipe.out / "train" / "grown"), "seed": recipe.seeds(1)[0]}
-    watch |= {"stages": str(file), "lr": best["lr"]}
+    watch |= {"stages": str(recipe.out / "stages.json"), "lr": best["lr"]}
     return recipe.settings(with_best(config, best), size.steps, **watch)
 
 
@@ -362,26 +400,22 @@ def with_best(config: FLMConfig, best: dict) -> FLMConfig:
     return config.replace(**{name: value for name, value in best.items() if name != "lr"})
 
 
+def narrow_steps(recipe: Recipe, files: dict[str, list[dict]]) -> int:
+    """Steps of a narrow run: those of the first stage, and the one that it grows for."""
+    return files[f"stages-{recipe.size.narrow[0]}.json"][-1]["start"] // recipe.size.batch_size + 1
+
+
 def narrow_settings(recipe: Recipe, best: dict) -> list[Settings]:
     """The runs of the narrow models: text, steps, learning rate and seed of the first stage, and
-    more seeds.
-
-    The first stage ends in the middle of a cosine. So these runs grow, too, by a layer, in their
-    last step: a growth logs the loss before it, and from the learning rate there the cosine of a
-    shorter run is the same one."""
-    size, grown = recipe.size, grown_settings(recipe, best)
-    _, stages = resolve(grown)
-    end, wanted = stages[0].end, []
-    lr = cosine(stages, end, grown.min_lr)
+    more seeds."""
+    size, wanted = recipe.size, []
+    steps = narrow_steps(recipe, stage_files(recipe, best))
     for width in size.narrow:
         config = with_best(recipe.model(width), best)
-        last = {"config": {"n_layers": config.n_layers + 1}, "start": end, "lr": lr}
-        file = recipe.out / f"stages-{width}.json"
-        replace_file(file, json.dumps([{"config": config.to_dict()}, last], indent=1) + "\n")
-        more = {"stages": str(file), "warmup": grown.warmup, "lr": best["lr"]}
+        more = {"stages": str(recipe.out / f"stages-{width}.json"), "lr": best["lr"]}
+        more |= {"warmup": recipe.warmup(size.steps)}
         for seed in recipe.seeds(size.seeds):
             out = str(recipe.out / "narrow" / f"w{width:04}-seed{seed}")
-            steps = end // size.batch_size + 1
             wanted.append(recipe.settings(config, steps, **more, seed=seed, out=out))
     return wanted
 
@@ -429,10 +463,11 @@ def predict(recipe: Recipe, bar: tqdm, best: dict) -> dict:
 
 def scratch_settings(recipe: Recipe, best: dict) -> Settings:
     """The last stage's model from its first step on, for as many FLOPs as the run that grows."""
-    grown = grown_settings(recipe, best)
+    grown, size = grown_settings(recipe, best), recipe.size
     one = flops_of(dataclasses.replace(grown, stages="none", steps=1, warmup=0))
-    steps = round(flops_of(grown) / one)
-    config = with_best(recipe.model(recipe.size.widths[-1], recipe.size.layers[-1]), best)
+    given = stage_files(recipe, best)["stages.json"]
+    steps = round(training_flops(fit(recipe, given, size.steps, best)) / one)
+    config = with_best(recipe.model(size.widths[-1], size.layers[-1]), best)
     more = {name: getattr(grown, name) for name in ("lr", "seed", "keep")}
     more |= {"eval_every": max(1, steps // 16), "save_every": max(1, steps // 8)}
     return recipe.settings(config, steps, **more, out=str(recipe.out / "train" / "scratch"))
@@ -479,19 +514,24 @@ def evaluate(recipe: Recipe, finished: list[FinishedRun], bar: tqdm) -> dict[str
     """{name: held-out loss, bits per byte, the teacher's labels, each IQ task} of the checkpoints
     at the end of the stages, each in a file of its own."""
     results, suite = {}, iq_suite(recipe)
+    flops = evaluation_flops(recipe)
     for name, path in stage_checkpoints(finished).items():
         file = f"evaluation-{name}"
         results[name] = read(recipe, file)
-        if results[name] is None:
-            start = time.perf_counter()
-            model = iqeval.CheckpointModel(path, pick_device(recipe.device))
-            tasks = iqeval.evaluate(model, suite)
-            for task in tasks.values():
-                del task["items"]
-            found = {"held_out": eval_only(str(path), {"threads": recipe.jobs}), "tasks": tasks}
-            found["seconds"] = time.perf_counter() - start
-            results[name] = write(recipe, file, found)
-        bar.update(evaluation_flops(recipe))
+        if results[name] is not None:
+            bar.initial += flops
+            bar.update(flops)
+            continue
+        start = time.perf_counter()
+        model = iqeval.CheckpointModel(path, pick_device(recipe.device))
+        share, rest = divmod(flops, len(suite))
+        tasks = iqeval.evaluate(model, suite, after=lambda: bar.update(share))
+        for task in tasks.values():
+            del task["items"]
+        found = {"held_out": eval_only(str(path), {"threads": recipe.jobs}), "tasks": tasks}
+        bar.update(rest)
+        found["seconds"] = time.perf_counter() - start
+        results[name] = write(recipe, file, found)
     return results
 
 
@@ -509,14 +549,19 @@ PARTS = ("search", "predict", "train and grow", "evaluate", "report")
 
 
 def all_flops(recipe: Recipe) -> int:
-    """What all parts of the recipe take."""
-    best = {name: values[0] for name, values in recipe.size.axes.items()}
-    cell = flops_of(cell_settings(recipe, tuple(best.values()), 0))
-    cells = math.prod(map(len, recipe.size.axes.values()))
-    cells += recipe.size.finalists * (recipe.size.search_seeds - 1)
-    others = narrow_settings(recipe, best) + big_settings(recipe, best)
-    models = len(recipe.size.layers) + recipe.control
-    return cells * cell + sum(map(flops_of, others)) + models * evaluation_flops(recipe)
+    """What all parts of the recipe take. No value of the search changes it."""
+    size = recipe.size
+    best = {name: values[0] for name, values in size.axes.items()}
+    cells = math.prod(map(len, size.axes.values())) + size.finalists * (size.search_seeds - 1)
+    total = cells * flops_of(cell_settings(recipe, tuple(best.values()), 0))
+    files = stage_files(recipe, best)
+    grown = files.pop("stages.json")
+    total += training_flops(fit(recipe, grown, size.steps, best))
+    for given in files.values():
+        total += size.seeds * training_flops(fit(recipe, given, narrow_steps(recipe, files), best))
+    if recipe.control:
+        total += flops_of(scratch_settings(recipe, best))
+    return total + (len(size.layers) + recipe.control) * evaluation_flops(recipe)
 
 
 @contextlib.contextmanager
@@ -537,18 +582,20 @@ def run_parts(recipe: Recipe, bar: tqdm) -> dict:
     """All parts, one after another. What a part finds in its files it does not do again."""
     with part(recipe, 1, bar):
         found = search(recipe, bar)
+    write_stages(recipe, found["best"])
     with part(recipe, 2, bar):
         prediction = predict(recipe, bar, found["best"])
     with part(recipe, 3, bar):
         finished = train(recipe, bar, found["best"])
     with part(recipe, 4, bar):
         results = evaluate(recipe, finished, bar)
-        texts = {run.folder.name: write_texts(run.folder, PROMPTS) for run in finished}
     with part(recipe, 5, bar):
         numbers = collect(recipe.out, found, prediction, finished, results)
-        numbers |= {"texts": texts, "seconds": read(recipe, "seconds")}
-        write(recipe, "report", numbers)
-        write_page(recipe.out / "report.html", numbers)
+        texts = {run.folder.name: write_texts(run.folder, PROMPTS) for run in finished}
+    # The page has the seconds of all parts. So only its drawing is not among them.
+    numbers |= {"texts": texts, "seconds": read(recipe, "seconds")}
+    write(recipe, "report", numbers)
+    write_page(recipe.out / "report.html", numbers)
     return numbers
 
 
@@ -584,14 +631,15 @@ examples:
 def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="lab.recipe", description=HELP, formatter_class=raw)
-    add, cores = parser.add_argument, torch.get_num_threads()
+    add = parser.add_argument
     minutes = f"about how long it may take (default {LAPTOP.minutes:g}, on two cores)"
     add("--minutes", type=float, metavar="N", help=minutes)
     add("--quick", action="store_true", help="all of it in a minute; its numbers mean nothing")
     add("--control", action="store_true", help="the same FLOPs from scratch, beside it")
     add("--seed", type=int, default=0, metavar="N", help="of everything (default 0)")
     add("--device", default="cpu", metavar="D", help="cpu (default) or cuda: larger models")
-    add("--jobs", type=int, default=cores, metavar="N", help="runs at a time (default %(default)s)")
+    jobs = f"runs at a time (default {torch.get_num_threads()}, with --device cuda 1)"
+    add("--jobs", type=int, metavar="N", help=jobs)
     add("--out", default="runs/recipe", metavar="DIR", help="default %(default)s")
     return parser
 
@@ -603,15 +651,20 @@ def read_recipe(args: argparse.Namespace) -> Recipe:
         problems.append("--quick and --minutes: one of them says how long, leave the other out")
     if not 0 <= args.seed <= LARGEST_SEED:
         problems.append(f"--seed {args.seed}: must be from 0 to {LARGEST_SEED}")
-    if args.jobs < 1:
-        problems.append(f"--jobs {args.jobs}: must be at least 1")
+    gpu = args.device.startswith("cuda")
+    jobs = (1 if gpu else torch.get_num_threads()) if args.jobs is None else args.jobs
+    if jobs < 1:
+        problems.append(f"--jobs {jobs}: must be at least 1")
     if Path(args.out).is_file():
         problems.append(f"--out {args.out}: is a file; name a folder")
     console.refuse(problems)
-    size = QUICK if args.quick else GPU if args.device.startswith("cuda") else LAPTOP
+    size = QUICK if args.quick else GPU if gpu else LAPTOP
     if args.minutes is not None:
         size = scaled(size, args.minutes)
-    return Recipe(Path(args.out), size, args.seed, args.device, args.control, args.jobs)
+    return Recipe(Path(args.out), size, args.seed, args.device, args.control, jobs)
+
+
+STOPPED = "stopped; the same command goes on"
 
 
 def main(argv: list[str] | None = None):
@@ -619,8 +672,9 @@ def main(argv: list[str] | None = None):
     recipe = read_recipe(make_parser().parse_args(argv))
     numbers = run(recipe)
     print_summary(numbers)
+    print("on a cluster, the real thing:", *numbers["cluster"], sep="\n  ")
     print(f"page: {recipe.out}/report.html\nnumbers: {recipe.out}/report.json")
 
 
 if __name__ == "__main__":
-    console.run(main, "stopped; the same command goes on")
+    console.run(main, STOPPED)

@@ -1,9 +1,11 @@
 """What a recipe (lab/recipe.py) found: its numbers as JSON, and one page.
 
-    python -m lab.recipe_page runs/*/report.json     what came out, in a line for each question
+python -m lab.recipe_page runs/*/report.json     what came out, in a line for each question;
+                                                 of several, also a table of all of them
 
 1. the numbers     everything in report.json, from the runs' own files
-2. the page        the same as tables and pictures
+2. the summary     of one recipe, in lines; of several, in tables
+3. the page        the same as tables and pictures
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from evaluation import describe
 from flm import count_parameters
 from lab import pictures, report
 from lab.plan import PAPER_SCRATCH_DAYS, cost_plan
-from lab.runs import FinishedRun
+from lab.runs import FinishedRun, read_finished
 from run_folder import read_log
 from schedule import PAPER_STAGES, training_flops
 
@@ -86,6 +88,24 @@ def describe_run(run: FinishedRun) -> dict:
     }
 
 
+def costs(out: Path) -> dict[str, dict]:
+    """{part: what its runs in the recipe's folder took, from their logs}: search, narrow, and each
+    large run. Steps that a kill -9 lost are in no log. A thread that waits for another one counts
+    as busy, so a run on two threads has more processor seconds than on one."""
+    found = {}
+    for part in ("search", "narrow", "train"):
+        for folder in sorted(file.parent for file in out.glob(f"{part}/*/config.json")):
+            run = read_finished(folder)
+            if run:
+                name = folder.name if part == "train" else part
+                row = found.setdefault(name, {"runs": 0, "cpu_seconds": 0.0, "tflop": 0.0})
+                last = read_log(folder)[-1]  # a run that diverged ends early
+                row["runs"] += 1
+                row["cpu_seconds"] += run.cpu_seconds
+                row["tflop"] += training_flops(run.stages, last["samples"]) / 1e12
+    return found
+
+
 def collect(
     out: Path, search: dict, prediction: dict, finished: list[FinishedRun], results: dict
 ) -> dict:
@@ -104,12 +124,13 @@ def collect(
     if scratch:
         lead = scratch[0].loss - grown.loss
         numbers["control"] = {"grown": grown.loss, "scratch": scratch[0].loss, "lead": lead}
+    numbers |= {"asked": json.loads((out / "recipe.json").read_text()), "costs": costs(out)}
     about = {"out": str(out), "torch": torch.__version__, "python": platform.python_version()}
     return about | numbers
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. The page
+# 2. The summary
 
 
 def summary(numbers: dict) -> list[str]:
@@ -140,6 +161,8 @@ def summary(numbers: dict) -> list[str]:
             f"at equal FLOPs: grown {control['grown']:.4f}, from scratch {control['scratch']:.4f}. "
             f"The grown run is {words}: {control['lead']:+.4f} nats"
         )
+    else:
+        lines.append("no control: --control trains the same FLOPs from scratch")
     return lines
 
 
@@ -147,6 +170,80 @@ def print_summary(numbers: dict):
     """The summary, in lines of at most 100 columns."""
     for line in summary(numbers):
         print(textwrap.fill(line, 100, subsequent_indent="  "))
+
+
+def minutes(numbers: dict) -> dict[str, float]:
+    """{part: minutes of processor time of its runs}."""
+    return {name: row["cpu_seconds"] / 60 for name, row in numbers["costs"].items()}
+
+
+def table_of_recipes(reports: list[dict]) -> list[str]:
+    """A line of Markdown for each recipe: its prediction and what came, what growth brought, what
+    it took."""
+    head = ["seed", "predicted", "to a side", "came", "error", "inside", "control"]
+    rows = []
+    for numbers in reports:
+        (row,) = numbers["prediction"]["predicted"]
+        text = [numbers["asked"]["seed"], f"{row['predicted']:.4f}", f"{row['half_width']:.2%}"]
+        text += [f"{row['loss']:.4f}", f"{row['relative']:+.2%}", "yes" if row["inside"] else "NO"]
+        text += [f"{numbers['control']['lead']:+.4f}" if "control" in numbers else "-"]
+        rows.append([*text, f"{sum(minutes(numbers).values()):.0f}"])
+    return markdown([*head, "processor minutes"], rows)
+
+
+def table_of_iq(reports: list[dict]) -> list[str]:
+    """The last stage of each recipe in percent, beside chance: a line of Markdown for each task
+    that fits, and one for the teacher's labels."""
+    last = [numbers["evaluation"]["stage-3"] for numbers in reports]
+    head = ["in percent", "chance", "lazy", *map(seed_name, reports)]
+    rows = []
+    for name, first in last[0]["tasks"].items():
+        scores = [result["tasks"][name]["accuracy"] for result in last]
+        if None not in scores:
+            row = [100 * first["chance"], first["lazy"][1], *(100 * score for score in scores)]
+            rows.append([name, *(f"{percent:.1f}" for percent in row)])
+    labels = [result["held_out"]["teacher_accuracy"] for result in last]
+    rows.append(["teacher's labels", "50.0", "-", *(f"{100 * share:.1f}" for share in labels)])
+    return markdown(head, rows)
+
+
+def table_of_costs(reports: list[dict]) -> list[str]:
+    """What the recipes took, in minutes: a line of Markdown for the processor time of each part's
+    runs, and one for the time that passed in each part."""
+    busy, passed = ([n[name] for n in reports] for name in ("costs", "seconds"))
+    rows = []
+    for name in dict.fromkeys(name for costs in busy for name in costs):
+        tflop = next(costs[name]["tflop"] for costs in busy if name in costs)
+        found = [numbers.get(name) for numbers in map(minutes, reports)]
+        rows.append([f"processor: {name}", f"{tflop:.1f}", *map(one_decimal, found)])
+    rows.append(["processor: all", "", *(f"{sum(minutes(n).values()):.1f}" for n in reports)])
+    for name in passed[0]:
+        rows.append([f"passed: {name}", "", *(f"{n[name] / 60:.1f}" for n in passed)])
+    rows.append(["passed: all", "", *(f"{sum(n.values()) / 60:.1f}" for n in passed)])
+    return markdown(["minutes", "TFLOP", *map(seed_name, reports)], rows)
+
+
+def one_decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def seed_name(numbers: dict) -> str:
+    return f"seed {numbers['asked']['seed']}"
+
+
+def tables(reports: list[dict]) -> list[list[str]]:
+    """The three tables of some recipes."""
+    return [table_of_recipes(reports), table_of_iq(reports), table_of_costs(reports)]
+
+
+def markdown(head: list, rows: list[list]) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(map(str, line))} |" for line in lines]
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. The page
 
 
 def search_part(search: dict) -> list[str]:
@@ -194,7 +291,7 @@ def plan_part(numbers: dict) -> str:
         row = [theirs["name"], theirs["parameters"], theirs["tokens"], theirs["days"]]
         rows.append([*row, ours["parameters"], ours["tokens"], ours["tflop"]])
     total, scratch = plan["total"], plan["scratch"]
-    minutes = sum(numbers["seconds"].values()) / 60
+    passed, busy = sum(numbers["seconds"].values()) / 60, sum(minutes(numbers).values())
     rows.append(
         ["all", None, total["tokens"], total["days"], None, grown["tokens"], grown["tflop"]]
     )
@@ -204,8 +301,9 @@ def plan_part(numbers: dict) -> str:
     words = (
         f"The paper: {total['days']:.2f} days, and {PAPER_SCRATCH_DAYS} at the last size "
         f"throughout; {saved[0]:.0%} fewer FLOPs for the same tokens. Here: "
-        f"{grown['wall_seconds'] / 60:.1f} minutes of training, {minutes:.1f} for the whole "
-        f"recipe; {saved[1]:.0%} fewer FLOPs for the same tokens."
+        f"{grown['wall_seconds'] / 60:.1f} minutes of training, {passed:.1f} for the whole "
+        f"recipe, {busy:.1f} of processor time for all its runs; {saved[1]:.0%} fewer FLOPs for "
+        "the same tokens."
     )
     return f"<p>{words}</p>{report.html_table(head, rows, 'wide')}"
 
@@ -242,17 +340,28 @@ def write_page(file: Path, numbers: dict):
     file.write_text(report.document(title, parts), encoding="utf-8")
 
 
+def read_report(file: str) -> dict:
+    """The numbers of a recipe. Raises ValueError for another file."""
+    try:
+        numbers = json.loads(Path(file).read_text())
+        summary(numbers)
+        tables([numbers])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no report.json of lab.recipe: {error!r}") from error
+    return numbers
+
+
 def main(files: list[str] | None = None):
-    """`python -m lab.recipe_page`: the summaries of some reports."""
+    """`python -m lab.recipe_page`: the summaries of some reports, and tables of several."""
     files = sys.argv[1:] if files is None else files
     console.refuse([] if files else ["name the report.json of a recipe, or several"])
-    for file in files:
-        try:
-            numbers = json.loads(Path(file).read_text())
-            print(f"{file}:")
-            print_summary(numbers)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no report.json of lab.recipe: {error!r}") from error
+    reports = [read_report(file) for file in files]
+    for file, numbers in zip(files, reports):
+        print(f"{file}:")
+        print_summary(numbers)
+    if len(reports) > 1:
+        for lines in tables(reports):
+            print("", *lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 To start Python with PyTorch takes longer than to train a model of the recipe. So this program
 imports once, and forks for each start of the recipe. FOLDER/quick has a recipe that nothing
 disturbs: it trains two models at a time, each in a process of its own, forked as well. In
-FOLDER/killed the same command is killed at each of PLACES, and then started once more; it trains in
-its own process. FOLDER/killed/done.json has what was finished when it was killed."""
+FOLDER/killed the same command is killed at each of PLACES, stopped with Ctrl-C at another one, and
+then started once more; it trains in its own process. FOLDER/killed/done.json has what was finished
+when it was killed."""
 
 import gc
 import json
@@ -21,6 +22,7 @@ import torch
 from small_runs import train_here
 from tqdm import tqdm
 
+import console
 from lab import recipe, runs
 
 WORDS = ["--quick", "--control", "--jobs", "2"]
@@ -31,6 +33,7 @@ PLACES = (  # what is in the folder when the recipe is killed
     "train/grown/step-00000010/checkpoint.json",
     "evaluation-stage-1.json",
 )
+STOPPED = "evaluation-stage-2.json"  # where Ctrl-C stops it
 
 
 def in_fork(folder: Path, work: Callable) -> int:
@@ -48,6 +51,8 @@ def in_fork(folder: Path, work: Callable) -> int:
                 os.dup2(log.fileno(), stream)
         work()
         code = 0
+    except SystemExit as end:
+        code = end.code
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
@@ -62,19 +67,19 @@ def undisturbed():
         recipe.main(WORDS)
 
 
-def in_one_process(place: str | None = None):
-    """The recipe; its models are trained in this process. It is killed as soon as it opens a file
-    when `place` is there: no clock decides where."""
-    out = Path("runs/recipe")
+def in_one_process(place: str | None = None, number: int = signal.SIGKILL):
+    """The recipe; its models are trained in this process. It gets that signal, once, as soon as it
+    opens a file when `place` is there: no clock decides where."""
+    out, left = Path("runs/recipe"), [number] if place else []
 
     def kill(event: str, arguments: tuple):
-        if event == "open" and list(out.glob(place)):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if event == "open" and left and list(out.glob(place)):
+            os.kill(os.getpid(), left.pop())
 
-    if place:
-        sys.addaudithook(kill)
+    sys.addaudithook(kill)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     runs.train_jobs = train_here
-    recipe.main(WORDS)
+    console.run(lambda: recipe.main(WORDS), recipe.STOPPED)
 
 
 def finished(out: Path) -> dict[str, int]:
@@ -100,6 +105,11 @@ def main(folder: Path):
         if code != -signal.SIGKILL:
             sys.exit(f"{place}: exit code {code}\n{(folder / 'killed/log').read_text()[-3000:]}")
         done = finished(folder / "killed/runs/recipe") | done
+    code = in_fork(folder / "killed", lambda: in_one_process(STOPPED, signal.SIGINT))
+    words = (folder / "killed/log").read_text()
+    if code != 130 or not words.endswith(f"{recipe.STOPPED}\n"):
+        sys.exit(f"Ctrl-C: exit code {code}\n{words[-3000:]}")
+    done = finished(folder / "killed/runs/recipe") | done
     (folder / "killed/done.json").write_text(json.dumps(done))
     code = in_fork(folder / "killed", in_one_process)
     if code:

@@ -6,16 +6,21 @@ one of the commands of chapter 8, which CI runs."""
 
 import dataclasses
 import html
+import itertools
 import json
 import statistics
 import sys
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import processes
 import pytest
 import recipe_runs
+import torch
 from helpers import ROOT, error
 
+import iqeval
 from flm import count_parameters
 from lab import recipe, recipe_page, runs
 from lab.recipe import GPU, LAPTOP, QUICK, Recipe, scaled
@@ -99,6 +104,68 @@ def test_the_report_has_the_numbers_of_the_runs(quick):
     assert at_growth == pytest.approx(growths[0][0], abs=1e-6)
 
 
+def test_the_report_has_what_the_search_measured(quick):
+    """The means of each value, how large luck is and by how much the winner leads, from the logs of
+    the grid; computed here without the code of the search."""
+    out, numbers = quick
+    found, grid = numbers["search"], list(itertools.product(*QUICK.axes.values()))
+    loss = {}
+    for seed in range(QUICK.search_seeds):
+        for values in grid:
+            cell = "-".join(f"{key}{value:g}" for key, value in zip(QUICK.axes, values))
+            run = runs.read_finished(out / "search" / f"{cell}-seed{seed}")
+            loss[values, seed] = run and run.loss
+    for place, (axis, values) in enumerate(QUICK.axes.items()):
+        for value in values:
+            mean = statistics.fmean(loss[cell, 0] for cell in grid if cell[place] == value)
+            assert found["means"][axis][f"{value}"] == pytest.approx(mean)
+    finalists = sorted(grid, key=lambda cell: loss[cell, 0])[: QUICK.finalists]
+    pairs = [[loss[cell, seed] for seed in range(QUICK.search_seeds)] for cell in finalists]
+    best, second = sorted(map(statistics.fmean, pairs))[:2]
+    assert found["lead"] == pytest.approx(second - best)
+    luck = statistics.fmean(map(statistics.variance, pairs)) ** 0.5
+    assert found["luck"] == pytest.approx(luck)
+
+
+def test_the_report_has_the_scores_of_the_last_stage(quick):
+    """Asked again, its checkpoint answers as many items rightly."""
+    out, numbers = quick
+    last = max((out / "train" / "grown").glob("step-*"))
+    suite = {name: task.generate(QUICK.items, 0) for name, task in iqeval.TASKS.items()}
+    again = iqeval.evaluate(iqeval.CheckpointModel(last), suite)
+    told = numbers["evaluation"]["stage-3"]["tasks"]
+    assert sum(row["n"] for row in again.values()) > 0
+    assert {k: v["right"] for k, v in again.items()} == {k: told[k]["right"] for k in again}
+    for row in told.values():
+        assert row["accuracy"] == (row["right"] / row["n"] if row["n"] else None)
+
+
+def test_the_report_has_what_it_took(quick):
+    """The tokens and FLOPs of each stage, the processor seconds in the logs of each part, and the
+    seconds of every part of the recipe."""
+    out, numbers = quick
+    _, stages = read_run(out / "train" / "grown")
+    for row, stage in zip(numbers["runs"]["grown"]["stages_cost"], stages, strict=True):
+        alone = dataclasses.replace(stage, start=0, end=stage.end - stage.start)
+        assert row["tokens"] == alone.end * QUICK.context
+        assert row["tflop"] == pytest.approx(training_flops([alone]) / 1e12)
+    for part, row in numbers["costs"].items():
+        pattern = f"{part}/*" if part in ("search", "narrow") else f"train/{part}"
+        lines = [line for folder in out.glob(pattern) for line in read_log_of(folder)]
+        assert row["cpu_seconds"] == pytest.approx(sum(line["cpu_seconds"] for line in lines))
+    shown = sum(row["tflop"] for row in numbers["costs"].values()) * 1e12
+    asked = Recipe(out, QUICK, 0, "cpu", True, 2)
+    models = len(QUICK.layers) + 1
+    assert shown + models * recipe.evaluation_flops(asked) == pytest.approx(recipe.all_flops(asked))
+    assert numbers["seconds"] == json.loads((out / "seconds.json").read_text())
+    assert tuple(numbers["seconds"]) == recipe.PARTS
+
+
+def read_log_of(folder: Path) -> list[dict]:
+    """The log of a run; nothing for what is no run's folder."""
+    return read_log(folder) if folder.is_dir() else []
+
+
 def test_the_prediction_is_there_before_the_model(quick):
     """Its file is older than the first file of the run that it is about. It holds no outcome."""
     out, _ = quick
@@ -124,9 +191,17 @@ def test_the_bar_ends_full(quick):
     assert "5 of 5, report: 100%" in shown
 
 
+def test_the_command_ends_with_the_commands_for_a_cluster(quick):
+    """Each in a line of its own, to be copied, after what was found."""
+    out, numbers = quick
+    lines = (out.parent.parent / "log").read_text().splitlines()
+    at = [lines.index(f"  {command}") for command in numbers["cluster"]]
+    assert at and at == sorted(at)
+
+
 def test_killed_at_five_places(both, quick):
-    """kill -9 in each part, and the same command again: every log and every number is the one of
-    the undisturbed recipe, and no finished run was touched again."""
+    """kill -9 in each part, Ctrl-C, and the same command again: every log and every number is the
+    one of the undisturbed recipe, and no finished run was touched again."""
     done = json.loads((both / "killed/done.json").read_text())
     assert len(done) > 10
     assert {config: Path(config).stat().st_mtime_ns for config in done} == done
@@ -149,6 +224,28 @@ def test_chapter_8_has_the_numbers():
     shown = " ".join(CHAPTER.split())
     lines = [line for file in files for line in recipe_page.summary(json.loads(file.read_text()))]
     assert lines and [line for line in lines if " ".join(line.split()) not in shown] == []
+
+
+@pytest.mark.quick
+def test_chapter_8_has_the_tables():
+    """Each line of the three tables, and in section 8.3 how far the widths agree about a seed and
+    how large a run's own luck is, both computed here from the narrow losses."""
+    files = sorted(ROOT.glob("tutorials/measurements/recipe-seed*.json"))
+    reports = [json.loads(file.read_text()) for file in files]
+    wanted = [line for lines in recipe_page.tables(reports) for line in lines]
+    assert len(reports) == 3 and [line for line in wanted if line not in CHAPTER] == []
+    shared, own = [], []
+    for numbers in reports:
+        losses = np.array([list(row.values()) for row in numbers["prediction"]["losses"].values()])
+        pairs = np.corrcoef(losses)[np.triu_indices(len(losses), 1)]
+        shared.append(f"{pairs.mean():.2f}")
+        rest = losses - losses.mean(0) - losses.mean(1, keepdims=True) + losses.mean()
+        own.append(
+            f"{np.sqrt(np.square(rest).sum() / (len(losses) - 1) / (losses.shape[1] - 1)):.4f}"
+        )
+    text = CHAPTER.replace("\n", " ")
+    for numbers in (shared, own):
+        assert f"{numbers[0]}, {numbers[1]} and {numbers[2]}" in text
 
 
 @pytest.mark.quick
@@ -187,6 +284,7 @@ def test_the_narrow_runs_share_the_first_stage(tmp_path, size):
     """Up to the end of the first stage a narrow run has the learning rate of the run that grows, at
     every step; it ends one step later."""
     asked = Recipe(tmp_path, size, 0, "cpu", False, 2)
+    recipe.write_stages(asked, BEST)
     grown, stages = resolve(recipe.grown_settings(asked, BEST))
     narrow, short = resolve(recipe.narrow_settings(asked, BEST)[0])
     end, B = stages[0].end, size.batch_size
@@ -202,6 +300,7 @@ def test_what_the_search_found_is_what_is_trained(tmp_path, size):
     """Every stage of every run after the search has its values. A narrow model and the first
     stage's differ in nothing but the width; the first narrow seed is that of the large runs."""
     asked = Recipe(tmp_path, size, 5, "cpu", True, 2)
+    recipe.write_stages(asked, BEST)
     narrow, large = recipe.narrow_settings(asked, BEST), recipe.big_settings(asked, BEST)
     for settings in [*narrow, *large]:
         assert settings.lr == BEST["lr"]
@@ -218,6 +317,7 @@ def test_what_the_search_found_is_what_is_trained(tmp_path, size):
 def test_the_control_has_the_same_flops(tmp_path):
     """Up to half a step of the large model."""
     asked = Recipe(tmp_path, LAPTOP, 0, "cpu", True, 2)
+    recipe.write_stages(asked, BEST)
     grown, scratch = recipe.big_settings(asked, BEST)
     _, stages = resolve(scratch)
     step = training_flops(stages, scratch.batch_size)
@@ -266,6 +366,48 @@ def test_what_the_command_line_refuses(tmp_path):
     message = error(recipe.read_recipe, recipe.make_parser().parse_args(words))
     for part in ("--quick and --minutes", "--seed -1", "--jobs 0", "is a file"):
         assert part in message
+
+
+@pytest.mark.quick
+def test_how_many_runs_at_a_time():
+    """As many as the processor has threads; one on a GPU, which all runs would share; or --jobs."""
+    asked = {"": torch.get_num_threads(), "--device cuda": 1, "--device cuda --jobs 3": 3}
+    for words, jobs in asked.items():
+        args = recipe.make_parser().parse_args(words.split())
+        assert recipe.read_recipe(args).jobs == jobs
+
+
+@pytest.mark.quick
+def test_only_write_stages_writes(tmp_path):
+    """What a recipe takes is counted without a file, and is what its runs take once there is one.
+    The stages in the files are those that were counted."""
+    asked = small(tmp_path)
+    promised = recipe.all_flops(asked)
+    settings = recipe.narrow_settings(asked, BEST) + recipe.big_settings(asked, BEST)
+    assert list(tmp_path.iterdir()) == []
+    recipe.write_stages(asked, BEST)
+    cells = 2 + QUICK.finalists  # one more seed of each finalist
+    cell = recipe.flops_of(recipe.cell_settings(asked, tuple(BEST.values()), 0))
+    runs_take = cells * cell + sum(map(recipe.flops_of, settings))
+    assert promised == runs_take + 4 * recipe.evaluation_flops(asked)
+
+
+@pytest.mark.quick
+def test_the_summary_says_that_there_was_no_control():
+    """Without --control nothing says what growth saved, so a line names the option."""
+    file = ROOT / "tutorials/measurements/recipe-seed1.json"
+    assert "no control: --control" in recipe_page.summary(json.loads(file.read_text()))[-1]
+
+
+@pytest.mark.quick
+def test_the_bar_moves_within_an_evaluation():
+    """Once after each task."""
+    model = mock.Mock(context=1000, encode=lambda text: [0] * len(text))
+    model.complete = lambda prompts, new: ["x"] * len(prompts)
+    suite = {name: iqeval.TASKS[name].generate(1, 0) for name in ("counting-en", "head-tail")}
+    calls = []
+    iqeval.evaluate(model, suite, after=lambda: calls.append(1))
+    assert len(calls) == len(suite)
 
 
 def test_a_stage_ends_with_its_checkpoint(quick):
