@@ -92,7 +92,7 @@ def test_mistakes_of_use(tmp_path):
     """An unknown name, a file that is not there, or has the functions of no assignment, is named:
     ValueError, for which console.run exits with 2."""
     assert "unknown assignment 'xpoz': did you mean xpos?" in error(grader.main, ["xpoz"])
-    assert "did you mean xpos " in error(grader.main, ["XPOS"])
+    assert "did you mean xpos? " in error(grader.main, ["XPOS"])
     assert "give one name, or none" in error(grader.main, ["xpos", "attention"])
     assert "no such file or folder" in error(grader.main, ["--file", str(tmp_path / "none")])
     (tmp_path / "mine.py").write_text("def something(): pass\n")
