@@ -28,9 +28,10 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
 from signal import SIG_IGN, SIGINT
@@ -472,7 +473,8 @@ def prepare(
     refuse(problems + check_place(out, old))
     about = json.dumps([VERSION, tokenizer.name, field, val_fraction, old])
     job = Job(out, field, tokenizer, workers, progress, about)
-    with building(job, inputs, old):
+    many = sum(one.size for one in chain(*inputs.values())) >= MANY
+    with building(out, old, partial(same_files, job, inputs), keep=many):
         tokenized, problems = tokenize_request(job, inputs, old, val_fraction)
         problems += check_sources(tokenized["entries"]["language"], sources, val)
         if problems:
@@ -706,23 +708,31 @@ def check_place(out: Path, old: dict | None) -> list[str]:
     return [] if is_ours else [f"{out} exists and is not an empty folder: choose another name"]
 
 
+def same_files(job: Job, inputs: dict[str, list[Input]]) -> bool:
+    """Whether what a preparation has left unfinished is of these files."""
+    if (job.out / UNFINISHED / "merge.json").exists():  # of lab/merge.py
+        return False
+    for signal, files in inputs.items():
+        this = job._replace(signal=signal)
+        state = json.loads(this.state_file.read_text()) if this.state_file.is_file() else {}
+        if state and state.get("files") not in fingerprints(this, files):
+            return False
+    return True
+
+
 @contextlib.contextmanager
-def building(job: Job, inputs: dict[str, list[Input]], old: dict | None) -> Iterator[None]:
+def building(out: Path, old: dict | None, is_same: Callable[[], bool], keep: bool) -> Iterator:
     """Hold the folder for this process while its shards are written. ValueError where it holds the
-    unfinished work of other files. After an error what is done stays, for the same request to go on
-    with; but of little text nothing stays after a ValueError."""
-    out = job.out
+    unfinished work of another command, which is_same() tells. After an error what is done stays,
+    for the same command to go on with; but without `keep` nothing stays after a ValueError."""
     unfinished, what = out / UNFINISHED, out / UNFINISHED if old else out
     with locked(out):
         refuse(check_place(out, old))  # again: another process may have held it until now
-        for signal, files in inputs.items():
-            this = job._replace(signal=signal)
-            state = json.loads(this.state_file.read_text()) if this.state_file.is_file() else {}
-            if state and state.get("files") not in fingerprints(this, files):
-                raise ValueError(
-                    f"{out} holds the unfinished work of another command, or files have changed "
-                    f"since: repeat that command, or remove it with rm -r {shlex.quote(str(what))}"
-                )
+        if not is_same():
+            raise ValueError(
+                f"{out} holds the unfinished work of another command, or files have changed since: "
+                f"repeat that command, or remove it with rm -r {shlex.quote(str(what))}"
+            )
         try:
             unfinished.mkdir(exist_ok=True)
             yield
@@ -733,7 +743,7 @@ def building(job: Job, inputs: dict[str, list[Input]], old: dict | None) -> Iter
                 f"on with it. To give up: rm -r {shlex.quote(str(what))}"
             ) from error
         except ValueError as error:
-            if sum(one.size for one in chain(*inputs.values())) >= MANY:
+            if keep:
                 kept = "What is done before it is kept: mend this, and repeat the command"
                 raise ValueError(f"{error}\n{kept}") from error
             remove_made(out, old)

@@ -229,7 +229,7 @@ def unpacked_blocks(packed: BinaryIO, new_unpacker: Callable) -> Iterator[bytes]
     """The unpacked bytes of a file, whose parts (.gz: members, .zst: frames) are packed each by
     itself; there may be zeros between them. EOFError where it is cut off."""
     unpacker = None
-    while rest := packed.read(1 << 12):  # 4 KiB unpack to 128 MiB at most
+    while rest := packed.read(1 << 11):  # 2 KiB unpack to 64 MiB at most
         while rest := rest if unpacker else rest.lstrip(b"\0"):
             unpacker = unpacker or new_unpacker()
             yield unpacker.decompress(rest)

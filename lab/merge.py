@@ -20,6 +20,7 @@ from console import refuse
 from data import WEIGHT_HELP, parse_weight, tell
 from prepare import (
     SPLITS,
+    UNFINISHED,
     add_skipped,
     append_to_shard,
     building,
@@ -62,7 +63,16 @@ def merge(
     dtype = token_type(first["tokenizer"]["n_vocab"])
     total = sum(path.stat().st_size for folder in metas for path in folder.glob("*.tokens"))
     options = {"total": total, "unit": "B", "unit_scale": True, "disable": not progress}
-    with building(out, request, None), console.progress(desc="merging", **options) as bar:
+    mark = out / UNFINISHED / "merge.json"
+
+    def is_same():
+        return mark.read_text() == request if mark.is_file() else not any(mark.parent.glob("*"))
+
+    with (
+        building(out, None, is_same, keep=True),
+        console.progress(desc="merging", **options) as bar,
+    ):
+        mark.write_text(request)
         entries, skipped, limits = entries_of(None), {}, {}
         for folder, meta in metas.items():
             limits |= meta["limits"]
