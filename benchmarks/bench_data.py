@@ -30,7 +30,6 @@ from pathlib import Path
 
 if sys.platform != "linux":
     sys.exit("bench_data.py reads the memory of processes from /proc: on Windows use WSL")
-import resource
 
 import console
 from prepare import cores
@@ -77,12 +76,12 @@ def count_tokens(texts: list[str]) -> int:
     return sum(len(TOKENIZER.encode_ordinary(text)) for text in texts)
 
 
-def timed(work: Callable, who: int) -> tuple[float, float]:
-    """(seconds, CPU seconds of this process, or of the children that it has waited for)."""
-    before, start = resource.getrusage(who), time.perf_counter()
+def timed(work: Callable) -> tuple[float, float]:
+    """(seconds, CPU seconds of the child processes that it has waited for)."""
+    before, start = os.times(), time.perf_counter()
     work()
-    seconds, after = time.perf_counter() - start, resource.getrusage(who)
-    return seconds, sum(after[:2]) - sum(before[:2])
+    seconds, after = time.perf_counter() - start, os.times()
+    return seconds, sum(after[2:4]) - sum(before[2:4])
 
 
 def tiktoken_alone(texts: list[str]) -> dict:
@@ -97,7 +96,7 @@ def tiktoken_alone(texts: list[str]) -> dict:
             pool.close()
             pool.join()
 
-    seconds, cpu = timed(work, resource.RUSAGE_CHILDREN)
+    seconds, cpu = timed(work)
     return {"MB/s": megabytes / seconds, "MB/CPU s": megabytes / cpu}
 
 
@@ -150,7 +149,7 @@ def run_prepare(folder: Path, tokenizer: list[str], kill_at: float | None = None
         done.set()
         thread.join()
 
-    seconds, cpu = timed(work, resource.RUSAGE_CHILDREN)
+    seconds, cpu = timed(work)
     return {"seconds": seconds, "CPU seconds": cpu, "peak MiB": peak / 1024}
 
 

@@ -67,14 +67,14 @@ def undisturbed():
         recipe.main(WORDS)
 
 
-def in_one_process(place: str | None = None, number: int = signal.SIGKILL):
+def in_one_process(place: str | None = None, kind: str = "SIGKILL"):
     """The recipe; its models are trained in this process. It gets that signal, once, as soon as it
     opens a file when `place` is there: no clock decides where."""
-    out, left = Path("runs/recipe"), [number] if place else []
+    out, left = Path("runs/recipe"), [kind] if place else []
 
     def kill(event: str, arguments: tuple):
         if event == "open" and left and list(out.glob(place)):
-            os.kill(os.getpid(), left.pop())
+            os.kill(os.getpid(), getattr(signal, left.pop()))
 
     sys.addaudithook(kill)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
@@ -105,7 +105,7 @@ def main(folder: Path):
         if code != -signal.SIGKILL:
             sys.exit(f"{place}: exit code {code}\n{(folder / 'killed/log').read_text()[-3000:]}")
         done = finished(folder / "killed/runs/recipe") | done
-    code = in_fork(folder / "killed", lambda: in_one_process(STOPPED, signal.SIGINT))
+    code = in_fork(folder / "killed", lambda: in_one_process(STOPPED, "SIGINT"))
     words = (folder / "killed/log").read_text()
     if code != 130 or not words.endswith(f"{recipe.STOPPED}\n"):
         sys.exit(f"Ctrl-C: exit code {code}\n{words[-3000:]}")

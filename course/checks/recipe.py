@@ -145,8 +145,8 @@ def no_line_that_falls(f, scratch, at, up, quarters_down):
 
 @check("speed_up")
 def the_measured_runs(f):
-    """Chapter 3's own runs (section 3.7): `early` has 1.34. `small` is worse than every run from
-    scratch: there is only a bound."""
+    """The first runs of chapter 3's appendix: `early` has 1.34. `small` is worse than every run
+    from scratch: there is only a bound."""
     rows = json.loads(MEASURED.read_text())["rows"]
     points = {(row["name"], row["budget"]): (row["tflop"], row["mean"]["loss"]) for row in rows}
     scratch = [points["scratch", 2000], points["scratch", 4000]]

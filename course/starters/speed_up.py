@@ -1,8 +1,8 @@
 """Assignment speed_up (chapter 8): what a run is worth, measured at equal loss.
 
-Read tutorials/03-growth.md, sections 3.7 and 3.8, and tutorials/08-recipe.md, section 8.4. G_stack
-(arXiv 2405.15319) reports this number less 1, in percent. The straight line between the runs and
-the bounds beyond them are this project's choice.
+Read tutorials/03-growth.md, section 3.7, and tutorials/08-recipe.md, section 8.4. G_stack (arXiv
+2405.15319) reports this number less 1, in percent. The straight line between the runs and the
+bounds beyond them are this project's choice.
 Grade it: python -m course.grade speed_up
 """
 
