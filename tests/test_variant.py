@@ -26,7 +26,7 @@ def test_parameters_of_the_published_52b():
 
 def test_every_bad_choice_is_named():
     changes, problems = parse_fields(["norm=RMSNorm", "activation=relu", "rotary=1"])
-    assert changes == {"norm": "rmsnorm", "activation": "relu", "rotary": 1} and not problems
+    assert changes == {"norm": "rmsnorm", "activation": "relu", "rotary": "1"} and not problems
     with pytest.raises(ValueError, match="(?s)must be one of gelu.*must be one of xpos, rope"):
         FLMConfig(1, 8, 1, 8, 8, 8, 8, **changes)
 
