@@ -249,7 +249,10 @@ def test_without_a_line():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--stages", "nothere"], "--stages nothere cannot be read: No such.*of small, early, once"),
+        (
+            ["--stages", "nothere"],
+            "--stages nothere cannot be read: No such.*of small, early, once",
+        ),
         (["--stages", "SAMPLES"], "SAMPLES:.*start = 400: must be a share of the run, from 0 to 1"),
         (["--stages", "NUMBER"], "NUMBER:.*must be a list of stages, not 3"),
         (["--stages", "NAMED"], "mine:.*must be a list of stages, not \\['small'\\]"),
