@@ -73,6 +73,7 @@ SPLITS = ("train", "val")
 BASE, MODULUS = 0x9E3779B97F4A7C15F39CC0605CEDC835, (1 << 127) - 1  # of digests
 NOTHING = {"tokens": 0, "documents": 0, "bytes": 0, "digest": "0"}
 UNFINISHED = "unfinished"  # the folder of what a preparation needs until it is done
+MERGING = "merge.json"  # in it: what lab/merge.py makes, and no preparation goes on with
 
 
 def joined(first: dict, second: dict) -> dict:
@@ -710,7 +711,7 @@ def check_place(out: Path, old: dict | None) -> list[str]:
 
 def same_files(job: Job, inputs: dict[str, list[Input]]) -> bool:
     """Whether what a preparation has left unfinished is of these files."""
-    if (job.out / UNFINISHED / "merge.json").exists():  # of lab/merge.py
+    if (job.out / UNFINISHED / MERGING).exists():
         return False
     for signal, files in inputs.items():
         this = job._replace(signal=signal)

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from itertools import chain, product
 from pathlib import Path
 
-
 import console
 from console import refuse
 from data import WEIGHT_HELP, parse_weight, tell
 from prepare import (
+    MERGING,
     SPLITS,
     UNFINISHED,
     add_skipped,
@@ -63,7 +63,7 @@ def merge(
     dtype = token_type(first["tokenizer"]["n_vocab"])
     total = sum(path.stat().st_size for folder in metas for path in folder.glob("*.tokens"))
     options = {"total": total, "unit": "B", "unit_scale": True, "disable": not progress}
-    mark = out / UNFINISHED / "merge.json"
+    mark = out / UNFINISHED / MERGING
 
     def is_same():
         return mark.read_text() == request if mark.is_file() else not any(mark.parent.glob("*"))

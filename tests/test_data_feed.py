@@ -212,7 +212,8 @@ def test_teacher_limits_are_compared_with_every_folder(tmp_path, three):
 
 
 def test_a_killed_merge_is_repeated(tmp_path, three, monkeypatch):
-    """A merge that was stopped in the middle can be repeated; the parts are not changed."""
+    """A merge that was stopped in the middle can be repeated; the parts are not changed. Another
+    merge, or a preparation, does not go on with it."""
     for name, path in three.items():
         prepare({"s": [path]}, tmp_path / f"part-{name}", BYTES, progress=False)
     parts, whole, calls = [tmp_path / f"part-{name}" for name in three], merging.open_shard, []
@@ -229,6 +230,11 @@ def test_a_killed_merge_is_repeated(tmp_path, three, monkeypatch):
         merge(parts, tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match="not finished"):
         Corpus(tmp_path / "out", 16)
+    other = {"match": "unfinished work of another command"}
+    with pytest.raises(ValueError, **other):
+        merge(parts[:2], tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, **other):
+        prepare({"s": list(three.values())}, tmp_path / "out", BYTES, progress=False)
     merge(parts, tmp_path / "out", progress=False)
     prepare({"s": list(three.values())}, tmp_path / "once", BYTES, progress=False)
     assert shards(tmp_path / "out") == shards(tmp_path / "once")
