@@ -13,8 +13,10 @@ paper's cosine. A schedule's run takes as many FLOPs as some number of steps fro
 *budget*. Runs of wsd that differ in their end alone share a trunk (lab/runs.py).
 
 What is compared are the best cells. A speed-up is read between two budgets from scratch and never
-beyond them. Where the small model alone is as good as the large one from scratch, the size is not
-worth having, and the table says so. Tutorial 3 shows the result.
+beyond them. A schedule of one stage trains another size alone, and never grows. Where it is as good
+as the final size from scratch, the final size is not worth having, and the table says so. So there
+is a second speed-up, against the best of all sizes that were trained alone. Tutorial 3 shows the
+result.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ TRAINING = {"batch_size": 8, "warmup": 400, "eval_rows": 512, "min_lr": 0.0}
 
 # Stages as train.py's, but start, ramp and warmup are shares of the run.
 SCHEDULES = {
-    "small": [{"config": {"n_layers": 2}}],  # never grown: what the final size has to beat
+    # "small" and "middle" never grow: what growth has to beat.
+    "small": [{"config": {"n_layers": 2}}],
+    "middle": [{"config": {"n_layers": 4}}],
     "early": [{"config": {"n_layers": 2}},
               {"config": {"n_layers": 8}, "start": 0.3, "ramp": 0.1, "warmup": 0.02}],
     "once": [{"config": {"n_layers": 2}},
@@ -238,6 +242,14 @@ def speed_up(
     return f * (g / f) ** ((a - loss) / (a - b)) / flop, ""
 
 
+def number_or_bound(
+    line: dict[float, float | None], flop: float, loss: float | None
+) -> tuple[float | None, list | None]:
+    """speed_up for a report: (the number, None), or (None, [">" or "<", the bound])."""
+    value, bound = speed_up(line, flop, loss)
+    return (None, [bound, value]) if bound else (value, None)
+
+
 def gap(scratch: dict[float, float | None], samples: float, loss: float | None) -> float | None:
     """How much higher the loss is than from scratch after the same samples: 0 is fully mixed, as
     if the early samples had been seen by the large model. scratch: {samples: loss}, a straight line
@@ -278,6 +290,7 @@ def make_row(
     row["tflop"] = training_flops(first.stages) / 1e12
     row |= {"lr": cell[0], "decay": decay_words(cell[1]), "stages": describe(first.stages)}
     row["alone"] = len(first.stages) == 1 and name != "scratch"  # a small model, never grown
+    row["last_growth"] = round(first.stages[-1].start / first.stages[-1].end, 3)  # share of the run
     row["at_the_edge"] = at_the_edge(cell, list(losses))
     row["cells"] = [[lr, decay_words(d), loss] for (lr, d), loss in losses.items()]
     for key in (*MEASURED, "growths"):
@@ -286,13 +299,26 @@ def make_row(
     return row
 
 
+def best_sizes(rows: list[dict]) -> dict[float, float | None]:
+    """{TFLOP: loss}: at each budget the lowest mean loss of a size that was trained alone."""
+    best = {}
+    for row in rows:
+        loss, before = row["mean"]["loss"], best.get(row["budget"])
+        fixed = row["alone"] or row["name"] == "scratch"
+        if fixed and loss is not None and (before is None or loss < before[1]):
+            best[row["budget"]] = row["tflop"], loss
+    return dict(best.values())
+
+
 def compare(rows: list[dict]):
-    """Compare every row with the rows from scratch: of the means, and seed by seed."""
+    """Compare every row with the rows from scratch, of the means and seed by seed, and with the
+    best size at each budget, of the means."""
     scratch = [row for row in rows if row["name"] == "scratch"]
     for row in rows:
         loss, own = row["mean"]["loss"], {r["tflop"]: r["mean"]["loss"] for r in scratch}
-        value, bound = speed_up(own, row["tflop"], loss)
-        row["speed_up"], row["bound"] = (None, [bound, value]) if bound else (value, None)
+        row["speed_up"], row["bound"] = number_or_bound(own, row["tflop"], loss)
+        any_size = number_or_bound(best_sizes(rows), row["tflop"], loss)
+        row["any_size"], row["any_size_bound"] = any_size
         row["gap"] = gap({r["samples"]: r["mean"]["loss"] for r in scratch}, row["samples"], loss)
         row["by_seed"] = {}
         for seed, loss in row["loss"].items():
@@ -314,12 +340,15 @@ def warnings(rows: list[dict]) -> list[str]:
         if row["alone"] and None not in (loss, other) and loss <= other:
             lines.append(
                 f"{name} never grows, and its loss of {loss:.4f} is not above the {other:.4f} from "
-                "scratch: at this budget the final size is not worth having, and no speed-up "
-                "of growth means much"
+                "scratch: at this budget the final size is not worth having, and of the "
+                "speed-ups only that against any size says something"
             )
-        if row["at_the_edge"]:
-            edge = " and ".join(row["at_the_edge"])
-            lines.append(f"{name} is best at {edge}, an end of the grid: a better one may lie past")
+    edges = [row for row in rows if row["at_the_edge"]]
+    if all(len(row["cells"]) == 1 for row in rows):
+        lines.append("one learning rate and one decay: nothing was chosen (--lrs, --decays)")
+    elif edges:
+        words = (f"{r['name']} {r['budget']} ({' and '.join(r['at_the_edge'])})" for r in edges)
+        lines.append(f"best at an end of the grid, a better one may lie past: {', '.join(words)}")
     return lines
 
 
@@ -336,13 +365,20 @@ def shown(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def shown_speed_up(value: float | None, bound: list | None) -> str:
+    return "{}{:.2f}".format(*bound) if bound else shown(value)
+
+
 def spread(values: Collection[float | None]) -> str:
-    """The lowest and the highest value over the seeds, or for how many there is one at all.
+    """The lowest and the highest value over the seeds, or for how many there is one at all; "-" for
+    a single seed.
 
     >>> spread([1.5, 1.25]), spread([1.5, None])
     ('1.25 to 1.50', '1 of 2 known')
     """
     known = sorted(value for value in values if value is not None)
+    if len(values) == 1:
+        return "-"
     if len(known) < len(values):
         return f"{len(known)} of {len(values)} known"
     return f"{shown(known[0])} to {shown(known[-1])}"
@@ -352,21 +388,23 @@ def print_table(rows: list[dict]):
     """The table, and how to read it."""
     seeds = len(rows[0]["loss"])
     print(f"\n{'run':18}{'steps':>6}{'TFLOP':>8}{'lr':>7}{'decay':>7}{'loss':>8}{'±':>7}", end="")
-    print(f"{'speed-up':>9}{'by seed':>14}{'gap':>8}   stages")
+    print(f"{'speed-up':>9}{'by seed':>14}{'any size':>9}{'gap':>8}   stages")
     for row in sorted(rows, key=place_in_table):
         losses = [loss for loss in row["loss"].values() if loss is not None]
-        wide = (max(losses) - min(losses)) / 2 if losses else None
-        faster = shown(row["speed_up"]) if not row["bound"] else "{}{:.2f}".format(*row["bound"])
+        wide = (max(losses) - min(losses)) / 2 if len(losses) > 1 else None
+        faster = shown_speed_up(row["speed_up"], row["bound"])
+        any_size = shown_speed_up(row["any_size"], row["any_size_bound"])
         run = f"{row['name']} {row['budget']}"
         print(f"{run:18}{row['steps']:6}{row['tflop']:8.2f}{row['lr']:7g}", end="")
         print(f"{row['decay']:>7}{shown(row['mean']['loss'], 4):>8}{shown(wide, 4):>7}", end="")
-        print(f"{faster:>9}{spread(row['by_seed'].values()):>14}{shown(row['gap'], 3):>8}", end="")
-        print(f"   {row['stages']}")
+        print(f"{faster:>9}{spread(row['by_seed'].values()):>14}{any_size:>9}", end="")
+        print(f"{shown(row['gap'], 3):>8}   {row['stages']}")
     print(f"""loss: held out, nats per token, mean of {seeds} seed(s), ± half their spread; - where
 a run diverged. Learning rate and decay: the best of the grid, by the seed of --tune.
 speed-up: the FLOPs that the best training from scratch needs for that loss, over those of this run;
-> and < are bounds, where no run from scratch has that loss. gap: how much higher the loss is than
-from scratch after the same samples; 0 is fully mixed.
+> and < are bounds, where no run from scratch has that loss. any size: the same against the best
+size at each budget, of all that never grow. gap: how much higher the loss is than from scratch
+after the same samples; 0 is fully mixed.
 Stages: layers x width, in shares of the run.""")
     for line in warnings(rows):
         print(f"warning: {line}")

@@ -176,21 +176,28 @@ def sweep(report: dict) -> Picture:
 
 
 def growth(report: dict) -> Picture:
-    """Held-out loss over FLOPs and over CPU seconds: a line for each schedule. On a logarithmic
-    axis the line from scratch is the one that lab.growth reads speed-ups from."""
-    best = max(report["rows"], key=lambda row: row["speed_up"] or 0)
-    title = f'At equal FLOPs, lower is better: "{best["name"]}" has the largest speed-up, '
-    panels = []
-    for x in ("TFLOP", "CPU seconds"):
-        lines: dict[str, Line] = {}
-        for row in report["rows"]:
-            mean = row["mean"]
-            cost = row["tflop"] if x == "TFLOP" else mean["cpu_seconds"]
-            line = lines.setdefault(row["name"], Line([]))
-            line.points.append((cost, or_gap(mean["loss"])))
-        panels.append(Panel(f"Loss by {x}", x, "held-out loss, nats per token", lines, "x"))
-    panels[0].lines.update(same_loss(report["rows"], best))
-    return Picture(title + f"{best['speed_up'] or 0:.2f}", panels)
+    """Held-out loss over FLOPs, a line for each schedule; on a logarithmic axis the line from
+    scratch is the one that lab.growth reads speed-ups from. Where models grew at three times or
+    more, also the speed-ups over the time of the last growth, with what they would be if every
+    token taught as much as one from scratch."""
+    rows, losses, faster, most = report["rows"], {}, {}, []
+    for row in rows:
+        line = losses.setdefault(row["name"], Line([]))
+        line.points.append((row["tflop"], or_gap(row["mean"]["loss"])))
+        if row["last_growth"] and row["speed_up"]:
+            color = list(losses).index(row["name"])
+            line = faster.setdefault(row["name"], Line([], "o", color))
+            line.points.append((row["last_growth"], row["speed_up"]))
+            most.append((row["last_growth"], row["steps"] / row["budget"]))
+    best = max(rows, key=lambda row: row["any_size"] or 0)
+    losses.update(same_loss(rows, best))
+    panels = [Panel("Loss by TFLOP", "TFLOP", "held-out loss, nats", losses, "x")]
+    if len({time for time, _ in most}) > 2:
+        faster["most by arithmetic"] = Line(sorted(most), "_", GREY)
+        x = "last growth, in shares of the run"
+        panels.append(Panel("A late growth is cheap and teaches less", x, "speed-up", faster))
+    numbers = f"{best['speed_up'] or 0:.2f}, and {best['any_size'] or 0:.2f} against any size"
+    return Picture(f'Lower is better: "{best["name"]}" has a speed-up of {numbers}', panels)
 
 
 def same_loss(rows: list[dict], best: dict) -> dict[str, Line]:

@@ -162,7 +162,7 @@ def test_the_best_cell_of_each_is_reported(place, capsys):
 def row(name: str, budget: int, loss: float | None, **more) -> dict:
     values = {"name": name, "budget": budget, "steps": budget, "samples": 8 * budget, "lr": 0.01}
     values |= {"tflop": float(budget), "decay": "0.2", "stages": "1x16", "alone": False}
-    values |= {"loss": {0: loss}, "mean": {"loss": loss}, "at_the_edge": []}
+    values |= {"loss": {0: loss}, "mean": {"loss": loss}, "at_the_edge": [], "cells": [0, 0]}
     return values | more
 
 
@@ -191,8 +191,30 @@ def test_what_to_distrust():
     assert len(found) == 1 and "not worth having" in found[0]
     assert "no small model alone" in warnings(good[:3])[0]
     assert "only 2 budgets" in warnings(good[1:])[0]
-    edge = [*good, row("once", 8, 5.0, at_the_edge=["decay 0.6"])]
-    assert "once 8 is best at decay 0.6" in warnings(edge)[0]
+    edge = [row("once", n, 5.0, at_the_edge=["decay 0.6"]) for n in (8, 16)]
+    assert "once 8 (decay 0.6), once 16 (decay 0.6)" in warnings([*good, *edge])[0]
+    alone = [row | {"cells": [0], "at_the_edge": ["decay 0.6"]} for row in good]
+    assert warnings(alone) == [
+        "one learning rate and one decay: nothing was chosen (--lrs, --decays)"
+    ]
+
+
+def test_growth_is_compared_with_the_best_size():
+    """`any_size` is read from the lowest loss at each budget of all that never grow: here the
+    middle size at three budgets, the final one at the last. A schedule that is twice as fast as the
+    final size and no better than the middle one has 1."""
+    rows = [row("scratch", n, loss) for n, loss in ((8, 9.0), (16, 8.0), (32, 7.0), (64, 5.0))]
+    rows += [row("middle", n, loss, alone=True) for n, loss in ((8, 8.0), (16, 7.0), (32, 6.5))]
+    rows += [row("grown", 8, 8.0), row("grown", 16, 5.75), row("lost", 8, None)]
+    rows += [row("narrow", 8, None, alone=True)]
+    compare(rows)
+    assert growth.best_sizes(rows) == {8.0: 8.0, 16.0: 7.0, 32.0: 6.5, 64.0: 5.0}
+    found = {(r["name"], r["budget"]): r["any_size"] for r in rows}
+    assert found["grown", 8] == found["middle", 8] == pytest.approx(1) == found["middle", 16]
+    assert rows[7]["speed_up"] == pytest.approx(2) and rows[8]["bound"] is None
+    assert found["grown", 16] == pytest.approx(2 * 2**0.5)
+    assert found["scratch", 16] == pytest.approx(0.5) and found["lost", 8] is None
+    assert rows[0]["any_size_bound"] == ["<", 1.0]
 
 
 def test_the_best_cell():
@@ -251,7 +273,7 @@ def test_without_a_line():
     [
         (
             ["--stages", "nothere"],
-            "--stages nothere cannot be read: No such.*of small, early, once",
+            "--stages nothere cannot be read: No such.*of small, middle, early, once",
         ),
         (["--stages", "SAMPLES"], "SAMPLES:.*start = 400: must be a share of the run, from 0 to 1"),
         (["--stages", "NUMBER"], "NUMBER:.*must be a list of stages, not 3"),
@@ -278,8 +300,8 @@ def test_bad_input(place, words, message):
 
 
 def test_the_schedules_are_schedules(tmp_path):
-    """Every built-in schedule is one that train.py accepts, and all but the one that never grows
-    end as the bench's own model. A file may hold several of them."""
+    """Every built-in schedule is one that train.py accepts, and all that grow end as the bench's own
+    model. A file may hold several of them."""
     (tmp_path / "all.json").write_text(json.dumps(SCHEDULES))
     assert growth.read_schedules([str(tmp_path / "all.json")]) == SCHEDULES
     for name, stages in SCHEDULES.items():
@@ -288,5 +310,5 @@ def test_the_schedules_are_schedules(tmp_path):
             model=growth.MODEL, lr=0.01, stages=str(tmp_path / "one.json"), steps=1000
         )
         planned = train.resolve(train.dataclasses.replace(s, **growth.TRAINING))[1]
-        assert (planned[-1].config.n_layers == 8) == (name != "small"), name
-        assert describe(planned)[:4] == "2x32"
+        assert (planned[-1].config.n_layers == 8) == (len(stages) > 1), name
+        assert describe(planned)[:4] == ("4x32" if name == "middle" else "2x32")

@@ -143,32 +143,51 @@ def test_what_the_sweep_wrote():
 
 
 def test_what_the_growth_bench_wrote():
-    """Loss over FLOPs and over CPU seconds, a line for each schedule, and the speed-up as a
-    distance: it ends where the line from scratch, straight in log FLOPs, has the same loss."""
-    rows = measured("growth-8x32")["rows"]
-    by_flop, by_second = pictures.growth({"rows": rows}).panels
+    """Loss over FLOPs, a line for each schedule, and as a distance the speed-up of the schedule
+    that is best against any size: it ends where the line from scratch, straight in log FLOPs, has
+    the same loss."""
+    rows = measured("growth-16x16")["rows"]
+    panel = pictures.growth({"rows": rows}).panels[0]
     scratch = [row for row in rows if row["name"] == "scratch"]
     losses = [row["mean"]["loss"] for row in scratch]
-    assert by_flop.lines["scratch"].points == [
-        (row["tflop"], row["mean"]["loss"]) for row in scratch
-    ]
-    assert [y for _, y in by_second.lines["scratch"].points] == losses
-    *names, distance = by_flop.lines
-    assert set(names) == by_second.lines.keys() == {row["name"] for row in rows}
-    assert distance == "the loss of early: 1.34 times the FLOPs"
-    (start, loss), (end, same) = by_flop.lines[distance].points
-    flops = [math.log(row["tflop"]) for row in scratch]
-    share = (losses[0] - loss) / (losses[0] - losses[1])
+    assert panel.lines["scratch"].points == [(row["tflop"], row["mean"]["loss"]) for row in scratch]
+    *names, distance = panel.lines
+    assert set(names) == {row["name"] for row in rows}
+    best = max(rows, key=lambda row: row["any_size"] or 0)
+    assert distance == f"the loss of {best['name']}: {best['speed_up']:.2f} times the FLOPs"
+    (start, loss), (end, same) = panel.lines[distance].points
+    at = next(i for i in range(3) if losses[i] >= loss >= losses[i + 1])
+    flops = [math.log(row["tflop"]) for row in scratch[at : at + 2]]
+    share = (losses[at] - loss) / (losses[at] - losses[at + 1])
     assert math.log(end) == pytest.approx(flops[0] + share * (flops[1] - flops[0]), abs=1e-3)
-    assert same == loss and by_flop.log == by_second.log == "x"
+    assert (start, loss) == (best["tflop"], best["mean"]["loss"])
+    assert same == loss and panel.log == "x"
+
+
+def test_speed_ups_by_the_time_of_growth():
+    """Three times of growth or more have a panel of their own: the speed-up of each schedule, in
+    its color, and the number of its steps over those from scratch. What has no speed-up, or never
+    grows, is not there."""
+    plain = {"mean": {"loss": 2.0}, "any_size": None, "speed_up": None, "last_growth": 0}
+    rows = [plain | {"name": "scratch", "tflop": 1.0, "budget": 8, "steps": 8, "speed_up": 1.0}]
+    for i, when in enumerate((0.2, 0.5, 0.7)):
+        grown = {"tflop": 1.0, "budget": 8, "steps": 10 + i, "speed_up": 1.0 + i}
+        rows.append(plain | grown | {"name": f"g{i}", "last_growth": when})
+    rows.append(rows[-1] | {"name": "lost", "speed_up": None})
+    _, panel = pictures.growth({"rows": rows}).panels
+    assert list(panel.lines) == ["g0", "g1", "g2", "most by arithmetic"]
+    assert panel.lines["g1"].points == [(0.5, 2.0)] and panel.lines["g1"].color == 2
+    most = [(0.2, 10 / 8), (0.5, 11 / 8), (0.7, 12 / 8)]
+    assert panel.lines["most by arithmetic"].points == most
+    assert len(pictures.growth({"rows": rows[:3]}).panels) == 1
 
 
 def test_a_speed_up_beyond_the_runs_from_scratch_has_no_distance():
     """There the line from scratch is only guessed, and lab.growth prints a bound: None."""
-    rows = measured("growth-8x32")["rows"]
+    rows = [row for row in measured("growth-16x16")["rows"] if row["speed_up"]]
     best = max(rows, key=lambda row: row["speed_up"])
     assert pictures.same_loss(rows, best) and not pictures.same_loss(rows, rows[0])
-    assert not pictures.same_loss(rows, best | {"speed_up": 2.1})
+    assert not pictures.same_loss(rows, best | {"speed_up": 4.6})
     assert not pictures.same_loss(rows, best | {"speed_up": None})
 
 
