@@ -175,29 +175,45 @@ def sweep(report: dict) -> Picture:
     return Picture(f"Does the narrow model's best {axis} hold for the wide ones?", panels)
 
 
+MOST_LINES = 8  # of a panel: with more, nobody could tell them apart
+
+
 def growth(report: dict) -> Picture:
-    """Held-out loss over FLOPs, a line for each schedule; on a logarithmic axis the line from
-    scratch is the one that lab.growth reads speed-ups from. Where models grew at three times or
-    more, also the speed-ups over the time of the last growth, with what they would be if every
-    token taught as much as one from scratch."""
-    rows, losses, faster, most = report["rows"], {}, {}, []
+    """Two panels. Held-out loss over FLOPs, a line for each schedule; on a logarithmic axis the
+    line from scratch is the one that lab.growth reads speed-ups from. It is left out where there
+    are too many. And the speed-ups over the time of the last growth, where there are three times or
+    more."""
+    rows = report["rows"]
+    losses: dict[str, Line] = {}
     for row in rows:
         line = losses.setdefault(row["name"], Line([]))
         line.points.append((row["tflop"], or_gap(row["mean"]["loss"])))
-        if row["last_growth"] and row["speed_up"]:
-            color = list(losses).index(row["name"])
-            line = faster.setdefault(row["name"], Line([], "o", color))
-            line.points.append((row["last_growth"], row["speed_up"]))
-            most.append((row["last_growth"], row["steps"] / row["budget"]))
     best = max(rows, key=lambda row: row["any_size"] or 0)
-    losses.update(same_loss(rows, best))
-    panels = [Panel("Loss by TFLOP", "TFLOP", "held-out loss, nats", losses, "x")]
-    if len({time for time, _ in most}) > 2:
-        faster["most by arithmetic"] = Line(sorted(most), "_", GREY)
-        x = "last growth, in shares of the run"
-        panels.append(Panel("A late growth is cheap and teaches less", x, "speed-up", faster))
+    panels = []
+    if len(losses) <= MOST_LINES:
+        losses.update(same_loss(rows, best))
+        panels.append(Panel("Loss by TFLOP", "TFLOP", "held-out loss, nats", losses, "x"))
+    grown = [row for row in rows if row["last_growth"] and row["speed_up"]]
+    if len({row["last_growth"] for row in grown}) > 2 or not panels:
+        panels.append(growth_times(grown))
     numbers = f"{best['speed_up'] or 0:.2f}, and {best['any_size'] or 0:.2f} against any size"
-    return Picture(f'Lower is better: "{best["name"]}" has a speed-up of {numbers}', panels)
+    return Picture(f'"{best["name"]}" has a speed-up of {numbers}', panels)
+
+
+def growth_times(rows: list[dict]) -> Panel:
+    """The speed-ups of schedules over the time of the last growth, a line for each size that they
+    begin with and each number of growths. With what they would be if every token taught as much as
+    one from scratch."""
+    lines: dict[str, Line] = {}
+    for row in sorted(rows, key=lambda row: row["last_growth"]):
+        start, *grown = row["stages"].split(" -> ")
+        name = f"{start}, {len(grown)} growth{'s' * (len(grown) > 1)}"
+        line = lines.setdefault(name, Line([], "o-" if len(grown) == 1 else "o"))
+        line.points.append((row["last_growth"], row["speed_up"]))
+    most = [(row["last_growth"], row["steps"] / row["budget"]) for row in rows]
+    lines["by arithmetic"] = Line(sorted(most), "_", GREY)
+    x = "last growth, in shares of the run"
+    return Panel("A late growth is cheap and teaches less", x, "speed-up", lines)
 
 
 def same_loss(rows: list[dict], best: dict) -> dict[str, Line]:

@@ -300,7 +300,7 @@ def test_bad_input(place, words, message):
 
 
 def test_the_schedules_are_schedules(tmp_path):
-    """Every built-in schedule is one that train.py accepts, and all that grow end as the bench's own
+    """Every built-in schedule is one that train.py accepts; all that grow end as the bench's own
     model. A file may hold several of them."""
     (tmp_path / "all.json").write_text(json.dumps(SCHEDULES))
     assert growth.read_schedules([str(tmp_path / "all.json")]) == SCHEDULES

@@ -165,21 +165,26 @@ def test_what_the_growth_bench_wrote():
 
 
 def test_speed_ups_by_the_time_of_growth():
-    """Three times of growth or more have a panel of their own: the speed-up of each schedule, in
-    its color, and the number of its steps over those from scratch. What has no speed-up, or never
-    grows, is not there."""
+    """Three times of growth or more have a panel of their own: a line for each size to begin with
+    and each number of growths, and the number of steps over those from scratch. What has no
+    speed-up, or never grows, is not there. Of many schedules this panel stands alone."""
     plain = {"mean": {"loss": 2.0}, "any_size": None, "speed_up": None, "last_growth": 0}
-    rows = [plain | {"name": "scratch", "tflop": 1.0, "budget": 8, "steps": 8, "speed_up": 1.0}]
-    for i, when in enumerate((0.2, 0.5, 0.7)):
-        grown = {"tflop": 1.0, "budget": 8, "steps": 10 + i, "speed_up": 1.0 + i}
-        rows.append(plain | grown | {"name": f"g{i}", "last_growth": when})
+    plain |= {"tflop": 1.0, "budget": 8, "steps": 8, "stages": "4x8"}
+    rows = [plain | {"name": "scratch", "speed_up": 1.0}]
+    for i, when in enumerate((0.7, 0.2, 0.5)):
+        stages = "1x8 -> 2x8 at 10%, ramp 5% -> 4x8 at 50%" if when == 0.5 else "1x8 -> 4x8 at 20%"
+        grown = {"steps": 10 + i, "speed_up": 1.0 + i, "stages": stages, "last_growth": when}
+        rows.append(plain | grown | {"name": f"g{i}"})
     rows.append(rows[-1] | {"name": "lost", "speed_up": None})
     _, panel = pictures.growth({"rows": rows}).panels
-    assert list(panel.lines) == ["g0", "g1", "g2", "most by arithmetic"]
-    assert panel.lines["g1"].points == [(0.5, 2.0)] and panel.lines["g1"].color == 2
-    most = [(0.2, 10 / 8), (0.5, 11 / 8), (0.7, 12 / 8)]
-    assert panel.lines["most by arithmetic"].points == most
+    assert list(panel.lines) == ["1x8, 1 growth", "1x8, 2 growths", "by arithmetic"]
+    assert panel.lines["1x8, 1 growth"].points == [(0.2, 2.0), (0.7, 1.0)]
+    assert panel.lines["1x8, 2 growths"].points == [(0.5, 3.0)]
+    assert panel.lines["by arithmetic"].points == [(0.2, 11 / 8), (0.5, 12 / 8), (0.7, 10 / 8)]
     assert len(pictures.growth({"rows": rows[:3]}).panels) == 1
+    many = rows + [rows[1] | {"name": f"more{i}"} for i in range(4)]
+    (alone,) = pictures.growth({"rows": many}).panels
+    assert alone.lines.keys() == panel.lines.keys()
 
 
 def test_a_speed_up_beyond_the_runs_from_scratch_has_no_distance():
