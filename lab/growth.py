@@ -299,7 +299,7 @@ def make_row(
     return row
 
 
-def best_sizes(rows: list[dict]) -> dict[float, float | None]:
+def best_sizes(rows: list[dict]) -> dict[float, float]:
     """{TFLOP: loss}: at each budget the lowest mean loss of a size that was trained alone."""
     best = {}
     for row in rows:
@@ -313,12 +313,11 @@ def best_sizes(rows: list[dict]) -> dict[float, float | None]:
 def compare(rows: list[dict]):
     """Compare every row with the rows from scratch, of the means and seed by seed, and with the
     best size at each budget, of the means."""
-    scratch = [row for row in rows if row["name"] == "scratch"]
+    scratch, best = [row for row in rows if row["name"] == "scratch"], best_sizes(rows)
     for row in rows:
         loss, own = row["mean"]["loss"], {r["tflop"]: r["mean"]["loss"] for r in scratch}
         row["speed_up"], row["bound"] = number_or_bound(own, row["tflop"], loss)
-        any_size = number_or_bound(best_sizes(rows), row["tflop"], loss)
-        row["any_size"], row["any_size_bound"] = any_size
+        row["any_size"], row["any_size_bound"] = number_or_bound(best, row["tflop"], loss)
         row["gap"] = gap({r["samples"]: r["mean"]["loss"] for r in scratch}, row["samples"], loss)
         row["by_seed"] = {}
         for seed, loss in row["loss"].items():
