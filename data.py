@@ -450,19 +450,20 @@ def parse_weight(given: str) -> tuple[str, float]:
         raise ValueError(f"--weight {given}: must be NAME=NUMBER, {example}") from None
 
 
-def parse_inputs(given: list[str]) -> dict[str, list[str | Path]]:
-    """The words of a command line -> {source: [path]}; says what of a folder is not read."""
+def parse_inputs(given: list[str], field: str) -> dict[str, list[str | Path]]:
+    """The words of a command line -> {source: [path]}; says what of a folder is not read.
+    field: the name of the text in an object."""
     sources = {}
     for name, path in map(parse_input, given):
         sources.setdefault(name, []).extend(stdlib_files() if path == "stdlib" else [path])
-        if Path(path).is_dir() and (left_out := describe_left_out(Path(path))):
+        if Path(path).is_dir() and (left_out := describe_left_out(Path(path), field)):
             print(left_out)
     return sources
 
 
 def run_prepare(args: argparse.Namespace):
     """`python data.py prepare`."""
-    sources, val = parse_inputs(args.inputs), parse_inputs(args.val)
+    sources, val = (parse_inputs(given, args.field) for given in (args.inputs, args.val))
     name = args.tokenizer
     if name is None:
         name = read_meta(Path(args.out))["tokenizer"]["name"] if args.append else "bytes"

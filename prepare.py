@@ -466,8 +466,8 @@ def prepare(
     val, workers = val or {}, cores() if workers is None else workers
     problems = check_request(sources, val, teacher, val_fraction, workers, old, tokenizer.name)
     problems += check_weights(weights, [*trained(old), *sources])
-    inputs = {"language": find_inputs(sources, val, problems)}
-    inputs["teacher"] = find_inputs({"teacher": teacher}, {}, problems)
+    inputs = {"language": find_inputs(sources, val, field, problems)}
+    inputs["teacher"] = find_inputs({"teacher": teacher}, {}, field, problems)
     missing = check_packages(one.path for one in chain(*inputs.values()))
     for signal, files in inputs.items():
         problems += missing or check_fields(files, field, signal == "teacher")
@@ -516,16 +516,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def find_inputs(sources: Sources, val: Sources, problems: list[str]) -> list[Input]:
+def find_inputs(sources: Sources, val: Sources, field: str, problems: list[str]) -> list[Input]:
     """The files of a request, source by source; those of `val` come behind the others. What is
-    wrong with them is added to `problems`."""
+    wrong with them is added to `problems`. field: the name of the text in an object."""
     inputs = []
     for name in dict.fromkeys([*sources, *val]):
         if not is_text(name):
             problems.append(f"the source name {name!r} is not UTF-8: choose one, NAME=INPUT")
         for held_out, paths in enumerate((sources.get(name, ()), val.get(name, ()))):
             for path in paths:
-                files = find_files(path)
+                files = find_files(path, field)
                 kinds = f"which must be a file, or a folder with files {TAKEN}"
                 problems += filter(None, map(why_refused, files))
                 if not files:

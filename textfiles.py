@@ -21,7 +21,6 @@ import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import filterfalse
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -83,10 +82,34 @@ def has_fields(path: Path) -> bool:
     return is_json_lines(path) or path.suffix.lower() == PARQUET
 
 
-def is_read(path: Path) -> bool:
-    """Whether a file that is found in a folder is read."""
+def is_read(path: Path, field: str) -> bool:
+    """Whether a file that is found in a folder is read. field: the name of the text in an object."""
     is_named = unpacked(path).suffix.lower() in SUFFIXES or has_fields(path)
-    return is_named and path.name[0] != "." and path.is_file() and not why_refused(path)
+    if not is_named or path.name[0] == "." or not path.is_file():
+        return False
+    return not why_refused(path) and not lacks_field(path, field)
+
+
+def first_line(path: Path) -> bytes:
+    """The first line of a file, packed or not, that is not empty. Nothing where there is none, or
+    where the file cannot be read: that is told later."""
+    try:
+        with open(path, "rb") as packed:
+            file = unpack(path, packed)
+            while (line := file.readline(LONGEST)).isspace():
+                pass
+    except (ImportError, OSError):
+        return b""
+    return line
+
+
+def lacks_field(path: Path, field: str) -> bool:
+    """Whether a .json file starts with an object on a line, but one without the field: settings,
+    say, and no documents."""
+    if unpacked(path).suffix.lower() != ".json":
+        return False
+    row = parse_line(first_line(path), field)[0]
+    return bool(row) and field not in row
 
 
 def why_refused(path: Path) -> str:
@@ -96,13 +119,7 @@ def why_refused(path: Path) -> str:
         return f"{path} is an archive: unpack it with tar xf {old}, and give the files as INPUT"
     if unpacked(path).suffix.lower() != ".json":
         return ""
-    try:
-        with open(path, "rb") as packed:
-            file = unpack(path, packed)
-            while (line := file.readline(LONGEST)).isspace():
-                pass
-    except (ImportError, OSError):  # is told later
-        return ""
+    line = first_line(path)
     if not line or parse_line(line, "")[0]:
         return ""
     new = shlex.quote(str(path.with_name(f"{unpacked(path).stem}.jsonl")))
@@ -113,19 +130,23 @@ def why_refused(path: Path) -> str:
     )
 
 
-def find_files(path: str | Path) -> list[Path]:
-    """The files that one path means: the file itself, or those of the folder, sorted."""
+def find_files(path: str | Path, field: str = "text") -> list[Path]:
+    """The files that one path means: the file itself, or those of the folder that are read, sorted.
+    field: the name of the text in an object."""
     path = Path(path)
     if path.is_dir():
-        return sorted(filter(is_read, walk(path, set())))
+        return sorted(found for found in walk(path, set()) if is_read(found, field))
     return [path] if path.is_file() else []
 
 
-def describe_left_out(folder: Path) -> str:
-    """Lines about the files of a folder that are not read: of each kind how many, ten by name."""
+def describe_left_out(folder: Path, field: str) -> str:
+    """Lines about the files of a folder that are not read: of each kind how many, ten by name.
+    field: the name of the text in an object."""
     kinds = {}
-    for path in sorted(filterfalse(is_read, walk(folder, set()))):
+    for path in sorted(found for found in walk(folder, set()) if not is_read(found, field)):
         kind = path.suffix.lower() or "without suffix" if path.is_file() else "no regular files"
+        if path.is_file() and lacks_field(path, field):
+            kind += f" without the field {field!r} (another one: --field NAME)"
         kinds.setdefault("hidden" if path.name.startswith(".") else kind, []).append(path)
     lines = [f"{folder}: not read are the files below. One that you give as an INPUT is read as"]
     lines += ["text, or you are told what to do with it."]
