@@ -21,6 +21,7 @@ import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import filterfalse, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -87,28 +88,28 @@ def is_read(path: Path, field: str) -> bool:
     is_named = unpacked(path).suffix.lower() in SUFFIXES or has_fields(path)
     if not is_named or path.name[0] == "." or not path.is_file():
         return False
-    return not why_refused(path) and not lacks_field(path, field)
+    return not why_refused(path) and not is_lone_object(path, field)
 
 
-def first_line(path: Path) -> bytes:
-    """The first line of a file, packed or not, that is not empty. Nothing where there is none, or
-    where the file cannot be read: that is told later."""
+def first_lines(path: Path) -> list[bytes]:
+    """The first two lines of a file, packed or not, that are not empty. Fewer where there are no
+    more, and none where the file cannot be read: that is told later."""
     try:
         with open(path, "rb") as packed:
             file = unpack(path, packed)
-            while (line := file.readline(LONGEST)).isspace():
-                pass
+            lines = iter(partial(file.readline, LONGEST), b"")
+            return list(islice(filterfalse(bytes.isspace, lines), 2))
     except (ImportError, OSError):
-        return b""
-    return line
+        return []
 
 
-def lacks_field(path: Path, field: str) -> bool:
-    """Whether a .json file starts with an object on a line, but one without the field: settings,
-    say, and no documents."""
+def is_lone_object(path: Path, field: str) -> bool:
+    """Whether a .json file is one object in one line, without the field: settings, say, and no
+    documents."""
     if unpacked(path).suffix.lower() != ".json":
         return False
-    row = parse_line(first_line(path), field)[0]
+    lines = first_lines(path)
+    row = parse_line(lines[0], field)[0] if len(lines) == 1 else {}
     return bool(row) and field not in row
 
 
@@ -119,8 +120,8 @@ def why_refused(path: Path) -> str:
         return f"{path} is an archive: unpack it with tar xf {old}, and give the files as INPUT"
     if unpacked(path).suffix.lower() != ".json":
         return ""
-    line = first_line(path)
-    if not line or parse_line(line, "")[0]:
+    lines = first_lines(path)
+    if not lines or parse_line(lines[0], "")[0]:
         return ""
     new = shlex.quote(str(path.with_name(f"{unpacked(path).stem}.jsonl")))
     program = PACKED.get(path.suffix.lower(), "cat")
@@ -145,8 +146,8 @@ def describe_left_out(folder: Path, field: str) -> str:
     kinds = {}
     for path in sorted(found for found in walk(folder, set()) if not is_read(found, field)):
         kind = path.suffix.lower() or "without suffix" if path.is_file() else "no regular files"
-        if path.is_file() and lacks_field(path, field):
-            kind += f" without the field {field!r} (another one: --field NAME)"
+        if path.is_file() and is_lone_object(path, field):
+            kind += f" of one line, without the field {field!r}"
         kinds.setdefault("hidden" if path.name.startswith(".") else kind, []).append(path)
     lines = [f"{folder}: not read are the files below. One that you give as an INPUT is read as"]
     lines += ["text, or you are told what to do with it."]

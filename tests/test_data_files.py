@@ -142,30 +142,27 @@ def test_json_files_with_an_object_a_line(tmp_path, capsys, monkeypatch):
     assert all("then .[] else . end" in " ".join(words) for words in commands)
 
 
-def test_json_files_without_the_field_are_no_text_of_a_folder(tmp_path, capsys, monkeypatch):
-    """Settings that stand in one line do not stop a folder of texts: they are left out, and told
-    with the option that reads another field. As an INPUT of its own, such a file is refused."""
+def test_one_object_without_the_field_is_no_text_of_a_folder(tmp_path, capsys, monkeypatch):
+    """Settings that stand in one line do not stop a folder of texts: they are left out, and told.
+    Given by itself, such a file is refused, and so are more lines without the field."""
     monkeypatch.chdir(tmp_path)
     Path("d").mkdir()
     Path("d", "a.txt").write_text("one text")
-    Path("d", "b.txt").write_text("another text")
-    Path("d", "settings.json").write_text('{"steps": 3}')
-    Path("d", "rows.json").write_text('{"content": "x"}\n{"content": "y"}\n')
+    Path("d", "b.json").write_text('{"text": "another text"}')
+    Path("d", "settings.json").write_text('{"steps": 3}\n\n')
     Path("d", "packed.json.gz").write_bytes(gzip.compress(b'{"steps": 4}'))
-    data.main(["prepare", "d", "--out", "text"])
+    data.main(["prepare", "d", "--out", "texts"])
+    meta = read_meta(Path("texts"))
+    assert sum(meta["sources"][0][split]["documents"] for split in ("train", "val")) == 2
+    assert not meta["skipped"]
     printed = capsys.readouterr().out
-    left_out = "2 .json without the field 'text' (another one: --field NAME): "
-    assert f"{left_out}d/rows.json, d/settings.json\n" in printed
-    assert "1 .gz without the field 'text'" in printed
-    data.main(["prepare", "d", "--field", "content", "--out", "content"])
-    printed = capsys.readouterr().out
-    assert "1 .json without the field 'content' (another one: --field NAME): d/settings" in printed
-    for out, documents_there in (("text", 2), ("content", 4)):
-        source = read_meta(Path(out))["sources"][0]
-        assert sum(source[split]["documents"] for split in ("train", "val")) == documents_there
-        assert not read_meta(Path(out))["skipped"]
-    with pytest.raises(ValueError, match="'text' must be text.*there are steps\nTo read a field"):
-        data.main(["prepare", "d", "d=d/settings.json", "--out", "alone"])
+    assert "1 .json of one line, without the field 'text': d/settings.json\n" in printed
+    assert "1 .gz of one line, without the field 'text': d/packed.json.gz\n" in printed
+    Path("rows").mkdir()
+    Path("rows", "c.json").write_text('{"steps": 3}\n{"steps": 4}\n')
+    for given in ("d/settings.json", "rows"):
+        with pytest.raises(ValueError, match="'text' must be text.*there are steps\nTo read a f"):
+            data.main(["prepare", given, "--out", "refused"])
 
 
 @pytest.mark.parametrize("name", ["a.tar", "b.tar.gz", "c.TGZ", "d.tar.zst"])
