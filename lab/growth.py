@@ -26,6 +26,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -59,57 +60,80 @@ SCHEDULES = {
 # 1. The runs
 
 
-def read_schedules(words: list[str]) -> dict[str, list[dict]]:
+def read_schedules(words: list[str], problems: list[str]) -> dict[str, list[dict]]:
     """{name: stages}. A word is a name of SCHEDULES, or a JSON file: a list of stages, or several
-    as {name: stages}. Raises ValueError where a word is neither."""
+    as {name: stages}. What is wrong with them is added to `problems`."""
     schedules = {}
     for word in words:
         try:
             found = SCHEDULES[word] if word in SCHEDULES else read_json("--stages", word)
         except ValueError as error:
-            raise ValueError(f"{error}; give a file or one of {', '.join(SCHEDULES)}") from error
-        schedules |= found if isinstance(found, dict) else {Path(word).stem: found}
+            problems.append(f"{error}; give a file or one of {', '.join(SCHEDULES)}")
+            continue
+        named = found if isinstance(found, dict) else {Path(word).stem: found}
+        twice = [name for name in named if name in schedules]
+        problems += [f"--stages: two schedules have the name {name!r}" for name in twice]
+        schedules |= named
     for name, stages in schedules.items():
-        console.refuse(schedule_problems(name, stages), f"--stages, schedule {name}:")
+        found = schedule_problems(name, stages)
+        problems += [f"--stages, schedule {name}: {problem}" for problem in found]
     return schedules
 
 
 def schedule_problems(name: str, stages: list[dict]) -> list[str]:
     """What keeps this from being a schedule of this bench."""
-    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
-        return [f"must be a list of stages, not {stages!r:.60}"]
     problems = ["is the name of the runs without growth"] * (name == "scratch")
-    for stage in stages:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        problems.append("its name becomes that of a folder: use letters, digits, -, _ and .")
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        return [*problems, f"must be a list of stages, not {stages!r:.60}"]
+    before = None
+    for number, stage in enumerate(stages, 1):
         for key in stage.keys() & {"start", "ramp", "warmup"}:
             share = stage[key]
             if not (isinstance(share, (int, float)) and 0 <= share < 1):
                 problems.append(f"{key} = {share!r}: must be a share of the run, from 0 to 1")
+        start = stage.get("start", 0)
+        if number == 1 and start != 0:
+            problems.append(f"its first stage starts at {start!r}, but must start at 0")
+        elif before is not None and isinstance(start, (int, float)) and start <= before:
+            problems.append(f"stage {number} starts at {start}: must be a share above {before}")
+        before = start if isinstance(start, (int, float)) else before
     return problems
 
 
-def equal_steps(stages: list[dict], budget: int, settings: Settings, final: FLMConfig) -> int:
-    """The number of steps of this schedule that costs what `budget` steps from scratch cost."""
+def steps_by_flops(
+    stages: list[dict], settings: Settings, final: FLMConfig
+) -> tuple[float, list[str]]:
+    """(how many steps of this schedule cost what a step from scratch costs, what is wrong with the
+    schedule)."""
     many, B = 100_000, settings.batch_size
     options = {"batch_size": B, "lr": settings.lr, "warmup": settings.warmup}
     flops = []
-    for given in ([{}], in_samples(stages, many * B)):
-        planned = fit_stages(given, final, steps=many, **options)
-        flops.append(training_flops(planned))
-    return max(2 * len(stages) - 1, round(budget * flops[0] / flops[1]))
+    try:
+        for given in ([{}], in_samples(stages, many * B)):
+            planned = fit_stages(given, final, steps=many, **options)
+            flops.append(training_flops(planned))
+    except ValueError as error:
+        return math.nan, [f"as samples of a run of {many * B:,}: {error}"]
+    last, wanted = planned[-1].config.to_dict(), final.to_dict()
+    differ = [f"{k} = {v} in place of {wanted[k]}" for k, v in last.items() if v != wanted[k]]
+    if differ and len(planned) > 1:
+        return math.nan, [f"must end as the model from scratch, but ends with {', '.join(differ)}"]
+    return flops[0] / flops[1], []
 
 
-def read_decays(words: list[str]) -> list[float | None]:
-    """--decays: shares of the run, or "cosine", which is None here. Raises ValueError with every
-    word that is neither."""
-    decays, problems = [], []
-    for word in words:
+def read_decays(words: list[str], problems: list[str]) -> list[float | None]:
+    """--decays: shares of the run, or "cosine", which is None here. Every word that is neither is
+    added to `problems`."""
+    decays = []
+    for word in dict.fromkeys(words):
         try:
             decays.append(None if word == "cosine" else float(word))
             if word != "cosine" and not 0 < decays[-1] <= 1:
                 raise ValueError
         except ValueError:
             problems.append(f"--decays {word}: must be cosine, or a share above 0 and up to 1")
-    console.refuse(problems)
     return decays
 
 
@@ -137,27 +161,71 @@ class Bench:
         return dataclasses.replace(self.of[key], lr=lr, seed=seed, out=str(out), **more)
 
 
+def number_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the numbers of the command line."""
+    problems, whole = [], {"--steps": args.steps, "--at": args.at or [], "--jobs": [args.jobs]}
+    for option, values in whole.items():
+        problems += [f"{option} {value}: must be at least 1" for value in values if value < 1]
+    for option, values in {"--seeds": args.seeds, "--tune": [args.tune]}.items():
+        problems += [f"{option} {value}: must be at least 0" for value in values if value < 0]
+    wrong = [lr for lr in args.lrs if not 0 < lr < math.inf]
+    return problems + [f"--lrs {lr}: must be a number above 0" for lr in wrong]
+
+
 def make_bench(args: argparse.Namespace) -> Bench:
-    """Writes the stages of each schedule and budget into a file beside the runs. Raises ValueError
-    for what train.py would refuse."""
-    cells = list(itertools.product(args.lrs, read_decays(args.decays)))
+    """Writes the stages of each schedule and budget into a file beside the runs. Sizes that never
+    grow are trained at the budgets of --steps, schedules that grow at those of --at. Raises
+    ValueError with what is wrong with the options, and for what train.py would refuse."""
+    problems = number_problems(args)
+    decays = read_decays(args.decays, problems)
+    schedules = {"scratch": [{}], **read_schedules(args.stages, problems)}
+    console.refuse(problems)
+    cells = list(itertools.product(dict.fromkeys(args.lrs), decays))
     decided = {"lr", "lr_schedule", "lr_decay"}
     common = runs.common_settings(args.train, decided, model=MODEL, lr=args.lrs[0], **TRAINING)
     budgets = sorted(set(args.steps))
     at = sorted(set(args.at or budgets))
     shortest = dataclasses.replace(common, steps=min(budgets + at))
     final = resolve(shortest)[1][-1].config
-    schedules = {"scratch": [{}], **read_schedules(args.stages)}
-    console.make_folder(args.out)
-    of = {}
+    files, of = {}, {}
     for name, stages in schedules.items():
-        for budget in budgets if name == "scratch" else at:
-            steps = equal_steps(stages, budget, common, final)
+        ratio, found = steps_by_flops(stages, common, final)
+        fewest = 2 * len(stages) - 1
+        for budget in () if found else budgets if len(stages) == 1 else at:
+            steps = round(budget * ratio)
+            if steps < fewest:
+                least = math.ceil(fewest / ratio)
+                found.append(f"a budget of {budget} is {steps} steps: take {least} or more (--at)")
+                continue
             file = Path(args.out) / f"{name}-{budget}.json"
-            file.write_text(json.dumps(in_samples(stages, steps * common.batch_size)))
+            files[file] = json.dumps(in_samples(stages, steps * common.batch_size))
             more = {"steps": steps, "eval_every": steps, "stages": str(file)}
             of[name, budget] = dataclasses.replace(common, **more)
+        problems += [f"--stages, schedule {name}: {problem}" for problem in found]
+    console.refuse(problems)
+    write_stages(files)
+    for (name, budget), settings in of.items():
+        try:
+            resolve(settings)
+        except ValueError as error:
+            steps = settings.steps
+            problems.append(f"schedule {name}, budget {budget}, a run of {steps} steps: {error}")
+    console.refuse(problems)
     return Bench(Path(args.out), cells, of)
+
+
+def write_stages(files: dict[Path, str]):
+    """Write files of stages: {path: text}. Raises ValueError, and writes none, where runs are there
+    that had other stages."""
+    taken = []
+    for file, text in files.items():
+        has_runs = any(file.parent.glob(f"{file.stem}-lr*"))
+        if has_runs and file.exists() and file.read_text() != text:
+            taken.append(f"{file} has other stages")
+    console.refuse(taken, "another study is there, choose another --out:")
+    for file, text in files.items():
+        console.make_folder(file.parent)
+        file.write_text(text)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -216,14 +284,33 @@ def falling(line: dict[float, float | None]) -> list[tuple[float, float]]:
     return points if falls and len(points) > 1 else []
 
 
+def curve(points: list[tuple[float, float]], i: int) -> tuple[float, float]:
+    """(b, a): from point i on, the loss is its own + b t + a t^2, where t is the log of the work
+    over that of point i.
+
+    This parabola goes through points i and i + 1 and bends towards the nearest third one, as far
+    as it still falls. (A straight line lies above losses that fall more and more slowly: it would
+    make every speed-up too high.) With two points it is straight."""
+    (x, y), (x1, y1) = ((math.log(work), loss) for work, loss in points[i : i + 2])
+    slope, h = (y1 - y) / (x1 - x), x1 - x
+    others = points[max(0, i - 1) : i] + points[i + 2 : i + 3]
+    if not others:
+        return slope, 0.0
+    distances = [(abs(math.log(work) - x - h / 2), math.log(work), loss) for work, loss in others]
+    _, x2, y2 = min(distances)
+    bend = ((y2 - y1) / (x2 - x1) - slope) / (x2 - x)
+    bend = max(slope / h, min(-slope / h, bend))  # it falls all the way to point i + 1
+    return slope - bend * h, bend
+
+
 def speed_up(
     scratch: dict[float, float | None], flop: float, loss: float | None
 ) -> tuple[float | None, str]:
     """The FLOPs that training from scratch needs for `loss`, over `flop`. scratch: {FLOPs: loss}.
 
-    Between two runs from scratch the loss is a straight line in log FLOPs. Beyond them there is no
-    line: then the number is a bound, and the word beside it is ">" or "<". None where there is no
-    line, or one on which more training is worse.
+    Between two runs from scratch the loss is a curve in log FLOPs, see curve(). Beyond them there
+    is none: then the number is a bound, and the word beside it is ">" or "<". None where there are
+    fewer than two runs, or more training is worse.
 
     >>> speed_up({1.0: 3.0, 4.0: 2.0}, flop=1.0, loss=2.5)
     (2.0, '')
@@ -237,9 +324,12 @@ def speed_up(
         return points[0][0] / flop, "<"
     if loss < points[-1][1]:
         return points[-1][0] / flop, ">"
-    pairs = itertools.pairwise(points)
-    (f, a), (g, b) = next(pair for pair in pairs if loss >= pair[1][1])
-    return f * (g / f) ** ((a - loss) / (a - b)) / flop, ""
+    i = next(i for i in range(len(points) - 1) if loss >= points[i + 1][1])
+    b, a = curve(points, i)
+    above = points[i][1] - loss
+    # The first t at which above + b t + a t^2 is 0, in a form that a = 0 does not break.
+    t = 2 * above / (math.sqrt(max(0.0, b * b - 4 * a * above)) - b) if above else 0.0
+    return points[i][0] * math.exp(t) / flop, ""
 
 
 def number_or_bound(
@@ -252,8 +342,8 @@ def number_or_bound(
 
 def gap(scratch: dict[float, float | None], samples: float, loss: float | None) -> float | None:
     """How much higher the loss is than from scratch after the same samples: 0 is fully mixed, as
-    if the early samples had been seen by the large model. scratch: {samples: loss}, a straight line
-    in log samples. None outside of it.
+    if the early samples had been seen by the large model. scratch: {samples: loss}, a curve in log
+    samples, see curve(). None outside of it.
 
     >>> gap({1: 3.0, 4: 2.0}, samples=2, loss=2.75)
     0.25
@@ -261,9 +351,10 @@ def gap(scratch: dict[float, float | None], samples: float, loss: float | None) 
     points = falling(scratch)
     if loss is None or not points or not points[0][0] <= samples <= points[-1][0]:
         return None
-    pairs = itertools.pairwise(points)
-    (x, a), (y, b) = next(pair for pair in pairs if samples <= pair[1][0])
-    return loss - (a + (b - a) * math.log(samples / x) / math.log(y / x))
+    i = next(i for i in range(len(points) - 1) if samples <= points[i + 1][0])
+    b, a = curve(points, i)
+    t = math.log(samples / points[i][0])
+    return loss - (points[i][1] + b * t + a * t * t)
 
 
 def describe(stages: list[Stage]) -> str:
@@ -326,11 +417,20 @@ def compare(rows: list[dict]):
             row["by_seed"][seed] = None if bound else value
 
 
-def warnings(rows: list[dict]) -> list[str]:
-    """What keeps the table from meaning what it seems to say."""
+def warnings(rows: list[dict], tune: int) -> list[str]:
+    """What keeps the table from meaning what it seems to say. tune: the seed that has chosen."""
     lines, scratch = [], {r["budget"]: r for r in rows if r["name"] == "scratch"}
     if len(scratch) < 3:
         lines.append(f"only {len(scratch)} budgets from scratch: take 3 or more (--steps)")
+    losses = {budget: row["mean"]["loss"] for budget, row in scratch.items()}
+    if len(losses) > 1 and not falling(losses):
+        words = ", ".join(f"{shown(loss, 4)} at {budget}" for budget, loss in losses.items())
+        lines.append(f"from scratch the loss does not fall, so there is no speed-up: {words}")
+    seeds, chosen = rows[0]["loss"], any(len(row["cells"]) > 1 for row in rows)
+    if len(seeds) == 1:
+        lines.append("one seed: a difference as small as that of two seeds means nothing (--seeds)")
+    if chosen and tune in seeds:
+        lines.append(f"seed {tune} has chosen, and reports: give --seeds without it")
     if not any(row["alone"] for row in rows):
         lines.append("no small model alone: add a schedule of one stage, such as --stages small")
     for row in rows:
@@ -343,7 +443,7 @@ def warnings(rows: list[dict]) -> list[str]:
                 "speed-ups only that against any size says something"
             )
     edges = [row for row in rows if row["at_the_edge"]]
-    if all(len(row["cells"]) == 1 for row in rows):
+    if not chosen:
         lines.append("one learning rate and one decay: nothing was chosen (--lrs, --decays)")
     elif edges:
         words = (f"{r['name']} {r['budget']} ({' and '.join(r['at_the_edge'])})" for r in edges)
@@ -383,8 +483,8 @@ def spread(values: Collection[float | None]) -> str:
     return f"{shown(known[0])} to {shown(known[-1])}"
 
 
-def print_table(rows: list[dict]):
-    """The table, and how to read it."""
+def print_table(rows: list[dict], warned: list[str]):
+    """The table, how to read it, and what to distrust."""
     seeds = len(rows[0]["loss"])
     print(f"\n{'run':18}{'steps':>6}{'TFLOP':>8}{'lr':>7}{'decay':>7}{'loss':>8}{'±':>7}", end="")
     print(f"{'speed-up':>9}{'by seed':>14}{'any size':>9}{'gap':>8}   stages")
@@ -405,7 +505,7 @@ speed-up: the FLOPs that the best training from scratch needs for that loss, ove
 size at each budget, of all that never grow. gap: how much higher the loss is than from scratch
 after the same samples; 0 is fully mixed.
 Stages: layers x width, in shares of the run.""")
-    for line in warnings(rows):
+    for line in warned:
         print(f"warning: {line}")
 
 
@@ -433,9 +533,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lab.growth", description=HELP, formatter_class=raw)
     add, names = parser.add_argument, list(SCHEDULES)
     numbers = {"type": int, "nargs": "+", "metavar": "STEPS"}
-    budgets = "budgets from scratch (default 1000 2000 4000)"
+    budgets = "budgets without growth (default 1000 2000 4000)"
     add("--steps", **numbers, default=[1000, 2000, 4000], help=budgets)
-    add("--at", **numbers, help="budgets of the schedules (default: those of --steps)")
+    add("--at", **numbers, help="budgets of schedules that grow (default: those of --steps)")
     add("--stages", nargs="+", default=names, metavar="SCHEDULE", help=STAGES_HELP)
     lrs = [0.004, 0.008, 0.016, 0.032]
     words = f"learning rates to choose from (default {' '.join(map(str, lrs))})"
@@ -461,8 +561,9 @@ def main(argv: list[str] | None = None):
     rest = iter(finished)
     rows = [make_row(key, best[key], losses[key], [next(rest) for _ in seeds]) for key in best]
     compare(rows)
-    print_table(rows)
-    report = {**runs.origin(finished), "tune": args.tune, "warnings": warnings(rows), "rows": rows}
+    warned = warnings(rows, args.tune)
+    print_table(rows, warned)
+    report = {**runs.origin(finished), "tune": args.tune, "warnings": warned, "rows": rows}
     console.write_numbers(bench.out / "bench.json", report)
 
 
