@@ -433,15 +433,17 @@ def warnings(rows: list[dict], tune: int) -> list[str]:
         lines.append(f"seed {tune} has chosen, and reports: give --seeds without it")
     if not any(row["alone"] for row in rows):
         lines.append("no small model alone: add a schedule of one stage, such as --stages small")
-    for row in rows:
-        name, loss = f"{row['name']} {row['budget']}", row["mean"]["loss"]
-        other = scratch.get(row["budget"], {"mean": {"loss": None}})["mean"]["loss"]
-        if row["alone"] and None not in (loss, other) and loss <= other:
-            lines.append(
-                f"{name} never grows, and its loss of {loss:.4f} is not above the {other:.4f} from "
-                "scratch: at this budget the final size is not worth having, and of the "
-                "speed-ups only that against any size says something"
-            )
+    small = [
+        f"{row['name']} {row['budget']} ({shown(row['mean']['loss'], 4)}, not {shown(loss, 4)})"
+        for row in rows
+        if row["alone"] and (loss := losses.get(row["budget"])) is not None
+        if row["mean"]["loss"] is not None and row["mean"]["loss"] <= loss
+    ]
+    if small:
+        lines.append(
+            f"no worse than from scratch, and never grown: {', '.join(small)}: at these budgets "
+            "the final size is not worth having, and only `any size` says something"
+        )
     edges = [row for row in rows if row["at_the_edge"]]
     if not chosen:
         lines.append("one learning rate and one decay: nothing was chosen (--lrs, --decays)")

@@ -179,9 +179,9 @@ MOST_LINES = 8  # of a panel: with more, nobody could tell them apart
 
 
 def growth(report: dict) -> Picture:
-    """Two panels. Held-out loss over FLOPs, a line for each schedule; on a logarithmic axis the
-    line from scratch is the one that lab.growth reads speed-ups from. It is left out where there
-    are too many. And the speed-ups over the time of the last growth, where there are three times or
+    """Two panels. Held-out loss over FLOPs, a line for each schedule, left out where there are too
+    many. (lab.growth reads speed-ups from a curve a little below the straight lines from scratch.)
+    And the speed-ups over the time of the last growth, where there are three times or
     more."""
     rows = report["rows"]
     losses: dict[str, Line] = {}

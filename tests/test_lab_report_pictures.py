@@ -144,8 +144,8 @@ def test_what_the_sweep_wrote():
 
 def test_what_the_growth_bench_wrote():
     """Loss over FLOPs, a line for each schedule, and as a distance the speed-up of the schedule
-    that is best against any size: it ends where the line from scratch, straight in log FLOPs, has
-    the same loss."""
+    that is best against any size: it ends on the curve from scratch, which lies below the straight
+    line (in log FLOPs) between two budgets."""
     rows = measured("growth-16x16")["rows"]
     panel = pictures.growth({"rows": rows}).panels[0]
     scratch = [row for row in rows if row["name"] == "scratch"]
@@ -159,7 +159,7 @@ def test_what_the_growth_bench_wrote():
     at = next(i for i in range(3) if losses[i] >= loss >= losses[i + 1])
     flops = [math.log(row["tflop"]) for row in scratch[at : at + 2]]
     share = (losses[at] - loss) / (losses[at] - losses[at + 1])
-    assert math.log(end) == pytest.approx(flops[0] + share * (flops[1] - flops[0]), abs=1e-3)
+    assert flops[0] < math.log(end) < flops[0] + share * (flops[1] - flops[0])
     assert (start, loss) == (best["tflop"], best["mean"]["loss"])
     assert same == loss and panel.log == "x"
 

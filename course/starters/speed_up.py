@@ -2,7 +2,7 @@
 
 Read tutorials/03-growth.md, section 3.7, and tutorials/08-recipe.md, section 8.4. G_stack (arXiv
 2405.15319) reports this number less 1, in percent. The straight line between the runs and the
-bounds beyond them are this project's choice.
+bounds beyond them are this project's choice. (lab.growth bends the line towards a third run.)
 Grade it: python -m course.grade speed_up
 """
 
