@@ -195,7 +195,9 @@ def make_bench(args: argparse.Namespace) -> Bench:
             steps = round(budget * ratio)
             if steps < fewest:
                 least = math.ceil(fewest / ratio)
-                found.append(f"a budget of {budget} is {steps} steps: take {least} or more (--at)")
+                found.append(
+                    f"a budget of {budget} gives {steps} step(s): take {least} or more (--at)"
+                )
                 continue
             file = Path(args.out) / f"{name}-{budget}.json"
             files[file] = json.dumps(in_samples(stages, steps * common.batch_size))

@@ -335,7 +335,7 @@ def test_without_a_line():
         (["--stages", "DOUBLE", "DOUBLE"], "two schedules have the name 'DOUBLE'"),
         (["--stages", "LARGER"], "LARGER: must end as the model from.*n_layers = 3 in place of 2"),
         (["--stages", "LATE"], "first stage starts at 0.2, .* 0.*stage 3 starts at 0: must be a"),
-        (["--steps", "2", "--stages", "DOUBLE"], "DOUBLE: a budget of 2 is 2 steps: take 3 or"),
+        (["--steps", "2", "--stages", "DOUBLE"], "DOUBLE: a budget of 2 gives 2 step.s.: take 3"),
     ],
 )
 def test_bad_input(place, words, message):
