@@ -84,7 +84,9 @@ def has_fields(path: Path) -> bool:
 
 
 def is_read(path: Path, field: str) -> bool:
-    """Whether a file that is found in a folder is read. field: the name of the text in an object."""
+    """Whether a file that is found in a folder is read.
+
+    field: the name of the text in an object."""
     is_named = unpacked(path).suffix.lower() in SUFFIXES or has_fields(path)
     if not is_named or path.name[0] == "." or not path.is_file():
         return False

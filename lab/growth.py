@@ -87,18 +87,19 @@ def schedule_problems(name: str, stages: list[dict]) -> list[str]:
         problems.append("its name becomes that of a folder: use letters, digits, -, _ and .")
     if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         return [*problems, f"must be a list of stages, not {stages!r:.60}"]
-    before = None
-    for number, stage in enumerate(stages, 1):
+    for stage in stages:
         for key in stage.keys() & {"start", "ramp", "warmup"}:
             share = stage[key]
             if not (isinstance(share, (int, float)) and 0 <= share < 1):
                 problems.append(f"{key} = {share!r}: must be a share of the run, from 0 to 1")
-        start = stage.get("start", 0)
-        if number == 1 and start != 0:
-            problems.append(f"its first stage starts at {start!r}, but must start at 0")
-        elif before is not None and isinstance(start, (int, float)) and start <= before:
+    if problems:
+        return problems
+    starts = [stage.get("start", 0) for stage in stages]
+    if any(starts[:1]):
+        problems.append(f"its first stage starts at {starts[0]}, but must start at 0")
+    for number, (before, start) in enumerate(itertools.pairwise(starts), 2):
+        if start <= before:
             problems.append(f"stage {number} starts at {start}: must be a share above {before}")
-        before = start if isinstance(start, (int, float)) else before
     return problems
 
 
